@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both call `make setup` by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+MEGATRON_VERSION ?= 0.19.2
+TORCH_VERSION ?= 2.13.0
+# Where there is no GPU a CPU build is taken: from pip's own configuration if that offers one, else from this index.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-full lint wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train a small Hymba on real text, resume it once, draw its loss curves"
+	@echo "make test       the default tests;  make test-full  all layouts and versions"
+	@echo "make setup      only install, into $(VENV);  make lint, make wheel, make clean"
+
+setup: $(STAMP)
+
+# `--without-pip` and the outer pip, because Debian's python3 comes without ensurepip.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet pip
+
+# Megatron-Core ships cp311 wheels that work, though its metadata asks for 3.12: hence --ignore-requires-python there.
+$(STAMP): $(BIN)/python setup.py constraints.txt
+ifeq ($(HAS_GPU),yes)
+	$(PIP) install --quiet "torch==$(TORCH_VERSION)"
+else
+	$(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+	  $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
+endif
+	$(PIP) install --quiet --no-deps --ignore-requires-python "megatron-core==$(MEGATRON_VERSION)"
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m launch.demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu" $(PYTEST_ARGS)
+
+test-full: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: setup
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,259 @@
+"""The whole configuration of a run, typed.
+
+One dataclass a group of ``recipes/``; the string under a field is its documentation (``hymba train --help-keys``).
+Keys carry Megatron-Core's name where it has one. Values come from YAML; this file holds types, meanings and the
+defaults that are safe for every run. Nothing here imports torch.
+
+A value of ``"???"`` (:data:`TO_BE_GIVEN`) is one that only the user knows: ``plan`` lists it, ``train`` refuses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+TO_BE_GIVEN = "???"
+
+
+@dataclass
+class ModelConfig:
+    name: str = TO_BE_GIVEN
+    """Name of the recipe, for logs and exported files."""
+    num_layers: int = TO_BE_GIVEN
+    """Number of layers L, all stages together."""
+    hidden_size: int = TO_BE_GIVEN
+    """Width D of the residual stream."""
+    ffn_hidden_size: int = TO_BE_GIVEN
+    """Width F of the gated FFN."""
+    num_attention_heads: int = TO_BE_GIVEN
+    """Query heads H. Each is hidden_size / H wide in keys and mamba_expand times that in values."""
+    num_query_groups: int = TO_BE_GIVEN
+    """Key/value heads G (grouped-query attention)."""
+    vocab_size: int = TO_BE_GIVEN
+    """Tokens V in the tokenizer. Padding for the hardware is internal: make_vocab_size_divisible_by."""
+    layer_pattern: list[str] = field(default_factory=lambda: ["hybrid"])
+    """Mixers, repeated over the layers: hybrid | attention | ssm; ':no_ffn' after one leaves out its FFN."""
+    global_layers: list[int] = field(default_factory=list)
+    """0-based layers whose attention sees everything; all others see window_size + 1 keys and the meta tokens."""
+    kv_groups: list[list[int]] = field(default_factory=list)
+    """Layers that share keys and values; the first of each list computes them, the others consume them."""
+    window_size: int | None = None
+    """Distance W to the furthest key a local layer sees (W + 1 keys with itself). None: every layer is global."""
+    num_meta_tokens: int = 128
+    """Learned tokens M in front of every document."""
+    mamba_expand: int = 2
+    """Inner width E = mamba_expand * hidden_size, of the SSM branch and of the attention values."""
+    mamba_state_dim: int = 16
+    """SSM state size N per channel."""
+    mamba_conv_width: int = 4
+    """Taps of the causal convolution."""
+    mamba_dt_rank: int | None = None
+    """Rank R of the time-step projection. None: ceil(hidden_size / 16)."""
+    rotary_base: float = 10000.0
+    """RoPE base before scaling."""
+    rope_type: str = "default"
+    """default | ntk (static NTK-aware base, hymba-architecture 2.6). A phase may set its own."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the model is meant for; ntk scales towards it."""
+    rope_original_max_positions: int = 2048
+    """Longest sequence before the extension; ntk scales from it."""
+    layernorm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    untie_embeddings_and_output_weights: bool = False
+    """True: the output layer has weights of its own."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size; the padding never leaves."""
+    init_method: str = "mamba"
+    """mamba: dt bias log-uniform in 1e-3..1e-1, meta tokens at the embedding's scale, output projections scaled by
+    1/sqrt(2L). published: what the released code does (hymba-architecture 4.3)."""
+    init_method_std: float = 0.02
+    """Standard deviation of the normal initialisation."""
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    """Tensor-parallel ranks; heads are padded to a multiple."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved schedule when > 1)."""
+    context: int = 1
+    """Context-parallel ranks; only 1 is supported yet."""
+    world_size: int | None = None
+    """Processes (GPUs) the layout is meant for; a run with another number is refused. None: as many as are started."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor-parallel ranks."""
+    pipeline_layout: list[int] | None = None
+    """Layers per model chunk, in the order of the layers. None: the planner balances the stages."""
+    distributed_optimizer: bool = False
+    """Optimizer state split over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs distributed_optimizer."""
+    recompute: str = "none"
+    """none | full: activations of every layer are recomputed in the backward pass."""
+
+
+@dataclass
+class PrecisionConfig:
+    params: str = "bf16"
+    """float32 | bf16: type of weights and activations. The optimizer keeps float32 master weights."""
+    fp8: str | None = None
+    """None | delayed | current | blockwise: Transformer Engine recipe for the large matrix products."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in float32."""
+    layer_spec: str = "auto"
+    """local | transformer_engine | auto (transformer_engine on a GPU, local on a CPU)."""
+    attention_backend: str = "auto"
+    """Backend of hymba_train.ops.attention; auto takes the fastest one this machine has, and prints it."""
+    scan_backend: str = "auto"
+    """Backend of hymba_train.ops.selective_scan."""
+    conv_backend: str = "auto"
+    """Backend of hymba_train.ops.causal_conv."""
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    """adamw is the only optimizer yet."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices. Norms, biases, A_log, D, dt bias, conv and meta tokens have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients alone."""
+
+
+@dataclass
+class ScheduleConfig:
+    lr_decay_style: str = "wsd"
+    """wsd | cosine | linear | constant."""
+    lr_warmup_fraction: float = 0.01
+    """Share of all tokens over which the rate rises from 0 to optim.lr."""
+    lr_wsd_decay_fraction: float = 0.2
+    """Share of all tokens, at the end, over which wsd decays to optim.min_lr."""
+    lr_wsd_decay_style: str = "linear"
+    """linear | cosine | exponential | minus_sqrt: shape of the final decay of wsd."""
+
+
+@dataclass
+class SourceConfig:
+    path: str = TO_BE_GIVEN
+    """Prefix of a .bin/.idx pair that `hymba data tokenize` wrote."""
+    validation_fraction: float = 0.0
+    """Share of this source's tokens (its last documents) held out as a validation domain of the same name."""
+
+
+@dataclass
+class PhaseConfig:
+    tokens: int = TO_BE_GIVEN
+    """Length of the phase in text tokens (meta tokens are not counted)."""
+    seq_length: int = TO_BE_GIVEN
+    """Text tokens S in a sequence."""
+    global_batch_size: int = TO_BE_GIVEN
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass of one rank."""
+    rampup_batch_size: list[int] | None = None
+    """[start, increment, tokens]: batch size grows by increment from start to global_batch_size over these tokens."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Source name -> weight; weights are normalised."""
+    rope_type: str | None = None
+    """RoPE scaling of this phase; None: model.rope_type."""
+
+
+@dataclass
+class DataConfig:
+    tokenizer: str = TO_BE_GIVEN
+    """Directory with tokenizer.json (Hugging Face tokenizers) or a SentencePiece .model file."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Name -> tokenised source."""
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    """Name -> phase, in the order in which they are trained."""
+    validation_sequences: int = 64
+    """Sequences per validation domain and evaluation."""
+    document_mask: bool = False
+    """Keep documents packed in one sequence apart in attention, scan, convolution, positions and loss."""
+    path: str | None = None
+    """Directory that a relative sources.*.path and tokenizer start from. None: the working directory."""
+
+
+@dataclass
+class CheckpointConfig:
+    save_interval: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    async_save: bool = True
+    """Write in the background while training goes on."""
+    keep_last: int = 3
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Additionally keep the checkpoints of every n-th step; 0: none."""
+    load: str | None = None
+    """Run or step directory to start from when the run directory has no checkpoint yet."""
+    load_optimizer: bool = True
+    """With load: take optimizer, schedule, RNG and data position as well; false takes the weights alone."""
+
+
+@dataclass
+class LoggingConfig:
+    log_interval: int = 10
+    """Steps between lines."""
+    eval_interval: int = 1000
+    """Steps between evaluations; 0: only at the end."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    wandb: bool = False
+    """Log to Weights & Biases; offline when there is no WANDB_API_KEY."""
+    wandb_project: str = "hymba"
+    """Project name there."""
+    wandb_entity: str | None = None
+    """User or team there."""
+    profile: str | None = None
+    """'START:END': profile these steps and write a Chrome trace and a table of parts."""
+    batch_hash: bool = False
+    """Log a hash of every logged step's tokens: equal for equal batches, under every layout. Reads the data twice."""
+
+
+@dataclass
+class RunConfig:
+    name: str = TO_BE_GIVEN
+    """Name of the run; its directory is run.directory/run.name, the same after every restart."""
+    directory: str = "runs"
+    """Directory that holds all runs."""
+    seed: int = 1234
+    """Seed of initialisation and data order."""
+    deterministic: bool = False
+    """Use deterministic algorithms only."""
+    train_steps: int | None = None
+    """Stop after this step; schedules keep the length that the phases give. None: all phases."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+
+
+@dataclass
+class Config:
+    """One run. Composed by :func:`hymba_train.config.compose`, checked by :mod:`hymba_train.plan`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+Plain = dict[str, Any]
+"""A configuration as nested dicts, lists and scalars (what YAML holds)."""

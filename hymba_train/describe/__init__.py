@@ -1,0 +1,29 @@
+"""What a Hymba model *is*: layers, sizes, parameters, cuts, FLOPs, bytes. Plain Python, no torch.
+
+``plan``, ``model``, ``checkpoint``, ``convert`` and the MFU meter all read these descriptions; none keeps a copy.
+"""
+
+from hymba_train.describe.dims import ModelDims
+from hymba_train.describe.flops import flops_per_token, head_flops, layer_flops, training_flops, visible_keys
+from hymba_train.describe.memory import held_parameters, layer_activation_values
+from hymba_train.describe.stack import LayerDescription, kv_crossing, resolve_stack
+from hymba_train.describe.tensors import Slice, TensorDescription, layer_tensors, model_tensors, partition
+
+__all__ = [
+    "LayerDescription",
+    "ModelDims",
+    "Slice",
+    "TensorDescription",
+    "flops_per_token",
+    "head_flops",
+    "held_parameters",
+    "kv_crossing",
+    "layer_activation_values",
+    "layer_flops",
+    "layer_tensors",
+    "model_tensors",
+    "partition",
+    "resolve_stack",
+    "training_flops",
+    "visible_keys",
+]

@@ -1,0 +1,12 @@
+"""Errors that are the user's to mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad configuration, file or layout. The message is one line a problem, each naming the key, file or offset and
+    what to do; the command line prints it and exits with code 2, without a traceback."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

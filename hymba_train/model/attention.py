@@ -1,0 +1,59 @@
+"""Attention branch: RoPE, keys and values from here or from a producer, the attention op. It holds no weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hymba_train.describe import LayerDescription, ModelDims, partition
+from hymba_train.model.rows import MicroBatch
+from hymba_train.ops import apply_rope
+
+
+class AttentionBranch(nn.Module):
+    """softmax attention of this rank's query heads (hymba-architecture 2.6 and 2.7).
+
+    Padding heads are not computed: softmax over zero scores would be a mean of real values, not zero.
+    """
+
+    def __init__(self, dims: ModelDims, layer: LayerDescription, attention_op, tensor_size: int, tensor_rank: int) -> None:
+        super().__init__()
+        self.dims, self.window, self.attention_op = dims, layer.window, attention_op
+        first, self.num_heads, self.head_capacity = partition(dims.num_heads, tensor_size, tensor_rank)
+        self.kv_heads = needed_kv_heads(dims, tensor_size, tensor_rank)
+        queries_per_kv = dims.num_heads // dims.num_kv_heads
+        index = [head // queries_per_kv - self.kv_heads.start for head in range(first, first + self.num_heads)]
+        regular = self.num_heads % len(self.kv_heads) == 0
+        even = regular and index == [h // (self.num_heads // len(self.kv_heads)) for h in range(self.num_heads)]
+        table = None if even else torch.tensor(index)
+        self.register_buffer("kv_index", table, persistent=False)
+
+    def rotate_keys(self, k: Tensor, batch: MicroBatch) -> Tensor:
+        """k [N, 1, G*dk] before RoPE -> [N, 1, G*dk] after it: what a producer hands on."""
+        heads = k[:, 0].unflatten(-1, (-1, self.dims.head_dim))
+        return apply_rope(heads, batch.cos, batch.sin).flatten(1).unsqueeze(1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
+        """q [N, 1, head_capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, head_capacity*dv]."""
+        d, rows = self.dims, batch.rows
+        q = q[:, 0, : self.num_heads * d.head_dim].unflatten(-1, (self.num_heads, d.head_dim))
+        q = apply_rope(q, batch.cos, batch.sin)
+        meta_q, text_q = rows.split(q)
+        meta_k, text_k = rows.split(k[:, 0].unflatten(-1, (-1, d.head_dim)))
+        meta_v, text_v = rows.split(v[:, 0].unflatten(-1, (-1, d.value_head_dim)))
+        text, meta = self.attention_op(
+            text_q, text_k, text_v, meta_q, meta_k, meta_v,
+            window=self.window, scale=1 / math.sqrt(d.head_dim), kv_index=self.kv_index, segment_ids=batch.segment_ids,
+        )  # fmt: skip
+        out = rows.join(meta, text).flatten(1).unsqueeze(1)
+        return F.pad(out, (0, (self.head_capacity - self.num_heads) * d.value_head_dim))
+
+
+def needed_kv_heads(dims: ModelDims, tensor_size: int, tensor_rank: int) -> range:
+    """KV heads that one rank's query heads attend to."""
+    first, count, _ = partition(dims.num_heads, tensor_size, tensor_rank)
+    queries_per_kv = dims.num_heads // dims.num_kv_heads
+    return range(first // queries_per_kv, (first + count - 1) // queries_per_kv + 1)

@@ -1,0 +1,78 @@
+"""One layer: norm, mixer, add; norm, FFN, add (hymba-architecture 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from hymba_train.describe import LayerDescription, TensorDescription, layer_tensors
+from hymba_train.model.config import HymbaConfig
+from hymba_train.model.ops import Ops
+from hymba_train.model.rows import MicroBatch
+from hymba_train.parallel.cut import LocalTensor, local_tensor
+
+
+@dataclass
+class HymbaLayerSubmodules:
+    norm: ModuleSpec | type = None
+    mixer: ModuleSpec | type = None
+    ffn: ModuleSpec | type = None
+
+
+class HymbaLayer(MegatronModule):
+    def __init__(
+        self, config: HymbaConfig, submodules: HymbaLayerSubmodules, layer: LayerDescription, ops: Ops, pg_collection
+    ) -> None:
+        super().__init__(config)
+        self.layer = layer
+        self.cuts = layer_cuts(config, layer, pg_collection.tp.size(), pg_collection.tp.rank())
+        mixer_cuts = {n.removeprefix("mixer."): c for n, c in self.cuts.items() if n.startswith("mixer.")}
+
+        def norm():
+            return build_module(
+                submodules.norm, config, config.hidden_size, eps=config.layernorm_epsilon,
+                sequence_parallel=config.sequence_parallel,
+            )  # fmt: skip
+
+        self.input_norm = norm()
+        self.mixer = build_module(
+            submodules.mixer, config, layer=layer, cuts=mixer_cuts, ops=ops, pg_collection=pg_collection
+        )
+        if layer.has_ffn:
+            self.ffn_norm = norm()
+            self.ffn = build_module(submodules.ffn, config, pg_collection=pg_collection)
+
+    def forward(self, hidden: Tensor, batch: MicroBatch, *kv: Tensor) -> tuple[Tensor, ...]:
+        """hidden [N(/TP), 1, D]; kv: the producer's K and V, in a consumer. -> (hidden, and K, V if others consume them)."""
+        mixed, own_kv = self.mixer(self.input_norm(hidden), batch, kv or None)
+        hidden = hidden + mixed
+        if self.layer.has_ffn:
+            hidden = hidden + self.ffn(self.ffn_norm(hidden))
+        return (hidden, *own_kv) if self.layer.kv_role == "producer" else (hidden,)
+
+
+def layer_cuts(
+    config: HymbaConfig, layer: LayerDescription, tensor_size: int, tensor_rank: int
+) -> dict[str, LocalTensor]:
+    """Name below the layer -> this rank's part, for every parameter of a layer.
+
+    Where KV heads do not divide, in_proj's K/V slices become the parameter ``mixer.kv_proj.weight``, whole on every rank.
+    """
+    cuts: dict[str, LocalTensor] = {}
+    for tensor in layer_tensors(config.model, layer):
+        kv = tuple(s for s in tensor.slices if s.kv)
+        if kv and config.kv_replicated:
+            rest = tuple(s for s in tensor.slices if not s.kv)
+            cuts[tensor.name] = local_tensor(tensor, tensor_size, tensor_rank, rest)
+            cuts[_kv_name(tensor)] = local_tensor(tensor, tensor_size, tensor_rank, kv, replicate=True)
+        else:
+            cuts[tensor.name] = local_tensor(tensor, tensor_size, tensor_rank)
+    return cuts
+
+
+def _kv_name(tensor: TensorDescription) -> str:
+    return tensor.name.replace("in_proj", "kv_proj")

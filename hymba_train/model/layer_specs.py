@@ -1,0 +1,46 @@
+"""Layer specs: which modules a layer is built from, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec
+
+from hymba_train.errors import UserError
+from hymba_train.model.ffn import FfnSubmodules, GatedFfn
+from hymba_train.model.layer import HymbaLayer, HymbaLayerSubmodules
+from hymba_train.model.mixer import HybridMixer, MixerSubmodules
+from hymba_train.model.norm import RMSNorm
+
+LAYER_SPECS = ("local", "transformer_engine")
+
+
+def layer_spec(name: str, device_type: str) -> ModuleSpec:
+    """Spec of a HymbaLayer. ``auto`` is transformer_engine on a GPU and local on a CPU.
+
+    Raises UserError where Transformer Engine is asked for and is not installed.
+    """
+    if name == "auto":
+        name = "transformer_engine" if device_type == "cuda" else "local"
+    if name == "local":
+        return _spec(ColumnParallelLinear, RowParallelLinear)
+    if name == "transformer_engine":
+        return _spec(*_transformer_engine_linears())
+    raise UserError(f"precision.layer_spec={name!r}: known are auto, {', '.join(LAYER_SPECS)}")
+
+
+def _spec(column: type, row: type) -> ModuleSpec:
+    mixer = ModuleSpec(HybridMixer, submodules=MixerSubmodules(in_proj=column, out_proj=row))
+    ffn = ModuleSpec(GatedFfn, submodules=FfnSubmodules(linear_fc1=column, linear_fc2=row))
+    return ModuleSpec(HymbaLayer, submodules=HymbaLayerSubmodules(norm=RMSNorm, mixer=mixer, ffn=ffn))
+
+
+def _transformer_engine_linears() -> tuple[type, type]:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+    except ImportError as missing:
+        raise UserError(
+            f"precision.layer_spec=transformer_engine, but it cannot be imported ({missing}): "
+            "install hymba-train[gpu], or use precision.layer_spec=local"
+        ) from missing
+    return TEColumnParallelLinear, TERowParallelLinear

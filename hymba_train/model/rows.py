@@ -1,0 +1,76 @@
+"""The flat token axis: meta tokens once, then the text of every sequence.
+
+The meta tokens come first and attention is causal, so what they become depends on the parameters alone. A micro-batch
+therefore carries them once, and every token-wise module sees one axis of N rows::
+
+    row 0 .. M-1            meta tokens
+    row M + b*S + s         token s of sequence b
+    row M + B*S .. N-1      zero rows, where sequence parallelism needs N to divide
+
+Only attention, convolution and scan tell the parts apart. It is exact (design.md, bench/README.md) and saves the
+meta tokens' work for all sequences but one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hymba_train.ops.rope import rope_tables
+
+
+def num_token_rows(num_meta_tokens: int, batch: int, seq: int, multiple: int = 1) -> int:
+    """Rows N of a micro-batch, a multiple of ``multiple``."""
+    rows = num_meta_tokens + batch * seq
+    return -(-rows // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Sizes of a micro-batch and the two directions between flat rows and parts."""
+
+    num_meta: int  # M
+    batch: int  # B
+    seq: int  # S
+    num_rows: int  # N
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, ...] -> meta [M, ...], text [B, S, ...] (views)."""
+        end = self.num_meta + self.batch * self.seq
+        return rows[: self.num_meta], rows[self.num_meta : end].unflatten(0, (self.batch, self.seq))
+
+    def join(self, meta: Tensor, text: Tensor) -> Tensor:
+        """meta [M, ...], text [B, S, ...] -> [N, ...]."""
+        parts = [meta, text.flatten(0, 1)]
+        padding = self.num_rows - self.num_meta - self.batch * self.seq
+        if padding:
+            parts.append(text.new_zeros(padding, *text.shape[2:]))
+        return torch.cat(parts)
+
+    def text_logits(self, rows: Tensor) -> Tensor:
+        """[N, ...] -> [B, S, ...]."""
+        return self.split(rows)[1]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What every layer of a stage needs to know of a micro-batch."""
+
+    rows: TokenRows
+    cos: Tensor  # [N, dk] float32
+    sin: Tensor
+    segment_ids: Tensor | None  # [B, S]
+
+    @classmethod
+    def of(
+        cls, rows: TokenRows, positions: Tensor | None, segment_ids: Tensor | None, head_dim: int, rotary_base: float,
+        device: torch.device,
+    ) -> MicroBatch:  # fmt: skip
+        """RoPE positions: 0..M-1 for meta tokens, M + position for text (in its document; None: in its sequence)."""
+        if positions is None:
+            positions = torch.arange(rows.seq, device=device).expand(rows.batch, -1)
+        meta = torch.arange(rows.num_meta, device=device)
+        cos, sin = rope_tables(rows.join(meta, positions + rows.num_meta), head_dim, rotary_base)
+        return cls(rows, cos, sin, segment_ids)

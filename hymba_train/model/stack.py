@@ -1,0 +1,99 @@
+"""The layers of one pipeline chunk, and the keys and values that cross its borders.
+
+A KV group may straddle pipeline stages: K and V then travel behind the residual stream in the same message, as extra
+columns, and their gradients come back the same way. Every message of a layout has the same width
+(:func:`message_width`), so that Megatron-Core's schedules need no shape exchange.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from hymba_train.describe.stack import kv_crossing
+from hymba_train.model.attention import needed_kv_heads
+from hymba_train.model.config import HymbaConfig
+from hymba_train.model.ops import Ops
+from hymba_train.model.rows import MicroBatch
+
+SharedKv = dict[int, tuple[Tensor, Tensor]]
+
+
+class HymbaStack(MegatronModule):
+    """Layers ``layer_range`` of the model."""
+
+    def __init__(
+        self, config: HymbaConfig, spec: ModuleSpec, layer_range: range, ops: Ops, pg_collection, recompute: bool
+    ) -> None:
+        super().__init__(config)
+        self.range, self.recompute = layer_range, recompute
+        self.tp_size = pg_collection.tp.size()
+        self.kv_widths = kv_columns(config, self.tp_size, pg_collection.tp.rank())
+        self.layers = nn.ModuleList(
+            build_module(spec, config, layer=config.layers[i], ops=ops, pg_collection=pg_collection) for i in layer_range
+        )
+
+    def forward(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, SharedKv]:
+        """hidden [N(/TP), 1, D]; shared: K/V of producers before this chunk. -> both, after it."""
+        shared = dict(shared)
+        for layer in self.layers:
+            description = layer.layer
+            kv = shared[description.kv_source] if description.kv_role == "consumer" else ()
+            if self.recompute and self.training:
+                out = tensor_parallel.checkpoint(lambda h, *kv, layer=layer: layer(h, batch, *kv), False, hidden, *kv)
+            else:
+                out = layer(hidden, batch, *kv)
+            hidden = out[0]
+            if description.kv_role == "producer":
+                shared[description.index] = tuple(out[1:])
+        return hidden, shared
+
+    def pack(self, hidden: Tensor, shared: SharedKv, width: int) -> Tensor:
+        """Message to the next chunk: [N(/TP), 1, width] = residual stream | K, V of producers still needed | zeros."""
+        parts = [hidden]
+        for producer in kv_crossing(list(self.config.layers), self.range.stop):
+            parts += [self._to_columns(t) for t in shared[producer]]
+        used = sum(p.shape[-1] for p in parts)
+        if used < width:
+            parts.append(hidden.new_zeros(*hidden.shape[:-1], width - used))
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else hidden
+
+    def unpack(self, message: Tensor) -> tuple[Tensor, SharedKv]:
+        """What :meth:`pack` of the chunk before put together."""
+        d = self.config.hidden_size
+        hidden, at, shared = message[..., :d], d, {}
+        for producer in kv_crossing(list(self.config.layers), self.range.start):
+            pair = []
+            for width in self.kv_widths:
+                pair.append(self._from_columns(message[..., at : at + width], width))
+                at += width
+            shared[producer] = tuple(pair)
+        return hidden, shared
+
+    def _to_columns(self, t: Tensor) -> Tensor:
+        """K or V of all tokens [N, 1, w] as columns of a message, whose rows are split with sequence parallelism."""
+        return t.reshape(t.shape[0] // self.tp_size, 1, -1) if self.config.sequence_parallel else t
+
+    def _from_columns(self, columns: Tensor, width: int) -> Tensor:
+        if not self.config.sequence_parallel:
+            return columns
+        return columns.reshape(columns.shape[0] * self.tp_size, 1, width // self.tp_size)
+
+
+def kv_columns(config: HymbaConfig, tensor_size: int, tensor_rank: int) -> tuple[int, int]:
+    """Columns of a message that one producer's K and V take on this rank."""
+    d = config.dims
+    heads = len(needed_kv_heads(d, tensor_size, tensor_rank))
+    factor = tensor_size if config.sequence_parallel else 1
+    return heads * d.head_dim * factor, heads * d.value_head_dim * factor
+
+
+def message_width(config: HymbaConfig, chunk_starts: list[int], tensor_size: int, tensor_rank: int) -> int:
+    """Columns of every message between chunks that start at these layers (the first chunk's start is no border)."""
+    one = sum(kv_columns(config, tensor_size, tensor_rank))
+    crossing = [len(kv_crossing(list(config.layers), start)) for start in chunk_starts if start > 0]
+    return config.hidden_size + one * max(crossing, default=0)

@@ -1,0 +1,35 @@
+"""What a step does with gradients once the backward pass is over."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads as megatron_finalize
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+def finalize_model_grads(model: list, num_tokens: torch.Tensor | None = None, pg_collection=None, **kwargs) -> None:
+    """Megatron-Core's reductions (data parallel, sequence-parallel norms, tied embeddings, division by tokens), then
+    the sum over tensor-parallel ranks of K/V weights that every rank holds whole.
+
+    Each rank's queries see those K/V, so each has a part of their gradient; with and without sequence parallelism.
+    """
+    megatron_finalize(model, num_tokens, pg_collection=pg_collection, **kwargs)
+    _sum_partial_gradients(model, pg_collection.tp)
+
+
+def _sum_partial_gradients(model: list, tp_group) -> None:
+    if tp_group.size() == 1:
+        return
+    grads = [
+        p.main_grad
+        for chunk in model
+        for p in chunk.parameters()
+        if getattr(p, "partial_gradient_across_tp", False)
+    ]
+    if not grads:
+        return
+    flat = _flatten_dense_tensors(grads)
+    dist.all_reduce(flat, group=tp_group)
+    for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+        grad.copy_(summed)

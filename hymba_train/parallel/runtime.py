@@ -1,0 +1,118 @@
+"""Start-up of one process: device, torch.distributed, Megatron-Core's process groups."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hymba_train.config.schema import Config, ParallelConfig
+from hymba_train.errors import UserError
+from hymba_train.parallel import device as device_module
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands. ``groups`` is Megatron-Core's ProcessGroupCollection."""
+
+    device: torch.device
+    groups: object
+    rank: int
+    world_size: int
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_logging_rank(self) -> bool:
+        """Rank 0 speaks; the loss is broadcast to it from the last pipeline stage."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def initialize(config: Config) -> Runtime:
+    """Device, default process group (torchrun's environment, or a lone process), and parallel groups.
+
+    Raises UserError if the number of processes does not fit the layout.
+    """
+    device = device_module.activate(config.run.device)
+    if not dist.is_initialized():
+        _init_process_group(device)
+    return create_groups(config.parallel, device)
+
+
+def create_groups(parallel: ParallelConfig, device: torch.device) -> Runtime:
+    """Groups of one layout over the running default process group (tests call it once a layout)."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    world_size, block = dist.get_world_size(), parallel.tensor * parallel.pipeline
+    if world_size % block:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} does not divide the "
+            f"{world_size} processes that run: start a multiple of {block}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Runtime(device, groups, dist.get_rank(), world_size)
+
+
+def destroy_groups() -> None:
+    """Forget the parallel groups; the default process group lives on."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import _CUDA_RNG_STATE_TRACKER  # noqa: F401  (import proves the module)
+
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave torch.distributed."""
+    if dist.is_initialized():
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+def _init_process_group(device: torch.device) -> None:
+    if "RANK" not in os.environ:  # not under torchrun or srun: a lone process is a group of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group(
+        device_module.backend(device),
+        timeout=timedelta(minutes=10),
+        device_id=device if device.type == "cuda" else None,
+    )

@@ -1,0 +1,53 @@
+"""Packaging. Tool settings are in pyproject.toml; exact tested versions are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"  # also hymba_train.__version__; a test holds the two together
+
+setup(
+    name="hymba-train",
+    version=VERSION,
+    description="Distributed pretraining of Hymba hybrid-head language models on Megatron-Core",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["hymba_train*", "data_prep*", "launch*"]), "hymba_train_recipes"],
+    # The Hydra tree stands beside the package in a checkout and is a package of data in a wheel.
+    package_dir={"hymba_train_recipes": "recipes"},
+    package_data={"hymba_train_recipes": ["*.yaml", "*/*.yaml"], "data_prep": ["corpus/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "packaging",
+        "psutil",  # megatron.core.dist_checkpointing needs both, undeclared
+        "pyyaml",
+        "hydra-core>=1.3.2,<1.4",
+        "tokenizers>=0.20",
+        "sentencepiece>=0.2",
+        "safetensors>=0.4",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "tensorboard>=2.14",
+    ],
+    extras_require={
+        # CUDA packages; build them with --no-build-isolation after torch (README, "On a GPU").
+        "gpu": [
+            "transformer-engine[pytorch]>=2.8",
+            "mamba-ssm>=2.2.6",
+            "causal-conv1d>=1.5",
+            "flash-attn>=2.8",
+            "triton>=3.2",
+        ],
+        "wandb": ["wandb>=0.18"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff"],
+    },
+    entry_points={"console_scripts": ["hymba=hymba_train.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
