@@ -1,0 +1,1 @@
+"""Offline tools: text in, tokenised files out. ``hymba data`` is :func:`data_prep.cli.main`."""

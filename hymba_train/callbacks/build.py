@@ -1,0 +1,65 @@
+"""The callbacks of a run, in the order in which they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.callbacks.checkpointing import Checkpointing, Writer
+from hymba_train.callbacks.curve import LossCurve
+from hymba_train.callbacks.evaluation import Evaluation
+from hymba_train.callbacks.jsonl import JsonLines
+from hymba_train.callbacks.never_fatal import NeverFatal
+from hymba_train.callbacks.profile import Profile
+from hymba_train.callbacks.progress import Progress
+from hymba_train.callbacks.tensorboard import TensorBoard
+from hymba_train.callbacks.wandb import WandB
+from hymba_train.config.schema import Config
+
+METRICS = "metrics.jsonl"
+
+
+def build_callbacks(
+    config: Config, directory: Path, runtime, steps, peak, writer: Writer,
+    evaluate: Callable[[], dict[str, float]] | None,
+) -> list[Callback]:  # fmt: skip
+    """Evaluation and checkpoints on every rank, first; then, on the logging rank, everything that only looks on.
+
+    Args:
+        steps: the run's StepPlan. peak: the meter's :class:`hymba_train.train.metrics.Peak`.
+        evaluate: None if there is no validation domain.
+    """
+    c, log = config.checkpoint, config.logging
+    callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
+    callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+    if runtime.is_logging_rank:
+        callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]
+    return callbacks
+
+
+def _loggers(config: Config, directory: Path, runtime, steps, peak) -> list[Callback]:
+    log, metrics = config.logging, directory / METRICS
+    mfu = peak.name if peak.flops is None else f"{peak.name} x {runtime.world_size}"
+    facts = {
+        "run": config.run.name,
+        "seed": config.run.seed,
+        "world_size": runtime.world_size,
+        "data_parallel": runtime.data_parallel_size,
+        "device": str(runtime.device.type),
+        "mfu_denominator": mfu,
+    }
+    last = steps.num_steps if config.run.train_steps is None else min(config.run.train_steps, steps.num_steps)
+    loggers: list[Callback] = [
+        Progress(steps.tokens_before(last), last, [f"run {directory}  MFU denominator: {mfu}"]),
+        JsonLines(metrics, facts),
+    ]
+    if log.profile:
+        loggers.append(Profile(log.profile, directory / "profile"))
+    if log.tensorboard:
+        loggers.append(TensorBoard(directory / "tensorboard"))
+    if log.wandb:
+        loggers.append(WandB(directory, log.wandb_project, log.wandb_entity, config.run.name, asdict(config)))
+    loggers.append(LossCurve(metrics, directory / "loss_curves.png", config.run.name))
+    return loggers

@@ -1,0 +1,30 @@
+"""Held-out loss by domain, every so often and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hymba_train.callbacks.base import Callback
+
+
+class Evaluation(Callback):
+    """Runs ``evaluate`` (domain -> loss, collective over all ranks) and tells the other callbacks.
+
+    ``interval`` in steps; 0: only at the end. The same sequences every time and under every layout.
+    """
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]], interval: int) -> None:
+        self._evaluate, self.interval = evaluate, interval
+        self._done_at: int | None = None
+
+    def on_step_end(self, loop, metrics) -> None:
+        if self.interval and loop.state.step % self.interval == 0:
+            self._run(loop)
+
+    def on_train_end(self, loop) -> None:
+        if loop.state.step != self._done_at and loop.trained:
+            self._run(loop)
+
+    def _run(self, loop) -> None:
+        self._done_at = loop.state.step
+        loop.emit("on_evaluate_end", self._evaluate())

@@ -1,0 +1,41 @@
+"""Logging never stops training."""
+
+from __future__ import annotations
+
+import logging
+
+from hymba_train.callbacks.base import Callback
+
+logger = logging.getLogger(__name__)
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_")) + ("close",)
+
+
+class NeverFatal(Callback):
+    """Passes every hook on to ``inner``. The first exception is reported once and silences ``inner`` for good."""
+
+    def __init__(self, inner: Callback) -> None:
+        self.inner, self.broken = inner, False
+
+    def _pass_on(self, hook: str, *args) -> None:
+        if self.broken:
+            return
+        try:
+            getattr(self.inner, hook)(*args)
+        except Exception as error:
+            self.broken = True
+            logger.warning(
+                "%s failed in %s (%s: %s) and is off from now on; training goes on",
+                type(self.inner).__name__, hook, type(error).__name__, error,
+            )  # fmt: skip
+
+
+def _make(hook: str):
+    def passed_on(self, *args) -> None:
+        self._pass_on(hook, *args)
+
+    passed_on.__name__ = hook
+    return passed_on
+
+
+for _hook in HOOKS:
+    setattr(NeverFatal, _hook, _make(_hook))

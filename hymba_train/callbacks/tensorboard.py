@@ -1,0 +1,42 @@
+"""TensorBoard events in the run directory; the x-axis is the step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.callbacks.scalars import train_scalars, validation_scalars
+from hymba_train.errors import UserError
+
+
+class TensorBoard(Callback):
+    """Writes ``<directory>/events.out.*``. Raises UserError if the package is not installed."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "logging.tensorboard=true, but the package is not installed: pip install tensorboard, or "
+                "logging.tensorboard=false"
+            ) from error
+        self._make = SummaryWriter
+        self.directory = directory
+        self._writer = None
+
+    def on_train_start(self, loop) -> None:
+        # Steps behind the loaded checkpoint are trained again: TensorBoard drops their old points.
+        self._writer = self._make(log_dir=str(self.directory), purge_step=loop.state.step + 1)
+
+    def on_log(self, loop, metrics) -> None:
+        for name, value in {**train_scalars(metrics), "train/tokens": metrics.tokens}.items():
+            self._writer.add_scalar(name, value, metrics.step)
+
+    def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
+        for name, value in validation_scalars(losses).items():
+            self._writer.add_scalar(name, value, loop.state.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,1 @@
+"""Checkpoints in Megatron-Core's distributed format: save, publish, retain, load under any layout."""

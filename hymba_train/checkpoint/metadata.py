@@ -1,0 +1,119 @@
+"""checkpoint.json: what a checkpoint holds, readable without Megatron-Core and without unpickling anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hymba_train.checkpoint.directory import METADATA
+from hymba_train.config import flatten, to_plain
+from hymba_train.config.schema import Config
+from hymba_train.errors import UserError
+
+SCHEMA_VERSION = 1  # of our parameter names and of this file
+
+# Model keys that neither shape a parameter nor change what the parameters mean.
+_FREE_KEYS = {"name", "init_method", "init_method_std", "make_vocab_size_divisible_by"}
+# Keys that a later stage of training changes on purpose (context extension).
+_CONTEXT_KEYS = {"rope_type", "max_position_embeddings", "rope_original_max_positions"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run was spread over processes. RNG states belong to one layout; everything else fits any."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    data: int
+    world_size: int
+    device: str
+
+    @classmethod
+    def of(cls, config: Config, runtime) -> Layout:
+        p, r = config.parallel, runtime
+        return cls(p.tensor, p.pipeline, p.virtual_pipeline, r.data_parallel_size, r.world_size, r.device.type)
+
+
+def metadata_of(config: Config, layout: Layout, state: dict[str, int]) -> dict[str, Any]:
+    """The content of checkpoint.json."""
+    import megatron.core
+    import torch
+
+    plain = to_plain(config)
+    return {
+        "format": "hymba_train",
+        "schema_version": SCHEMA_VERSION,
+        "step": state["step"],
+        "train_state": state,
+        "layout": dataclasses.asdict(layout),
+        "config": plain,
+        "config_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron_core": megatron.core.__version__,
+        },
+    }
+
+
+def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
+    """Write checkpoint.json into a step directory that is not published yet."""
+    (directory / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """Read checkpoint.json. Raises UserError if it is missing, unreadable, or of a newer schema."""
+    path = directory / METADATA
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        version, layout = metadata["schema_version"], metadata["layout"]
+        metadata["config"]["model"], metadata["train_state"], Layout(**layout)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); choose another checkpoint, or move {directory} "
+            "away to fall back on an older one"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}: upgrade hymba_train")
+    return metadata
+
+
+def check_model(directory: Path, metadata: dict[str, Any], config: Config, allow_context_change: bool) -> list[str]:
+    """Hold a checkpoint's model to the configured one.
+
+    Returns remarks about RoPE keys that differ where ``allow_context_change``. Raises UserError, one line a key, for
+    every other difference.
+    """
+    saved, now = metadata["config"]["model"], to_plain(config.model)
+    problems, remarks = [], []
+    for key in sorted((saved.keys() | now.keys()) - _FREE_KEYS):
+        old, new = saved.get(key), now.get(key)
+        if old == new:
+            continue
+        if allow_context_change and key in _CONTEXT_KEYS:
+            remarks.append(f"model.{key} is {new} now, {old} in {directory.name}")
+        else:
+            problems.append(
+                f"{directory}: the checkpoint has model.{key}={old}, the configuration {new}: it is another model"
+            )
+    if problems:
+        raise UserError(*problems)
+    return remarks
+
+
+def changed_keys(metadata: dict[str, Any], config: Config) -> list[str]:
+    """'key: old -> new' for every configured value outside ``model`` and ``run`` that differs from the checkpoint's."""
+    saved, now = flatten(metadata["config"]), flatten(to_plain(config))
+    return [
+        f"{key}: {saved.get(key)} -> {now.get(key)}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and key.split(".")[0] not in ("model", "run", "logging", "checkpoint")
+    ]
+
+

@@ -1,0 +1,180 @@
+"""The optimizer as named tensors: float32 masters and both moments of every parameter, and one step count.
+
+Megatron-Core's own state dicts differ between its plain and its distributed optimizer, carry parameter groups with
+learning rates, and (0.19.2) the plain bf16 one numbers parameters wrongly where some are float32. Here a checkpoint
+holds ``optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.<name of the parameter>`` in true shapes, whatever wrote it, so
+every layout, optimizer and learning rate loads every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+PREFIX = "optimizer.state."
+MASTER = f"{PREFIX}fp32_param."
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_state(optimizer: Any, model: dict[str, Any], loading: bool) -> PlainState | DistributedState:
+    """State of a Megatron-Core optimizer. ``model``: the model's sharded entries; ``loading``: contents don't matter."""
+    if isinstance(optimizer, ChainedOptimizer):
+        (optimizer,) = optimizer.chained_optimizers
+    kind = DistributedState if isinstance(optimizer, DistributedOptimizer) else PlainState
+    return kind(optimizer, model, loading)
+
+
+def optimizer_step(optimizer: Any) -> int:
+    """Updates made so far: the step count of the parameter groups, 0 before the first one."""
+    return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
+
+
+class PlainState:
+    """FP32Optimizer and Float16OptimizerWithFloat16Params: every rank holds the state of all its parameters."""
+
+    def __init__(self, optimizer: Any, model: dict[str, Any], loading: bool) -> None:
+        self.optimizer = optimizer
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)  # fills what is empty before the first step
+        entries = {id(entry.data): entry for entry in nested_values(model)}
+        self.tensors: dict[int, dict[str, Any]] = {
+            number: {
+                kind: make_sharded_optimizer_tensor(entries[id(param)], tensor, f"{PREFIX}{kind}")
+                for kind, tensor in self._held(param, master).items()
+            }
+            for number, (param, master) in enumerate(self._masters())
+        }
+
+    def load(self, trees: list[dict], step: int) -> None:
+        """Take over tensors that were loaded into (parts of) :attr:`tensors`, and the step count."""
+        for number, (param, master) in enumerate(self._masters()):
+            for kind, tensor in self._held(param, master).items():
+                loaded = next(tree[number][kind] for tree in trees if kind in tree.get(number, {}))
+                tensor.data.copy_(loaded)
+        _set_step(self.optimizer, step)
+
+    def _masters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(parameter of the model, float32 tensor that is updated): the same one for float32 parameters."""
+        if not hasattr(self.optimizer, "fp32_from_float16_groups"):
+            yield from ((param, param) for param in self.optimizer.get_parameters())
+            return
+        o = self.optimizer
+        for params, masters in zip(o.float16_groups, o.fp32_from_float16_groups, strict=True):
+            yield from zip(params, masters, strict=True)
+        for params in o.fp32_from_fp32_groups:
+            yield from ((param, param) for param in params)
+
+    def _held(self, param: torch.Tensor, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        moments = self.optimizer.optimizer.state[master]
+        held = {kind: moments[kind] for kind in MOMENTS}
+        if master is not param:
+            held["fp32_param"] = master
+        return held
+
+
+class DistributedState:
+    """DistributedOptimizer: Megatron-Core gathers its shards into tensors of the parameters' shapes, and back."""
+
+    def __init__(self, optimizer: Any, model: dict[str, Any], loading: bool) -> None:
+        self.optimizer = optimizer
+        self._rest = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
+        self.tensors = _sharded_part(self._rest)
+        for entry in nested_values(self.tensors):
+            entry.key = entry.key.replace(f"{PREFIX}param.", MASTER)
+
+    def load(self, trees: list[dict], step: int) -> None:
+        """Take over tensors that were loaded into (parts of) :attr:`tensors`, and the step count."""
+        for tree in trees:
+            _put_back(self._rest, tree)
+        state = _unwrap(self._rest)
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = step
+        self.optimizer.load_state_dict(state)
+        _set_step(self.optimizer, step)
+
+
+def weights_as_masters(tensors: dict, stored: set[str]) -> dict:
+    """Take the masters that a checkpoint does not have out of ``tensors``; returns them as a tree of its own that reads
+    the weights themselves.
+
+    The plain optimizer stores masters of bf16 weights only, the distributed one of all; a float32 weight is its own
+    master. Load the two trees one after the other: one tree must not read a name twice.
+    """
+    renamed = {}
+    for key, value in list(tensors.items()):
+        if isinstance(value, dict):
+            part = weights_as_masters(value, stored)
+            if part:
+                renamed[key] = part
+        elif value.key.startswith(MASTER) and not {t.key for t in sharded_tensors(value)} & stored:
+            renamed[key] = replace(tensors.pop(key), key=value.key.removeprefix(MASTER))
+    return renamed
+
+
+def sharded_tensors(tree: Any) -> list[ShardedTensor]:
+    """Every sharded tensor in ``tree``, factories resolved; other sharded objects are left out."""
+    if isinstance(tree, ShardedTensorFactory):
+        return sharded_tensors(tree.build())
+    if isinstance(tree, ShardedTensor):
+        return [tree]
+    if isinstance(tree, (dict, list, tuple)):
+        return [t for _, value in _items(tree) for t in sharded_tensors(value)]
+    return []
+
+
+def _set_step(optimizer: Any, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["step"] = step
+
+
+def _items(tree: Any) -> Any:
+    return tree.items() if isinstance(tree, dict) else enumerate(tree)
+
+
+def _sharded_part(tree: Any) -> dict:
+    """Nested dicts with the sharded entries of ``tree`` alone; lists become dicts by index."""
+    out = {}
+    for key, value in _items(tree):
+        if isinstance(value, ShardedBase):
+            out[key] = value
+        elif isinstance(value, (dict, list)):
+            part = _sharded_part(value)
+            if part:
+                out[key] = part
+    return out
+
+
+def _put_back(tree: Any, part: dict) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _put_back(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _unwrap(tree: Any) -> Any:
+    if isinstance(tree, LocalNonpersistentObject):
+        return tree.unwrap()
+    if isinstance(tree, dict):
+        return {k: _unwrap(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_unwrap(v) for v in tree]
+    return tree

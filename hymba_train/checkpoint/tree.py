@@ -1,0 +1,41 @@
+"""Weights and RNG of a run as sharded tensors. Names are ours: ``decoder.layers.3.mixer.in_proj.weight...``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from hymba_train.checkpoint.optimizer_state import SHARDING
+
+
+def model_tree(chunks: list) -> dict[str, Any]:
+    """Weights of this process: ``chunks`` are its model chunks, wrapped in DistributedDataParallel."""
+    return {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(chunks)}
+
+
+def load_model_tree(chunks: list, loaded: dict[str, Any]) -> None:
+    """Put loaded weights into the modules."""
+    for i, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(loaded[f"model{i}"], strict=True)
+
+
+def rng_tree(rank: int, world_size: int) -> dict[str, ShardedTensor]:
+    """RNG states of this process, one row each: torch's CPU generator and Megatron-Core's named CUDA states."""
+    tracker = {name: state.detach().cpu() for name, state in get_cuda_rng_tracker().get_states().items()}
+    states = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state().cpu(), **tracker}
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.unsqueeze(0).contiguous(), (0, rank, world_size))
+        for name, state in states.items()
+    }
+
+
+def load_rng_tree(loaded: dict[str, torch.Tensor]) -> None:
+    """Restore what :func:`rng_tree` took, in the same layout."""
+    rows = {name: row[0].clone() for name, row in loaded.items()}
+    tracker = get_cuda_rng_tracker()
+    tracker.set_states({name: rows[name] for name in tracker.get_states()})
+    torch.cuda.set_rng_state(rows["cuda"])
+    torch.set_rng_state(rows["cpu"])

@@ -1,0 +1,105 @@
+"""Values that a key may take: words from a list, numbers within bounds. NAME in a key stands for any name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hymba_train.config.nearest import nearest
+from hymba_train.config.schema import TO_BE_GIVEN, Config
+from hymba_train.config.typed import flatten, to_plain
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.rope_type": ("default", "ntk"),
+    "model.init_method": ("mamba", "published"),
+    "parallel.recompute": ("none", "full"),
+    "precision.params": ("float32", "bf16"),
+    "precision.fp8": ("delayed", "current", "blockwise"),
+    "precision.layer_spec": ("local", "transformer_engine", "auto"),
+    "optim.name": ("adamw",),
+    "schedule.lr_decay_style": ("wsd", "cosine", "linear", "constant"),
+    "schedule.lr_wsd_decay_style": ("linear", "cosine", "exponential", "minus_sqrt"),
+    "data.phases.NAME.rope_type": ("default", "ntk"),
+    "run.device": ("auto", "cpu", "cuda"),
+}
+"""Words. null is allowed wherever the schema allows it."""
+
+_FROM_1, _FROM_0 = (1, math.inf), (0, math.inf)
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads",
+            "model.num_query_groups", "model.vocab_size", "model.window_size", "model.mamba_expand",
+            "model.mamba_state_dim", "model.mamba_conv_width", "model.mamba_dt_rank", "model.max_position_embeddings",
+            "model.rope_original_max_positions", "model.make_vocab_size_divisible_by", "parallel.tensor",
+            "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.world_size",
+            "data.phases.NAME.tokens", "data.phases.NAME.seq_length", "data.phases.NAME.global_batch_size",
+            "data.phases.NAME.micro_batch_size", "data.validation_sequences", "checkpoint.keep_last",
+            "logging.log_interval", "run.train_steps",
+        ),
+        _FROM_1,
+    ),
+    **dict.fromkeys(
+        (
+            "model.num_meta_tokens", "model.init_method_std", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
+            "checkpoint.save_interval", "checkpoint.keep_every", "logging.eval_interval", "run.seed",
+        ),
+        _FROM_0,
+    ),
+    **dict.fromkeys(("schedule.lr_warmup_fraction", "schedule.lr_wsd_decay_fraction"), (0, 1)),
+}  # fmt: skip
+"""Smallest and largest value, both allowed."""
+
+POSITIVE = ("model.rotary_base", "model.layernorm_epsilon", "optim.lr", "optim.adam_eps", "data.phases.NAME.blend.NAME")
+"""Numbers that must be above 0."""
+
+BELOW_1 = ("optim.adam_beta1", "optim.adam_beta2", "data.sources.NAME.validation_fraction")
+"""Numbers with 0 <= value < 1."""
+
+
+MAY_BE_OPEN = (
+    "model.name", "data.tokenizer", "data.path", "data.sources.NAME.path", "data.phases.NAME.tokens",
+    "data.phases.NAME.seq_length", "data.phases.NAME.global_batch_size", "data.phases.NAME.micro_batch_size",
+    "checkpoint.load", "logging.wandb_project", "logging.wandb_entity", "run.name", "run.directory",
+)  # fmt: skip
+"""Keys that a plan can do without: ``"???"`` there is listed as 'to be given'. Anywhere else it is a problem."""
+
+
+def check_values(config: Config) -> list[str]:
+    """One line for every value that its key cannot take, whatever the other keys say."""
+    problems = []
+    for key, value in flatten(to_plain(config)).items():
+        pattern = _pattern(key)
+        if value == TO_BE_GIVEN and pattern not in MAY_BE_OPEN:
+            problems.append(f"{key}: to be given; nothing can be planned without it")
+        if value is None or value == TO_BE_GIVEN:
+            continue
+        problem = _check_value(pattern, value)
+        if problem:
+            problems.append(f"{key}={value}: {problem}")
+    return problems
+
+
+def _pattern(key: str) -> str:
+    """data.phases.stable.blend.books -> data.phases.NAME.blend.NAME"""
+    parts = key.split(".")
+    if parts[0] == "data" and len(parts) > 2 and parts[1] in ("phases", "sources"):
+        parts[2] = "NAME"
+        if parts[3:4] == ["blend"] and len(parts) > 4:
+            parts[4] = "NAME"
+    return ".".join(parts)
+
+
+def _check_value(key: str, value: Any) -> str | None:
+    if key in CHOICES and value not in CHOICES[key]:
+        match = nearest(value, CHOICES[key])
+        return f"not one of {', '.join(CHOICES[key])}" + (f"; did you mean {match}?" if match else "")
+    if key in BOUNDS:
+        low, high = BOUNDS[key]
+        if not low <= value <= high:
+            return f"must be at least {low}" if high == math.inf else f"must lie in {low}..{high}"
+    if key in POSITIVE and not value > 0:
+        return "must be above 0"
+    if key in BELOW_1 and not 0 <= value < 1:
+        return "must be at least 0 and below 1"
+    return None

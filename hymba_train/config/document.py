@@ -1,0 +1,106 @@
+"""Documentation of every key, taken from the schema itself: the string under a field is its meaning."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import typing
+from dataclasses import dataclass
+
+import yaml
+
+from hymba_train.config import schema
+from hymba_train.config.typed import field_types, type_name
+
+
+@dataclass(frozen=True)
+class KeyDoc:
+    """One key: dotted name (NAME stands for a name the user chooses), type, default as YAML, meaning."""
+
+    key: str
+    type: str
+    default: str
+    meaning: str
+
+
+@functools.cache
+def _meanings() -> dict[tuple[str, str], str]:
+    """(class name, field name) -> the string below the field."""
+    found: dict[tuple[str, str], str] = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for item, after in zip(node.body, node.body[1:], strict=False):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(item, ast.AnnAssign) and is_text and isinstance(after.value.value, str):
+                found[node.name, item.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+def key_docs() -> list[KeyDoc]:
+    """Every key of the schema, in its order."""
+    docs: list[KeyDoc] = []
+
+    def walk(cls: type, prefix: str) -> None:
+        defaults = {f.name: f for f in dataclasses.fields(cls)}
+        for name, annotation in field_types(cls).items():
+            dotted, args = f"{prefix}{name}", typing.get_args(annotation)
+            if dataclasses.is_dataclass(annotation):
+                walk(annotation, f"{dotted}.")
+                continue
+            field = defaults[name]
+            value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            default = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+            default = "to be given" if value == schema.TO_BE_GIVEN else default
+            docs.append(KeyDoc(dotted, _short(annotation), default, _meanings().get((cls.__name__, name), "")))
+            if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(args[1]):
+                walk(args[1], f"{dotted}.NAME.")
+
+    walk(schema.Config, "")
+    return docs
+
+
+def _short(annotation: object) -> str:
+    args = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(args[1]):
+        return "mapping of names to what follows"
+    return type_name(annotation)
+
+
+def meaning_of(key: str) -> str:
+    """Meaning of a dotted key; names the user chose are found too (``data.phases.stable.tokens``)."""
+    parts = key.split(".")
+    for doc in key_docs():
+        known = doc.key.split(".")
+        if len(known) == len(parts) and all(k in ("NAME", p) for k, p in zip(known, parts, strict=True)):
+            return doc.meaning
+    return ""
+
+
+def document_keys() -> str:
+    """All keys as text: ``key (type, default): meaning``, one group after the other (``hymba train --help-keys``)."""
+    lines: list[str] = []
+    group = None
+    for doc in key_docs():
+        if doc.key.partition(".")[0] != group:
+            group = doc.key.partition(".")[0]
+            lines += ["", group]
+        lines.append(f"  {doc.key} ({doc.type}; default {doc.default})")
+        lines += textwrap.wrap(doc.meaning, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def document_keys_markdown() -> str:
+    """All keys as Markdown tables, one a group, for docs/."""
+    lines: list[str] = []
+    group = None
+    for doc in key_docs():
+        if doc.key.partition(".")[0] != group:
+            group = doc.key.partition(".")[0]
+            lines += ["", f"## {group}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        meaning = doc.meaning.replace("|", "\\|")
+        lines.append(f"| `{doc.key}` | {doc.type} | `{doc.default}` | {meaning} |")
+    return "\n".join(lines[1:]) + "\n"

@@ -1,0 +1,193 @@
+"""Plain data <-> typed configuration, with strict checks. Every problem is reported, not just the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from typing import Any
+
+from hymba_train.config.nearest import did_you_mean
+from hymba_train.config.schema import TO_BE_GIVEN, Config, Plain
+from hymba_train.errors import UserError
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name -> type of a schema dataclass, in the order of the schema."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def from_plain(plain: Plain) -> Config:
+    """Typed configuration from nested dicts, lists and scalars.
+
+    Keys that are absent take the schema's default; ``"???"`` is kept wherever it stands. An int is taken for a float,
+    and a whole float such as 1e12 for an int; nothing else is converted.
+
+    Raises UserError with one line for every unknown key and every value of the wrong type.
+    """
+    problems: list[str] = []
+    config = _build(Config, plain, "", problems)
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def to_plain(config: Any) -> Plain:
+    """Nested dicts, lists and scalars of a configuration (or a part of it), in the order of the schema."""
+    return dataclasses.asdict(config)
+
+
+def to_be_given(config: Config) -> list[str]:
+    """Dotted keys that still hold ``"???"``."""
+    return [key for key, value in flatten(to_plain(config)).items() if value == TO_BE_GIVEN]
+
+
+def flatten(plain: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf value. Lists and empty dicts are leaves."""
+    if not isinstance(plain, dict) or not plain:
+        return {prefix: plain}
+    leaves: dict[str, Any] = {}
+    for key, value in plain.items():
+        leaves.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return leaves
+
+
+def type_name(annotation: Any) -> str:
+    """How an error line or the key list names a type: ``int``, ``list of str``, ``float or null``."""
+    if annotation is type(None):
+        return "null"
+    if dataclasses.is_dataclass(annotation):
+        return f"mapping with {', '.join(field_types(annotation))}"
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(type_name(a) for a in args)
+    if origin is list:
+        return f"list of {type_name(args[0])}"
+    if origin is dict:
+        element = "(" + type_name(args[1]) + ")" if dataclasses.is_dataclass(args[1]) else type_name(args[1])
+        return f"mapping of names to {element}"
+    return "text" if annotation is str else annotation.__name__
+
+
+class _Mismatch(Exception):
+    pass
+
+
+def _build(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
+    if not isinstance(plain, dict):
+        problems.append(f"{prefix}: expected {type_name(cls)}; got {_show(plain)}")
+        return cls()
+    known = field_types(cls)
+    values: dict[str, Any] = {}
+    for key, value in plain.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        if str(key).startswith("_"):
+            problems.append(_private(dotted))
+            continue
+        if key not in known:
+            nearby = [f"{prefix}.{k}" if prefix else k for k in known]
+            problems.append(_unknown(dotted, nearby))
+            continue
+        values[key] = _convert_field(known[key], value, dotted, problems)
+    return cls(**{k: v for k, v in values.items() if v is not _INVALID})
+
+
+_INVALID = object()
+
+
+def _convert_field(annotation: Any, value: Any, dotted: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(annotation):
+        return _build(annotation, value, dotted, problems)
+    if typing.get_origin(annotation) is dict and isinstance(value, dict):
+        element = typing.get_args(annotation)[1]
+        converted = {}
+        for name, item in value.items():
+            if not isinstance(name, str) or not name or "." in name:
+                problems.append(f"{dotted}: name {name!r} must be text without dots")
+                continue
+            if name.startswith("_"):
+                problems.append(_private(f"{dotted}.{name}"))
+                continue
+            converted[name] = _convert_field(element, item, f"{dotted}.{name}", problems)
+        return {k: v for k, v in converted.items() if v is not _INVALID}
+    try:
+        return _convert(annotation, value)
+    except _Mismatch:
+        problems.append(f"{dotted}: expected {type_name(annotation)}; got {_show(value)}{_hint(annotation, value)}")
+        return _INVALID
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    """``value`` as ``annotation``; raises _Mismatch."""
+    if isinstance(value, str) and value == TO_BE_GIVEN:
+        return value
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        for option in args:
+            if option is not type(None):
+                return _convert(option, value)  # the schema has unions with None only
+    if origin is list:
+        if not isinstance(value, list):
+            raise _Mismatch
+        return [_convert(args[0], item) for item in value]
+    if annotation is bool and isinstance(value, bool):
+        return value
+    if annotation is str and isinstance(value, str):
+        return value
+    if annotation in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if annotation is float and math.isfinite(value):
+            return float(value)
+        if annotation is int and float(value).is_integer():
+            return int(value)
+    raise _Mismatch
+
+
+def _hint(annotation: Any, value: Any) -> str:
+    if isinstance(value, (int, float)) and "text" in type_name(annotation):
+        return f' (in a file write "{value}"; on the command line KEY=\'"{value}"\')'
+    if isinstance(value, float) and not math.isfinite(value):
+        return " (must be finite)"
+    return ""
+
+
+def _show(value: Any) -> str:
+    kind = {dict: "mapping", str: "text", type(None): "null"}.get(type(value), type(value).__name__)
+    return "null" if value is None else f"{value!r} ({kind})"
+
+
+def _private(dotted: str) -> str:
+    return f"{dotted}: keys that begin with '_' are refused; nothing in a configuration is instantiated or run"
+
+
+def _unknown(dotted: str, siblings: list[str]) -> str:
+    every_key = [*siblings, *(k for k in schema_keys() if k not in siblings)]
+    tail = did_you_mean(dotted, every_key)
+    if tail.startswith("known:"):  # nothing near in the whole schema: show the group alone
+        tail = "known here: " + ", ".join(k.rpartition(".")[2] for k in siblings)
+    return f"{dotted}: unknown key; {tail}"
+
+
+@functools.cache
+def schema_keys() -> tuple[str, ...]:
+    """Every dotted key of the schema; NAME stands for a name the user chooses (``data.phases.NAME.tokens``)."""
+    keys: list[str] = []
+
+    def walk(cls: type, prefix: str) -> None:
+        for name, annotation in field_types(cls).items():
+            dotted = f"{prefix}{name}"
+            args = typing.get_args(annotation)
+            if dataclasses.is_dataclass(annotation):
+                walk(annotation, f"{dotted}.")
+            elif typing.get_origin(annotation) is dict and dataclasses.is_dataclass(args[1]):
+                walk(args[1], f"{dotted}.NAME.")
+            else:
+                keys.append(dotted)
+
+    walk(Config, "")
+    return tuple(keys)

@@ -1,0 +1,163 @@
+"""Names and settings of the published checkpoint, and ours (hymba-architecture 1.1 and 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hymba_train.config.schema import ModelConfig
+from hymba_train.describe.tensors import TensorDescription, model_tensors
+from hymba_train.errors import UserError
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def from_hf_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published names -> ours, true shapes; dtypes are kept, nothing is copied that needs no change.
+
+    gate_proj and up_proj become the rows [gate; up] of ffn.linear_fc1; conv1d.weight [E, 1, K] becomes [E, K]. Where
+    the embedding is tied an equal lm_head.weight is accepted and dropped. Raises UserError with a line for every tensor
+    that is missing, has the wrong shape or is not known.
+    """
+    left, result, problems = dict(tensors), {}, []
+    for description in model_tensors(config):
+        parts = []
+        for name, shape in hf_parts(description):
+            tensor = left.pop(name, None)
+            if tensor is None:
+                problems.append(f"{name}: missing; the configuration asks for it with shape {list(shape)}")
+            elif tuple(tensor.shape) != shape:
+                problems.append(f"{name}: has shape {list(tensor.shape)}, the configuration asks for {list(shape)}")
+            else:
+                parts.append(tensor)
+        if parts:
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            result[description.name] = whole.reshape(-1, whole.shape[-1]) if whole.dim() == 3 else whole
+    if not config.untie_embeddings_and_output_weights and HEAD in left:
+        head, embedding = left.pop(HEAD), tensors.get(EMBEDDING)
+        if embedding is not None and not torch.equal(head, embedding):
+            problems.append(f"{HEAD}: differs from {EMBEDDING}; set model.untie_embeddings_and_output_weights")
+    problems += [f"{name}: no such tensor in this configuration" for name in left]
+    if problems:
+        raise UserError(*problems)
+    return result
+
+
+def to_hf_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Ours (true shapes) -> published names: the inverse of :func:`from_hf_state_dict`; a tied lm_head is left out."""
+    result = {}
+    for description in model_tensors(config):
+        tensor = tensors.get(description.name)
+        if tensor is None or tuple(tensor.shape) != description.shape:
+            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+            raise UserError(f"{description.name}: {found}; the configuration asks for {list(description.shape)}")
+        row = 0
+        for name, shape in hf_parts(description):
+            result[name] = tensor[row : row + shape[0]].reshape(shape).contiguous()
+            row += shape[0]
+    return result
+
+
+def hf_parts(description: TensorDescription) -> list[tuple[str, tuple[int, ...]]]:
+    """(published name, published shape) of the tensors that make up one of ours, in the order of its rows."""
+    name, shape = description.hf_name, description.shape
+    if "{" in name:
+        before, _, rest = name.partition("{")
+        alternatives, _, after = rest.partition("}")
+        rows = [s.size for s in description.slices]
+        names = [before + part + after for part in alternatives.split(",")]
+        return [(n, (r, *shape[1:])) for n, r in zip(names, rows, strict=True)]
+    if name.endswith("conv1d.weight"):
+        shape = (shape[0], 1, shape[1])
+    return [(name, shape)]
+
+
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("hymba",),
+    "hidden_act": ("silu",),
+    "mlp_hidden_act": ("silu",),
+    "kq_norm": ("none", None),
+    "rope": (True,),
+    "num_experts": (1,),
+    "num_experts_per_tok": (1,),
+    "mamba_conv_bias": (True,),
+    "mamba_proj_bias": (False,),
+    "mamba_inner_layernorms": (True,),
+    "memory_tokens_interspersed_every": (0, None),
+    "attention_dropout": (0.0,),
+}
+"""Keys with the values we implement. A missing key takes the published model's value, not the class default."""
+
+_ROPE_TYPES = {"ntk": "ntk", "default": "default", None: "default"}
+
+
+def model_config_from_hf(config_json: Mapping[str, Any]) -> ModelConfig:
+    """The published config.json (or one like it) as a ModelConfig.
+
+    Raises UserError with a line for every key that is missing or asks for something we do not have. v_head_dim is not
+    read: the published code overwrites it with mamba_expand * hidden_size / num_attention_heads.
+    """
+    problems = [
+        f"config.json: {key} = {config_json[key]!r} is not supported; only {' or '.join(repr(v) for v in values)} is"
+        for key, values in _FIXED.items()
+        if key in config_json and config_json[key] not in values
+    ]
+    problems += [f"config.json: {key} is missing" for key in _REQUIRED if key not in config_json]
+    if problems:
+        raise UserError(*problems)
+    problems = _size_problems(config_json)
+    if problems:
+        raise UserError(*problems)
+    get = config_json.get
+    rank = get("mamba_dt_rank", "auto")
+    return ModelConfig(
+        name="hymba",
+        num_layers=get("num_hidden_layers"),
+        hidden_size=get("hidden_size"),
+        ffn_hidden_size=get("intermediate_size"),
+        num_attention_heads=get("num_attention_heads"),
+        num_query_groups=get("num_key_value_heads"),
+        vocab_size=get("vocab_size"),
+        layer_pattern=["hybrid"],
+        global_layers=list(get("global_attn_idx") or []),
+        kv_groups=[list(group) for group in get("kv_reuse_group") or []],
+        window_size=get("sliding_window"),
+        num_meta_tokens=get("num_memory_tokens"),
+        mamba_expand=get("mamba_expand"),
+        mamba_state_dim=get("mamba_d_state"),
+        mamba_conv_width=get("mamba_d_conv"),
+        mamba_dt_rank=None if rank == "auto" else rank,
+        rotary_base=get("rope_theta", 10000.0),
+        rope_type=_ROPE_TYPES[get("rope_type")],
+        max_position_embeddings=get("max_position_embeddings"),
+        rope_original_max_positions=get("orig_max_position_embeddings") or get("max_position_embeddings"),
+        layernorm_epsilon=get("rms_norm_eps"),
+        untie_embeddings_and_output_weights=not get("tie_word_embeddings"),
+        init_method_std=get("initializer_range", 0.02),
+    )
+
+
+_REQUIRED = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "sliding_window", "global_attn_idx", "num_memory_tokens", "mamba_expand", "mamba_d_state", "mamba_d_conv",
+    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _size_problems(config_json: Mapping[str, Any]) -> list[str]:
+    get, problems = config_json.get, []
+    hidden, heads = config_json["hidden_size"], config_json["num_attention_heads"]
+    if (get("attn_hidden_size") or -1) > 0 and get("attn_hidden_size") != hidden:
+        problems.append(f"config.json: attn_hidden_size = {get('attn_hidden_size')} is not hidden_size ({hidden})")
+    if (get("kq_head_dim") or -1) > 0 and get("kq_head_dim") * heads != hidden:
+        problems.append(f"config.json: kq_head_dim = {get('kq_head_dim')} not hidden_size / heads = {hidden / heads:g}")
+    if get("rope_type") not in _ROPE_TYPES:
+        problems.append(f"config.json: rope_type = {get('rope_type')!r} is not supported; only 'ntk' or 'default' is")
+    if not get("kv_reuse_group") and (get("kv_reuse_every_i_layer") or -1) > 0:
+        problems.append("config.json: kv_reuse_every_i_layer is not supported; list the groups in kv_reuse_group")
+    if set(get("layer_type") or "h") != {"h"}:
+        problems.append("config.json: layer_type has layers other than 'h' (hybrid)")
+    return problems

@@ -1,0 +1,208 @@
+"""The data of a run: phases of blended sources, addressed by global sample number.
+
+``TrainingData.sample(phase, n)`` is a pure function of (seed, blend, phase, n): rank, world size, restarts and what was
+read before play no part. So the data state of a run is (phase index, samples consumed in the phase), two numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypedDict
+
+import numpy as np
+
+from hymba_train.data.blend import Blend
+from hymba_train.data.manifest import Manifest
+from hymba_train.data.permutation import Permutation
+from hymba_train.data.windows import TokenRange, Windows, mask_documents
+from hymba_train.errors import UserError
+
+
+class Sample(TypedDict):
+    """One sequence with its labels. positions and segment_ids are None without a document mask."""
+
+    tokens: np.ndarray
+    """int64 [S + 1]: inputs are [:-1]."""
+    labels: np.ndarray
+    """int64 [S], already shifted; -100 has no loss."""
+    positions: np.ndarray | None
+    """int64 [S], from 0 in each document."""
+    segment_ids: np.ndarray | None
+    """int64 [S], from 0, one number a document."""
+    source: str
+    window: int
+    """Number of the window in the source's training or held-out part."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tokenised source, split into its training part and its held-out part (which may be empty)."""
+
+    name: str
+    training: TokenRange
+    held_out: TokenRange
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of training, as far as data is concerned.
+
+    Attributes:
+        num_samples: sequences in the phase, tokens / seq_length rounded up.
+    """
+
+    name: str
+    seq_length: int
+    num_samples: int
+    blend: Blend
+
+
+class TrainingData:
+    """Random access to every sample of every phase, and to the held-out sequences. Made by
+    :func:`hymba_train.data.build.build_training_data`.
+
+    Args:
+        sources: by name.
+        phases: in the order of training.
+        seed: seed of the run.
+        vocab_size: every token must be below it.
+        document_mask: keep documents apart (labels, positions, segment ids).
+        validation_sequences: most sequences of a held-out part that an evaluation reads.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        phases: Sequence[Phase],
+        *,
+        seed: int,
+        vocab_size: int,
+        document_mask: bool = False,
+        validation_sequences: int = 64,
+    ) -> None:
+        self.sources = dict(sources)
+        self.phases = tuple(phases)
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.document_mask = document_mask
+        self.validation_sequences = validation_sequences
+        self._windows = {
+            (name, phase.seq_length): Windows(self.sources[name].training, phase.seq_length)
+            for phase in self.phases
+            for name in phase.blend.names
+        }
+        self._permutation = lru_cache(maxsize=64)(self._make_permutation)
+
+    @property
+    def validation_domains(self) -> tuple[str, ...]:
+        """Names of the sources with a held-out part."""
+        return tuple(name for name, source in self.sources.items() if source.held_out.num_tokens)
+
+    def _make_permutation(self, phase: str, source: str, epoch: int, num_windows: int) -> Permutation:
+        return Permutation(num_windows, "windows", self.seed, phase, source, epoch)
+
+    def locate(self, phase_index: int, n: int) -> tuple[str, int, int]:
+        """(source name, epoch of that source in the phase, window number) of global sample number n >= 0."""
+        phase = self.phases[phase_index]
+        name, k = phase.blend[n]
+        num_windows = len(self._windows[name, phase.seq_length])
+        epoch, place = divmod(k, num_windows)
+        return name, epoch, self._permutation(phase.name, name, epoch, num_windows)[place]
+
+    def sample(self, phase_index: int, n: int) -> Sample:
+        """Global sample number n of a phase, any n >= 0 in any order.
+
+        Raises UserError when the file holds a token that the model's vocabulary does not.
+        """
+        name, _, window = self.locate(phase_index, n)
+        return self._read(name, self._windows[name, self.phases[phase_index].seq_length], window)
+
+    def _read(self, name: str, windows: Windows, window: int) -> Sample:
+        tokens = windows.read(window)
+        if tokens.max() >= self.vocab_size or tokens.min() < 0:
+            place = windows.offset(window) + int(np.argmax((tokens >= self.vocab_size) | (tokens < 0)))
+            raise UserError(
+                f"{windows.part.tokens.prefix}.bin: token {place} is {windows.part.tokens.tokens(place, place + 1)[0]},"
+                f" outside the model's vocabulary of {self.vocab_size}: was it made with another tokenizer?"
+            )
+        sample: Sample = {
+            "tokens": tokens,
+            "labels": tokens[1:],
+            "positions": None,
+            "segment_ids": None,
+            "source": name,
+            "window": window,
+        }
+        if self.document_mask:
+            sample.update(mask_documents(tokens, windows.borders(window)))
+        return sample
+
+    def num_validation_samples(self, domain: str, seq_length: int) -> int:
+        """Sequences that an evaluation of this domain reads."""
+        return min(self.validation_sequences, len(self._held_out(domain, seq_length)))
+
+    def validation_sample(self, domain: str, seq_length: int, index: int) -> Sample:
+        """Held-out sequence ``index`` of a domain: windows spread evenly over the held-out part, always the same."""
+        windows = self._held_out(domain, seq_length)
+        count = self.num_validation_samples(domain, seq_length)
+        return self._read(domain, windows, index * len(windows) // count)
+
+    def _held_out(self, domain: str, seq_length: int) -> Windows:
+        if domain not in self.validation_domains:
+            raise UserError(f"no validation domain {domain}; there are {', '.join(self.validation_domains) or 'none'}")
+        windows = Windows(self.sources[domain].held_out, seq_length)
+        if not len(windows):
+            raise UserError(
+                f"data.sources.{domain}: the held-out part has {windows.part.num_tokens} tokens, too few for a "
+                f"sequence of {seq_length}: raise validation_fraction"
+            )
+        return windows
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that decides the order and content of the samples, for checkpoints to compare.
+
+        Files count by the hash in their manifest; files without one by their sizes.
+        """
+        facts = {
+            "seed": self.seed,
+            "document_mask": self.document_mask,
+            "phases": [
+                [p.name, p.seq_length, list(p.blend.names), [str(share) for share in p.blend.shares]]
+                for p in self.phases
+            ],
+            "sources": {
+                name: [
+                    source.training.begin,
+                    source.training.end,
+                    sorted(f["sha256"] for f in source.manifest.files.values()) if source.manifest else None,
+                ]
+                for name, source in self.sources.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> list[str]:
+        """Lines for the log: what each source holds, and how often each phase goes through it."""
+        lines = []
+        for name, source in self.sources.items():
+            held_out = source.held_out
+            lines.append(
+                f"source {name}: {source.training.num_tokens:,} tokens in {source.training.num_documents:,} documents"
+                + (f", held out {held_out.num_tokens:,} in {held_out.num_documents:,}" if held_out.num_tokens else "")
+                + ("" if source.manifest else "; no manifest, so the tokenizer it was made with is unknown")
+            )
+        for phase in self.phases:
+            parts = []
+            counts = phase.blend.counts_before(phase.num_samples)
+            for name, share in zip(phase.blend.names, phase.blend.shares, strict=True):
+                epochs = counts[name] / len(self._windows[name, phase.seq_length])
+                parts.append(f"{name} {float(share):.1%} ({epochs:.2f} epochs)")
+            lines.append(
+                f"phase {phase.name}: {phase.num_samples:,} sequences of {phase.seq_length} tokens; {', '.join(parts)}"
+            )
+        return lines

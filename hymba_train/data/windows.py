@@ -1,0 +1,110 @@
+"""Cutting a run of tokens into samples of S + 1 tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hymba_train.data.indexed import IndexedTokens
+
+IGNORED_LABEL = -100
+"""Label of a position without loss."""
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """Part of a tokenised source that begins and ends at a document border: its training or its held-out part.
+
+    Attributes:
+        tokens: the files.
+        begin, end: offsets in tokens; end is exclusive.
+        begin_document, end_document: the same in documents.
+    """
+
+    tokens: IndexedTokens
+    begin: int
+    end: int
+    begin_document: int
+    end_document: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def num_documents(self) -> int:
+        return self.end_document - self.begin_document
+
+
+def split_held_out(tokens: IndexedTokens, fraction: float) -> tuple[TokenRange, TokenRange]:
+    """(training part, held-out part): held out are the fewest last documents with ``fraction`` of all tokens."""
+    border = tokens.num_documents
+    if fraction > 0:
+        # Exactly `fraction` would begin at this token; the document around it is held out whole.
+        first_held_out = tokens.num_tokens - max(1, round(tokens.num_tokens * fraction))
+        border = tokens.document_at(first_held_out) if tokens.num_tokens else 0
+    middle = tokens.document_start(border)
+    return (
+        TokenRange(tokens, 0, middle, 0, border),
+        TokenRange(tokens, middle, tokens.num_tokens, border, tokens.num_documents),
+    )
+
+
+class Windows:
+    """Samples of one sequence length from a token range: window i is tokens i*S .. i*S + S of the range.
+
+    Neighbours share one token (the last label of one is the first input of the next), so that every token but the
+    first is predicted exactly once in an epoch; up to S tokens at the end are left out.
+
+    Args:
+        part: the token range.
+        seq_length: S.
+    """
+
+    def __init__(self, part: TokenRange, seq_length: int) -> None:
+        self.part = part
+        self.seq_length = seq_length
+        self.num_windows = max(0, (part.num_tokens - 1) // seq_length)
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def offset(self, window: int) -> int:
+        """Offset in the file, in tokens, of the first token of a window."""
+        if not 0 <= window < self.num_windows:
+            raise IndexError(f"window {window} is outside the {self.num_windows} of {self.part.tokens.prefix}")
+        return self.part.begin + window * self.seq_length
+
+    def read(self, window: int) -> np.ndarray:
+        """Tokens of a window, int64 [S + 1]."""
+        begin = self.offset(window)
+        return self.part.tokens.tokens(begin, begin + self.seq_length + 1)
+
+    def borders(self, window: int) -> np.ndarray:
+        """Places 1..S inside a window at which another document starts, int64, ascending."""
+        begin = self.offset(window)
+        return self.part.tokens.document_starts(begin + 1, begin + self.seq_length + 1) - begin
+
+
+def mask_documents(tokens: np.ndarray, borders: np.ndarray) -> dict[str, np.ndarray]:
+    """Labels, positions and segment ids that keep the documents of one sample apart.
+
+    Args:
+        tokens: int64 [S + 1].
+        borders: places 1..S at which another document starts.
+
+    Returns labels, positions, segment_ids, int64 [S] each. The label is IGNORED_LABEL where the next token starts
+    another document (nothing before a document foretells its start); positions count from 0 in each document, or in
+    the piece of it that lies in this sample; segment ids count the sample's documents from 0.
+    """
+    seq_length = tokens.size - 1
+    labels = tokens[1:].copy()
+    labels[borders - 1] = IGNORED_LABEL
+    inside = borders[borders < seq_length]  # a document that starts at place S shows in the last label alone
+    starts = np.concatenate([np.zeros(1, np.int64), inside])
+    segment_ids = np.zeros(seq_length, dtype=np.int64)
+    segment_ids[inside] = 1
+    segment_ids = np.cumsum(segment_ids)
+    positions = np.arange(seq_length, dtype=np.int64) - starts[segment_ids]
+    return {"labels": labels, "positions": positions, "segment_ids": segment_ids}

@@ -1,0 +1,24 @@
+"""Rotary position embedding, half-split ("rotate-half"); hymba-architecture 2.6."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [*positions.shape, head_dim / 2], of positions (int, any shape).
+
+    ``base`` is the effective one (describe.dims.effective_rotary_base). Always float32: bf16 frequencies would turn
+    position 8,319 by up to 9.5 rad too far (hymba-architecture 2.6).
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float().unsqueeze(-1) * (1.0 / base**exponent)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [..., heads, dk] by the tables [..., dk / 2] of its positions; in x.dtype, the tables are cast to it."""
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,20 @@
+"""Documents packed into one row: where they start, and how far a token is into its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def document_starts(segment_ids: Tensor) -> Tensor:
+    """bool [B, S]: True at the first token of each document (the first token of a row is one)."""
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return starts
+
+
+def document_offsets(segment_ids: Tensor) -> Tensor:
+    """int64 [B, S]: 0 at the first token of each document of segment_ids [B, S], counting up within it."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    first = torch.where(document_starts(segment_ids), index, 0)
+    return index - first.cummax(dim=1).values

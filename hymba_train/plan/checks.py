@@ -1,0 +1,286 @@
+"""Every check of a configuration that can be made before a GPU is held.
+
+Each function takes what it needs and returns problems, one line each: the fact that fails and the nearest value that
+works. ``plan.make_plan`` calls them all and raises them together.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hymba_train.config.nearest import did_you_mean
+from hymba_train.config.schema import TO_BE_GIVEN, Config, ModelConfig, PhaseConfig
+from hymba_train.describe import ModelDims, resolve_stack
+from hymba_train.plan.steps import batch_sizes
+
+
+def multiples_around(value: int, base: int) -> str:
+    """'nearest are 96 and 120': the multiples of ``base`` on either side of ``value``.
+
+    >>> multiples_around(100, 24)
+    'nearest are 96 and 120'
+    """
+    below, above = value // base * base, (value // base + 1) * base
+    return f"nearest is {above}" if below == 0 else f"nearest are {below} and {above}"
+
+
+def divisors_around(value: int, total: int) -> str:
+    """'nearest are 5 and 10': the divisors of ``total`` on either side of ``value``.
+
+    >>> divisors_around(6, 25)
+    'nearest are 5 and 25'
+    """
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
+    near = [str(d) for d in (*below[-1:], *above[:1])]
+    return f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(near)}"
+
+
+def check_model(model: ModelConfig) -> list[str]:
+    """Shapes of the model. Expects given, positive numbers."""
+    problems = []
+    d, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
+    if d % heads:
+        problems.append(
+            f"model.num_attention_heads={heads} does not divide model.hidden_size={d}: {divisors_around(heads, d)}"
+        )
+    elif d // heads % 2:
+        problems.append(
+            f"model.num_attention_heads={heads}: heads of {d // heads} are odd, RoPE turns pairs; "
+            f"choose a number of heads that leaves an even width"
+        )
+    elif d // heads <= 2 and "ntk" in (model.rope_type,):
+        problems.append(f"model.num_attention_heads={heads}: heads of {d // heads} are too narrow for rope_type=ntk")
+    if heads % groups:
+        problems.append(
+            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}: "
+            f"{divisors_around(groups, heads)}"
+        )
+    if len(set(model.global_layers)) < len(model.global_layers):
+        problems.append(f"model.global_layers={model.global_layers}: a layer is named twice; name each once")
+    if model.rope_original_max_positions > model.max_position_embeddings:
+        problems.append(
+            f"model.rope_original_max_positions={model.rope_original_max_positions} is more than "
+            f"model.max_position_embeddings={model.max_position_embeddings}: set it to at most that"
+        )
+    try:
+        resolve_stack(model)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def check_layout(config: Config, world_size: int) -> list[str]:
+    """Numbers of ranks and stages against the model and each other. Expects positive numbers."""
+    p, m = config.parallel, config.model
+    problems = []
+    if p.context > 1:
+        problems.append(f"parallel.context={p.context}: context parallelism is not supported yet; set it to 1")
+    if p.tensor > m.num_attention_heads:
+        problems.append(
+            f"parallel.tensor={p.tensor} is more than model.num_attention_heads={m.num_attention_heads}: "
+            f"every rank needs a head; set parallel.tensor to at most {m.num_attention_heads}"
+        )
+    if p.sequence and p.tensor == 1:
+        problems.append("parallel.sequence=true needs parallel.tensor of at least 2; set parallel.sequence=false")
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        problems.append(
+            f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline of at least 2; "
+            "set parallel.virtual_pipeline=1"
+        )
+    if p.overlap_param_gather and not p.distributed_optimizer:
+        problems.append(
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true; set that, or leave it off"
+        )
+    if p.overlap_param_gather and not p.overlap_grad_reduce:
+        problems.append(
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; set that, or leave it off"
+        )
+    if p.world_size is not None and p.world_size != world_size:
+        problems.append(
+            f"parallel.world_size={p.world_size}, but {_processes(world_size)}: start {p.world_size}, "
+            f"or set parallel.world_size={world_size}"
+        )
+    ranks = p.tensor * p.pipeline
+    if world_size % ranks:
+        problems.append(
+            f"{_processes(world_size)}, no multiple of parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} = "
+            f"{ranks}: {multiples_around(world_size, ranks)}"
+        )
+    return problems + _check_chunks(config)
+
+
+def _processes(world_size: int) -> str:
+    return "1 process runs" if world_size == 1 else f"{world_size} processes run"
+
+
+def _check_chunks(config: Config) -> list[str]:
+    p, num_layers = config.parallel, config.model.num_layers
+    num_chunks = p.pipeline * p.virtual_pipeline
+    chunks = f"parallel.pipeline {p.pipeline} x parallel.virtual_pipeline {p.virtual_pipeline} = {num_chunks} chunks"
+    layout = p.pipeline_layout
+    if layout is None:
+        if num_chunks > num_layers:
+            return [f"{chunks} for model.num_layers={num_layers}: some would be empty; {num_layers} at most"]
+        return []
+    problems = []
+    if len(layout) != num_chunks:
+        problems.append(f"parallel.pipeline_layout has {len(layout)} entries for {chunks}; give {num_chunks} or null")
+    if any(count < 1 for count in layout):
+        problems.append(f"parallel.pipeline_layout={layout}: every chunk needs a layer; give 1 or more everywhere")
+    if sum(layout) != num_layers:
+        problems.append(
+            f"parallel.pipeline_layout={layout} adds up to {sum(layout)} layers, model.num_layers is {num_layers}; "
+            f"{'add' if sum(layout) < num_layers else 'take away'} {abs(num_layers - sum(layout))}, or set null"
+        )
+    return problems
+
+
+def check_precision(config: Config) -> list[str]:
+    """Element types against device, layer implementation and shapes."""
+    precision, device = config.precision, config.run.device
+    problems = []
+    if precision.layer_spec == "transformer_engine" and device == "cpu":
+        problems.append(
+            "precision.layer_spec=transformer_engine needs a GPU, run.device is cpu; set precision.layer_spec=local"
+        )
+    if precision.fp8 is None:
+        return problems
+    fp8 = f"precision.fp8={precision.fp8}"
+    if precision.layer_spec == "local" or device == "cpu":
+        key = "precision.layer_spec=local" if precision.layer_spec == "local" else "run.device=cpu"
+        problems.append(f"{fp8} needs Transformer Engine, but {key}; set precision.fp8=null or change that")
+    if precision.params != "bf16":
+        problems.append(f"{fp8} needs precision.params=bf16, not {precision.params}")
+    d, tp = ModelDims.of(config.model), config.parallel.tensor
+    heads = math.ceil(d.num_heads / tp)
+    widths = {
+        "model.hidden_size": d.hidden_size,
+        f"query width of a rank ({heads} heads x {d.head_dim})": heads * d.head_dim,
+        f"value width of a rank ({heads} heads x {d.value_head_dim})": heads * d.value_head_dim,
+        "FFN width of a rank": math.ceil(d.ffn_hidden_size / tp),
+    }
+    for name, width in widths.items():
+        if width % 16:
+            problems.append(f"{fp8}: {name} is {width}, not a multiple of 16: {multiples_around(width, 16)}")
+    return problems
+
+
+def check_schedule(config: Config) -> list[str]:
+    """Learning-rate schedule and the few logging keys with a form of their own."""
+    s, problems = config.schedule, []
+    if config.optim.min_lr > config.optim.lr:
+        problems.append(
+            f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}: set it to at most optim.lr"
+        )
+    if s.lr_decay_style == "wsd" and s.lr_warmup_fraction + s.lr_wsd_decay_fraction > 1:
+        problems.append(
+            f"schedule.lr_warmup_fraction={s.lr_warmup_fraction} and schedule.lr_wsd_decay_fraction="
+            f"{s.lr_wsd_decay_fraction} add up to more than 1: lower one by "
+            f"{s.lr_warmup_fraction + s.lr_wsd_decay_fraction - 1:.4g}"
+        )
+    if s.lr_decay_style == "wsd" and s.lr_wsd_decay_style == "exponential" and not config.optim.min_lr > 0:
+        problems.append(
+            "optim.min_lr=0 is never reached by schedule.lr_wsd_decay_style=exponential; set optim.min_lr above 0"
+        )
+    if config.logging.profile is not None:
+        start, _, end = config.logging.profile.partition(":")
+        if not (start.isdigit() and end.isdigit() and int(start) < int(end)):
+            problems.append(f"logging.profile={config.logging.profile!r}: write START:END, START < END, e.g. '10:13'")
+    return problems
+
+
+def phase_is_given(phase: PhaseConfig) -> bool:
+    """Whether the numbers that make steps are all there."""
+    return TO_BE_GIVEN not in (phase.tokens, phase.seq_length, phase.global_batch_size, phase.micro_batch_size)
+
+
+def check_phase(config: Config, name: str, phase: PhaseConfig, data_parallel: int | None) -> list[str]:
+    """One phase: batch sizes, ramp-up, sequence length, blend. ``data_parallel`` None: the layout is wrong already."""
+    key = f"data.phases.{name}"
+    problems = _check_blend(config, key, phase)
+    if not phase_is_given(phase):
+        return problems
+    problems += _check_length(config, key, phase)
+    ramp = _check_rampup(key, phase)
+    if ramp:
+        return problems + ramp
+    if phase.tokens < phase.seq_length * batch_sizes(phase)[0]:
+        problems.append(
+            f"{key}.tokens={phase.tokens} is less than one step of {phase.seq_length * batch_sizes(phase)[0]} tokens: "
+            "make the phase longer or the batch smaller"
+        )
+    if data_parallel is None:
+        return problems
+    sizes = batch_sizes(phase)
+    whole = phase.micro_batch_size * data_parallel
+    factors = f"{key}.micro_batch_size {phase.micro_batch_size} x {data_parallel} data-parallel ranks"
+    if config.parallel.virtual_pipeline > 1:
+        # The interleaved schedule passes micro-batches round in groups of one per pipeline stage.
+        whole *= config.parallel.pipeline
+        factors += f" x {config.parallel.pipeline} pipeline stages (interleaved schedule)"
+    for size in sizes:
+        if size % whole:
+            where = f"{key}.rampup_batch_size: batch size {size}"
+            if size == phase.global_batch_size:
+                where = f"{key}.global_batch_size={size}"
+            problems.append(f"{where} is not a multiple of {factors} = {whole}: {multiples_around(size, whole)}")
+    return problems
+
+
+def _check_length(config: Config, key: str, phase: PhaseConfig) -> list[str]:
+    model = config.model
+    problems = []
+    rope = phase.rope_type or model.rope_type
+    limit_key = "max_position_embeddings" if rope == "ntk" else "rope_original_max_positions"
+    limit = getattr(model, limit_key)
+    if phase.seq_length > limit:
+        ntk_would_do = rope == "default" and phase.seq_length <= model.max_position_embeddings
+        problems.append(
+            f"{key}.seq_length={phase.seq_length} is beyond model.{limit_key}={limit}, the end of rope_type={rope}: "
+            f"set {f'{key}.rope_type=ntk or ' if ntk_would_do else ''}{key}.seq_length to at most {limit}"
+        )
+    if config.precision.fp8 is not None:
+        rows = model.num_meta_tokens + phase.micro_batch_size * phase.seq_length
+        whole = 16 * (config.parallel.tensor if config.parallel.sequence else 1)
+        if rows % whole:
+            problems.append(
+                f"precision.fp8: model.num_meta_tokens {model.num_meta_tokens} + {key}.micro_batch_size "
+                f"{phase.micro_batch_size} x seq_length {phase.seq_length} = {rows} rows, not a multiple of {whole}: "
+                f"{multiples_around(rows, whole)}"
+            )
+    return problems
+
+
+def _check_rampup(key: str, phase: PhaseConfig) -> list[str]:
+    ramp = phase.rampup_batch_size
+    if ramp is None:
+        return []
+    name = f"{key}.rampup_batch_size={ramp}"
+    if len(ramp) != 3 or any(value < 1 for value in ramp):
+        return [f"{name}: give [start, increment, tokens], all at least 1"]
+    start, increment, tokens = ramp
+    if start >= phase.global_batch_size:
+        whole = f"{key}.global_batch_size={phase.global_batch_size}"
+        return [f"{name} starts at {start}, not below {whole}: start lower, or set null"]
+    problems = []
+    distance = phase.global_batch_size - start
+    if distance % increment:
+        problems.append(
+            f"{name}: steps of {increment} from {start} do not meet {key}.global_batch_size={phase.global_batch_size}; "
+            f"increments that divide {distance}: {divisors_around(increment, distance)}"
+        )
+    if tokens > phase.tokens:
+        problems.append(f"{name}: the ramp is longer than {key}.tokens={phase.tokens}; give at most that")
+    return problems
+
+
+def _check_blend(config: Config, key: str, phase: PhaseConfig) -> list[str]:
+    if not phase.blend:
+        return [f"{key}.blend is empty: give at least one source and weight, e.g. {key}.blend.books=1.0"]
+    sources = config.data.sources
+    return [
+        f"{key}.blend.{name}: there is no data.sources.{name}; {did_you_mean(name, sources, 'sources')}"
+        for name in phase.blend
+        if name not in sources
+    ]

@@ -1,0 +1,41 @@
+"""Files that a configuration names: those that are set must be there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hymba_train.config.freeze import data_file
+from hymba_train.config.schema import TO_BE_GIVEN, Config
+
+
+def check_files(config: Config) -> list[str]:
+    """One line for every file that is named and missing."""
+    data = config.data
+    problems = []
+    if data.path == TO_BE_GIVEN:  # nothing relative to it can be looked for
+        return _check_load(config)
+    if data.path is not None and not Path(data.path).is_dir():
+        made_by = f"make it (the demo's: `hymba data prepare-demo --output {data.path}`), or set data.path"
+        return [f"data.path={data.path}: no such directory; {made_by}", *_check_load(config)]
+    if data.tokenizer != TO_BE_GIVEN:
+        path = data_file(data, data.tokenizer)
+        if not (path.is_file() or (path / "tokenizer.json").is_file()):
+            problems.append(
+                f"data.tokenizer={data.tokenizer}: {path} is neither a directory with tokenizer.json nor a .model file"
+            )
+    for name, source in data.sources.items():
+        if source.path == TO_BE_GIVEN:
+            continue
+        prefix = data_file(data, source.path)
+        missing = [suffix for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+        if missing:
+            files = " and ".join(f"{prefix}{suffix}" for suffix in missing)
+            problems.append(f"data.sources.{name}.path={source.path}: no {files}; `hymba data tokenize` writes them")
+    return problems + _check_load(config)
+
+
+def _check_load(config: Config) -> list[str]:
+    load = config.checkpoint.load
+    if load is None or load == TO_BE_GIVEN or Path(load).is_dir():
+        return []
+    return [f"checkpoint.load={load}: no such directory; give a run or step directory, or null"]

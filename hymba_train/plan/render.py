@@ -1,0 +1,165 @@
+"""A plan for people (tables) and for tools (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from typing import IO, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hymba_train.config.document import meaning_of
+from hymba_train.describe import LayerDescription
+from hymba_train.describe.flops import BACKWARD_FACTOR
+from hymba_train.plan.plan import Plan
+
+MIN_WIDTH = 150
+"""Tables are never squeezed below what they need; a narrower terminal breaks the lines itself."""
+
+
+def kv_text(layer: LayerDescription) -> str:
+    """'producer -> 2', 'consumer <- 1', 'own', or '-' without attention."""
+    if layer.kv_role == "producer":
+        return "producer -> " + ", ".join(map(str, layer.kv_consumers))
+    if layer.kv_role == "consumer":
+        return f"consumer <- {layer.kv_source}"
+    return "own" if layer.kv_role == "own" else "-"
+
+
+def print_plan(plan: Plan, file: IO[str] | None = None) -> None:
+    """Tables on a terminal; the same in plain characters and without a width limit when piped into a file."""
+    file = file or sys.stdout
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        console = Console(file=file, highlight=False, soft_wrap=True, width=max(console.width, MIN_WIDTH))
+        _print(plan, console)
+        return
+    text = io.StringIO()
+    _print(plan, Console(file=text, highlight=False, width=MIN_WIDTH, no_color=True))
+    file.write("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+
+
+def _print(plan: Plan, console: Console) -> None:
+    console.print(f"[bold]{_title(plan)}[/bold]")
+    console.print(_layer_table(plan))
+    console.print(_stage_table(plan))
+    if plan.phases:
+        console.print(_phase_table(plan))
+    console.print(_flops_table(plan))
+    for key in plan.to_be_given:
+        console.print(f"[yellow]to be given:[/yellow] {key} ({escape(meaning_of(key).rstrip('.'))})")
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _title(plan: Plan) -> str:
+    p = plan.config.parallel
+    parts = [f"data {plan.data_parallel}", f"tensor {p.tensor}", f"pipeline {p.pipeline}"]
+    if p.virtual_pipeline > 1:
+        parts.append(f"virtual {p.virtual_pipeline}")
+    if p.sequence:
+        parts.append("sequence parallel")
+    processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
+    return f"{plan.config.model.name}: {plan.num_parameters:,} parameters; {processes}: {' x '.join(parts)}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    table.min_width = len(title)
+    for column in columns:
+        name, _, left = column.partition("|")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def _layer_table(plan: Plan) -> Table:
+    has_virtual = plan.config.parallel.virtual_pipeline > 1
+    columns = ["layer", "mixer|left", "span|left", "K/V|left", "FFN|left", "stage", *(["chunk"] if has_virtual else [])]
+    table = _table("Layers", *columns, "parameters", "MFLOP/token")
+    for row in plan.layers:
+        layer = row.description
+        span = f"window {layer.window}" if layer.window is not None and layer.has_attention else layer.span
+        cells = [str(layer.index), layer.mixer, span, kv_text(layer), "gated" if layer.has_ffn else "-"]
+        cells += [str(row.pipeline_rank), *([str(row.virtual_rank)] if has_virtual else [])]
+        table.add_row(*cells, f"{row.num_parameters:,}", f"{row.flops_per_token / 1e6:.1f}")
+    return table
+
+
+def _stage_table(plan: Plan) -> Table:
+    title = f"Stages (busiest rank over mean: {plan.balance:.3f}); memory per GPU, activations estimated"
+    columns = ("stage", "layers|left", "held parameters", "model GiB", "activations GiB", "total GiB")
+    table = _table(title, *columns, "receives K/V of|left")
+    crossing = {border.layer: border for border in plan.borders}
+    for stage in plan.memory:
+        own = [chunk for chunk in plan.chunks if chunk.pipeline_rank == stage.pipeline_rank]
+        ranges = ", ".join(f"{c.layers.start}..{c.layers.stop - 1}" for c in own)
+        received = [crossing[c.layers.start] for c in own if c.layers.start in crossing]
+        kv = ", ".join(
+            f"layer {', '.join(map(str, b.kv_producers))} ({b.kv_width} values a token)"
+            for b in received
+            if b.kv_producers
+        )
+        activations = _gib(stage.activation_bytes) if plan.phases else "-"
+        table.add_row(
+            str(stage.pipeline_rank), ranges, f"{stage.held_parameters:,}", _gib(stage.model_bytes), activations,
+            _gib(stage.total_bytes), kv or "-",
+        )  # fmt: skip
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:.1f}" if gib >= 1 else f"{gib:.2f}"
+
+
+def _phase_table(plan: Plan) -> Table:
+    title = "Phases"
+    if plan.steps is not None:
+        title += f" ({plan.steps.num_steps:,} steps, {plan.steps.num_tokens:,} tokens)"
+    columns = ("phase|left", "steps", "tokens", "sequence", "batch", "micro-batch", "micro-batches", "tokens/step")
+    table = _table(title, *columns, "RoPE base", "GFLOP/token", "bubble")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name, f"{phase.num_steps:,}", f"{phase.num_tokens:,}", f"{phase.seq_length:,}",
+            f"{phase.global_batch_size:,}", str(phase.micro_batch_size), str(phase.num_micro_batches),
+            f"{phase.tokens_per_step:,}", f"{phase.rotary_base:,.2f}", f"{phase.training_flops_per_token / 1e9:.3f}",
+            f"{phase.bubble_fraction:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def _flops_table(plan: Plan) -> Table:
+    title = f"FLOPs per text token (sequences of {plan.planning_seq_length:,})"
+    table = _table(title, "part|left", "forward M", "share")
+    total = sum(plan.flops.values())
+    for part, flops in plan.flops.items():
+        if flops:
+            table.add_row(part, f"{flops / 1e6:.1f}", f"{flops / total:.1%}")
+    table.add_section()
+    table.add_row("forward and backward", f"{BACKWARD_FACTOR * total / 1e6:.1f}", "")
+    return table
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data: everything but the configuration, which ``resolved.yaml`` holds."""
+    data = {f.name: _plain(getattr(plan, f.name)) for f in dataclasses.fields(plan) if f.name != "config"}
+    data["model"] = plan.config.model.name
+    if plan.steps is not None:
+        data["num_steps"], data["num_tokens"] = plan.steps.num_steps, plan.steps.num_tokens
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, range):
+        return list(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""Training: schedules, one optimizer step, metrics, the loop, and :func:`.main.train` that joins them."""

@@ -1,0 +1,161 @@
+"""The training loop. It knows steps, phases and callbacks, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.train.metrics import StepMetrics, ThroughputMeter
+from hymba_train.train.state import TrainState
+from hymba_train.train.step import MicroBatch, StepResult
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What the next optimizer step trains on."""
+
+    phase: int  # index
+    phase_name: str
+    first_sample: int  # global sample number within the phase
+    batch_size: int  # sequences over all ranks
+    micro_batch_size: int
+    seq_length: int  # text tokens
+    lr: float
+    flops_per_token: float
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_length
+
+
+class Steps(Protocol):
+    """The order of a run: a pure function of its state."""
+
+    def next(self, state: TrainState) -> PlannedStep | None:
+        """The step after ``state``; None when every phase has been trained."""
+
+
+class Loop:
+    """Trains from ``state`` until the plan ends, ``train_steps`` are done, or a callback asks for a stop.
+
+    Args:
+        state: where the run stands; the loop moves it on.
+        steps: what comes next.
+        load: micro-batches of a planned step, of this rank.
+        train: one optimizer step on them; the second argument are requests, which come back summed over all ranks.
+        start_phase: called with the planned step before the first step of a phase (in this process).
+        batch_hash: hash of a step's tokens for the log; None: none.
+        train_steps: stop after this step of the run.
+    """
+
+    def __init__(
+        self, state: TrainState, steps: Steps, callbacks: list[Callback], meter: ThroughputMeter, *,
+        load: Callable[[PlannedStep], list[MicroBatch]],
+        train: Callable[[PlannedStep, list[MicroBatch], tuple[int, ...]], StepResult],
+        start_phase: Callable[[PlannedStep], None] = lambda step: None,
+        batch_hash: Callable[[PlannedStep], str] | None = None, log_interval: int = 1, train_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        self.state, self.steps, self.callbacks, self.meter = state, steps, callbacks, meter
+        self._load, self._train, self._start_phase, self._batch_hash = load, train, start_phase, batch_hash
+        self.log_interval, self.train_steps = log_interval, train_steps
+        self.stop_reason = ""
+        self.save_requested = False  # true during on_step_end of the step in which all ranks learnt of a request
+        self._wants_stop: str | None = None
+        self._wants_save = False
+        self._first_step = state.step
+
+    # -- for callbacks ---------------------------------------------------------------------------------------------
+
+    def request_stop(self, reason: str) -> None:
+        """End training. May be called on any rank, at any time, from a signal handler too: all ranks stop together
+        after the step in which they have told each other, and a last checkpoint is written."""
+        self._wants_stop = reason
+
+    def request_save(self) -> None:
+        """Write a checkpoint soon; as :meth:`request_stop`, from any rank."""
+        self._wants_save = True
+
+    @property
+    def trained(self) -> bool:
+        """Whether this process has done a step."""
+        return self.state.step > self._first_step
+
+    def emit(self, event: str, *args) -> None:
+        """Call one hook of every callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainState:
+        """Train; returns the final state. Exceptions are shown to all callbacks and raised on."""
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.close)
+            try:
+                self.emit("on_train_start")
+                self._run_steps()
+                self.emit("on_train_end")
+            except BaseException as error:
+                self.emit("on_exception", error)
+                raise
+        return self.state
+
+    def _run_steps(self) -> None:
+        phase = None
+        self.meter.restart()
+        for step in self._planned():
+            if step.phase != phase:
+                phase = step.phase
+                if phase != self.state.phase:
+                    self.state.start_phase(phase)
+                self._start_phase(step)
+                self.emit("on_phase_start", step.phase_name)
+            self.emit("on_step_start")
+            result = self._one_step(step)
+            self.meter.pause()
+            logged = bool(self.stop_reason) or self._is_over() or self.state.step % self.log_interval == 0
+            metrics = self._metrics(step, result, logged)
+            if logged:
+                self.emit("on_log", metrics)
+                self.meter.restart()
+            self.emit("on_step_end", metrics)
+            self.meter.resume()
+            self.save_requested = False
+
+    def _planned(self) -> Iterator[PlannedStep]:
+        """Steps to train, until something ends the run; says what in ``stop_reason``."""
+        while not self.stop_reason and not self._is_over():
+            step = self.steps.next(self.state)
+            assert step is not None
+            yield step
+        if not self.stop_reason:
+            reached = self.train_steps is not None and self.state.step >= self.train_steps
+            self.stop_reason = "run.train_steps reached" if reached else "all phases trained"
+
+    def _is_over(self) -> bool:
+        enough = self.train_steps is not None and self.state.step >= self.train_steps
+        return enough or self.steps.next(self.state) is None
+
+    def _one_step(self, step: PlannedStep) -> StepResult:
+        wanted = (int(self._wants_stop is not None), int(self._wants_save))
+        result = self._train(step, self._load(step), wanted)
+        self.state.advance(step.batch_size, step.seq_length)
+        self.meter.count(step.tokens, step.flops_per_token)
+        stop, save = result.requests
+        if stop:
+            self.stop_reason = self._wants_stop or "another rank asked to stop"
+        if save:
+            self.save_requested, self._wants_save = True, False
+        return result
+
+    def _metrics(self, step: PlannedStep, result: StepResult, logged: bool) -> StepMetrics:
+        return StepMetrics(
+            step=self.state.step, phase=step.phase_name, loss=result.loss, grad_norm=result.grad_norm, lr=step.lr,
+            tokens=self.state.tokens, labelled_tokens=result.num_labelled_tokens, batch_size=step.batch_size,
+            seq_length=step.seq_length, **self.meter.read(),
+            batch_hash=self._batch_hash(step) if logged and self._batch_hash else None,
+        )  # fmt: skip

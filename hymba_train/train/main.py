@@ -1,0 +1,126 @@
+"""``hymba train``: from a checked configuration to a trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hymba_train.callbacks.build import build_callbacks
+from hymba_train.checkpoint.directory import CHECKPOINTS
+from hymba_train.checkpoint.load import find_source, load_checkpoint
+from hymba_train.checkpoint.metadata import Layout, metadata_of
+from hymba_train.checkpoint.save import CheckpointWriter
+from hymba_train.config import run_directory
+from hymba_train.config.schema import Config
+from hymba_train.data import build_training_data
+from hymba_train.describe.dims import effective_rotary_base
+from hymba_train.model import build_model_chunks
+from hymba_train.parallel import initialize, shutdown
+from hymba_train.train.evaluate import make_evaluate
+from hymba_train.train.feed import Feed
+from hymba_train.train.loop import Loop, PlannedStep
+from hymba_train.train.metrics import ThroughputMeter, peak_of
+from hymba_train.train.optimizer import build_optimizer, gathered_parameters, wrap_model
+from hymba_train.train.order import Order
+from hymba_train.train.schedules import set_hyperparameters
+from hymba_train.train.state import TrainState
+from hymba_train.train.step import Stepper
+
+if TYPE_CHECKING:
+    from hymba_train.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, plan: Plan) -> int:
+    """Train a run to its end, from its newest checkpoint if it has one. Returns the exit code, 0.
+
+    Called by every rank, with a configuration that ``plan`` has checked. Raises UserError for what only shows here:
+    missing data, a checkpoint that cannot be read, a backend this machine does not have.
+    """
+    directory = run_directory(config)
+    runtime = initialize(config)
+    seed_everything(config.run.seed, config.run.deterministic)
+    order = Order(config, plan.steps)
+    data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
+    models = build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks])
+    chunks = wrap_model(config, runtime, models)
+    optimizer = build_optimizer(config, runtime, chunks)
+    state = start_state(config, directory, runtime, chunks, optimizer, order)
+
+    stepper = Stepper(runtime, chunks, optimizer)
+    phases = list(config.data.phases.values())
+    feed = Feed(data, order, state, runtime)
+    meter = ThroughputMeter(
+        runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
+    )
+    layout = Layout.of(config, runtime)
+    writer = GatheringWriter(
+        directory / CHECKPOINTS, runtime, chunks, optimizer, lambda saved: metadata_of(config, layout, saved),
+        config.checkpoint.async_save,
+    )  # fmt: skip
+    callbacks = build_callbacks(
+        config, directory, runtime, plan.steps, meter.peak, writer,
+        make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
+    )  # fmt: skip
+
+    def start_phase(step: PlannedStep) -> None:
+        for model in models:
+            model.rotary_base = effective_rotary_base(config.model, phases[step.phase].rope_type)
+
+    def one_step(step: PlannedStep, batches: list, requests: tuple[int, ...]):
+        set_hyperparameters(optimizer.param_groups, step.lr, config.optim.weight_decay)
+        return stepper.train(batches, requests)
+
+    loop = Loop(
+        state, order, callbacks, meter, load=feed.load, train=one_step, start_phase=start_phase,
+        batch_hash=feed.hash if config.logging.batch_hash and runtime.is_logging_rank else None,
+        log_interval=config.logging.log_interval, train_steps=config.run.train_steps,
+    )  # fmt: skip
+    try:
+        loop.run()
+    finally:
+        feed.close()
+    shutdown()  # not after an exception: other ranks may be waiting for this one, and torchrun ends them all
+    return 0
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, torch and Megatron-Core's generators. Initial values and data order have seeds of their own."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def start_state(config: Config, directory: Path, runtime, chunks: list, optimizer, order: Order) -> TrainState:
+    """Load what the run starts from, if anything, into model and optimizer; returns where it stands."""
+    source = find_source(config, directory)
+    if source is None:
+        return TrainState()
+    saved = load_checkpoint(source, config, runtime, chunks, optimizer)
+    if runtime.is_logging_rank:
+        logger.info("loaded %s%s", source.path, " (weights only)" if source.weights_only else "")
+    if saved is None:
+        return TrainState()
+    state = TrainState.from_dict(saved)
+    order.check(state)
+    return state
+
+
+class GatheringWriter(CheckpointWriter):
+    """Saves with every rank's parameters gathered, which overlap_param_gather leaves to the next forward pass."""
+
+    def save(self, state: dict[str, int], wait: bool = False) -> None:
+        with gathered_parameters(self.chunks):
+            super().save(state, wait)

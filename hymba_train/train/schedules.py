@@ -1,0 +1,99 @@
+"""Learning rate as a pure function of the text tokens trained on.
+
+Nothing here has state: a run that resumes, changes its number of ranks or ramps its batch size has the same rate at
+the same token. The shapes are Megatron-Core's (``OptimizerParamScheduler``), counted in tokens instead of samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hymba_train.config.schema import OptimConfig, ScheduleConfig
+from hymba_train.errors import UserError
+
+# Share of (peak - minimum) that is left when the share x of the decay has passed. x in [0, 1].
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
+    "exponential": lambda x: 2.0 * 0.5**x - 1.0,
+    "minus_sqrt": lambda x: 1.0 - math.sqrt(x),
+}
+STYLES = ("wsd", "cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Learning rate of a run: ``schedule(tokens) -> rate``.
+
+    Warm-up from 0 to ``peak`` over ``warmup_tokens``; then, by ``style``: ``constant`` stays; ``cosine`` and ``linear``
+    fall to ``minimum`` until ``total_tokens``; ``wsd`` (warm-up, stable, decay; MiniCPM, arXiv:2404.06395) stays and
+    falls by ``decay_style`` over the last ``decay_tokens``. After ``total_tokens`` the last rate stays.
+    """
+
+    style: str
+    peak: float
+    minimum: float
+    total_tokens: float
+    warmup_tokens: float = 0.0
+    decay_tokens: float = 0.0
+    decay_style: str = "linear"
+
+    @classmethod
+    def of(cls, schedule: ScheduleConfig, optim: OptimConfig, total_tokens: int) -> LearningRate:
+        """Schedule of a run of ``total_tokens`` text tokens, all phases together.
+
+        Raises UserError, one line a problem, for unknown styles and fractions that do not fit.
+        """
+        problems = []
+        if schedule.lr_decay_style not in STYLES:
+            problems.append(f"schedule.lr_decay_style={schedule.lr_decay_style!r}: known are {', '.join(STYLES)}")
+        if schedule.lr_wsd_decay_style not in DECAYS:
+            known = ", ".join(DECAYS)
+            problems.append(f"schedule.lr_wsd_decay_style={schedule.lr_wsd_decay_style!r}: known are {known}")
+        decay_fraction = schedule.lr_wsd_decay_fraction if schedule.lr_decay_style == "wsd" else 0.0
+        for key, value in (("warmup", schedule.lr_warmup_fraction), ("wsd_decay", schedule.lr_wsd_decay_fraction)):
+            if not 0 <= value <= 1:
+                problems.append(f"schedule.lr_{key}_fraction={value} is a share of all tokens: give 0 to 1")
+        if schedule.lr_warmup_fraction + decay_fraction > 1:
+            problems.append(
+                f"schedule.lr_warmup_fraction={schedule.lr_warmup_fraction} and schedule.lr_wsd_decay_fraction="
+                f"{decay_fraction} are more than all tokens: their sum must be at most 1"
+            )
+        if problems:
+            raise UserError(*problems)
+        return cls(
+            schedule.lr_decay_style, optim.lr, optim.min_lr, total_tokens,
+            schedule.lr_warmup_fraction * total_tokens, decay_fraction * total_tokens, schedule.lr_wsd_decay_style,
+        )  # fmt: skip
+
+    def __call__(self, tokens: float) -> float:
+        """Rate after ``tokens`` text tokens."""
+        if tokens < self.warmup_tokens:
+            return self.peak * tokens / self.warmup_tokens
+        if self.style == "constant":
+            return self.peak
+        if self.style == "wsd":
+            start, decay = self.total_tokens - self.decay_tokens, DECAYS[self.decay_style]
+        else:
+            start, decay = self.warmup_tokens, DECAYS[self.style]
+        if tokens < start or self.total_tokens <= start:
+            return self.peak
+        passed = min((tokens - start) / (self.total_tokens - start), 1.0)
+        return self.minimum + (self.peak - self.minimum) * decay(passed)
+
+    def of_step(self, tokens_before: int, tokens_in_step: int) -> float:
+        """Rate of one optimizer step: that of the middle of its tokens.
+
+        So neither the first step (warm-up from 0) nor the last one (decay to ``minimum``, often 0) is wasted, and a
+        step is trained at the mean rate of its tokens whatever the batch size.
+        """
+        return self(tokens_before + tokens_in_step / 2)
+
+
+def set_hyperparameters(param_groups: Iterable[dict], lr: float, weight_decay: float) -> None:
+    """Write rate and decay into the optimizer's groups; ``wd_mult`` of a group is 0 where nothing decays."""
+    for group in param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group["wd_mult"]

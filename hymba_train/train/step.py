@@ -1,0 +1,131 @@
+"""One optimizer step, and one evaluation: Megatron-Core's pipeline schedules around our loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+from hymba_train.train.optimizer import gathered_parameters
+
+MicroBatch = dict[str, torch.Tensor | None]  # tokens, labels, positions, segment_ids: int64 [B, S] or None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step. ``requests``: how many ranks asked for what, summed over the ranks."""
+
+    loss: float  # mean over the labelled tokens of the global batch, nats
+    grad_norm: float  # global, before clipping
+    num_labelled_tokens: int
+    requests: tuple[int, ...]
+
+
+class Stepper:
+    """Runs micro-batches through this rank's model chunks."""
+
+    def __init__(self, runtime, chunks: list, optimizer) -> None:
+        self.runtime, self.chunks, self.optimizer = runtime, chunks, optimizer
+        self._schedule = get_forward_backward_func(
+            pp_size=runtime.pipeline_size, vp_size=len(chunks) if len(chunks) > 1 else None
+        )
+        # The loss is on the last stage; of its tensor-parallel ranks one speaks.
+        self._has_loss = runtime.is_last_stage and runtime.tensor_rank == 0
+
+    def train(self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = ()) -> StepResult:
+        """Forward and backward over ``micro_batches`` (this rank's part of the global batch), then one update.
+
+        The gradient is that of the mean over all labelled tokens of the global batch, under every layout. Every rank
+        calls it with as many micro-batches and ``requests``, which are summed over the ranks along with the loss.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(micro_batches, forward_only=False)
+        # Sent before the update, whose gradient norm makes the host wait for the device anyway.
+        sums = self._reduce(outputs, requests)
+        _, grad_norm, _ = self.optimizer.step()
+        loss_sum, num_tokens, *answers = sums.tolist()
+        return StepResult(
+            loss_sum / max(num_tokens, 1.0), float(grad_norm), int(num_tokens), tuple(int(a) for a in answers)
+        )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
+        """(sum of losses, labelled tokens) over all ranks' ``micro_batches``; no gradients, no update."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with gathered_parameters(self.chunks):
+            outputs = self._run(self._fill_last_group(micro_batches), forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        loss_sum, num_tokens = self._reduce(outputs, ()).tolist()
+        return loss_sum, int(num_tokens)
+
+    def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> list[dict[str, torch.Tensor]]:
+        on_device = [
+            {k: None if v is None else v.to(self.runtime.device, non_blocking=True) for k, v in batch.items()}
+            for batch in micro_batches
+        ]
+        batch, seq = micro_batches[0]["tokens"].shape
+        groups = self.runtime.groups
+        config = self.chunks[0].config
+        pipeline = self.runtime.pipeline_size > 1
+        return self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(on_device) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            # The token axis is flat: a micro-batch is one "sequence" of that many rows to the schedule.
+            seq_length=self.chunks[0].module.num_token_rows(batch, seq),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            pg_collection=groups,
+            p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config) if pipeline else None,
+        )
+
+    def _reduce(self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...]) -> torch.Tensor:
+        """float64 [2 + requests]: loss sum, labelled tokens and requests over all ranks, in one collective."""
+        sums = torch.zeros(2 + len(requests), dtype=torch.float64)
+        sums[2:] = torch.tensor(requests, dtype=torch.float64)
+        sums = sums.to(self.runtime.device, non_blocking=True)
+        if self._has_loss:
+            for i, name in enumerate(("loss_sum", "num_tokens")):
+                sums[i] = torch.stack([output[name] for output in outputs]).double().sum()
+        dist.all_reduce(sums)
+        return sums
+
+    def _fill_last_group(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """The interleaved schedule wants a multiple of the pipeline size: add micro-batches without labels."""
+        if len(self.chunks) == 1:
+            return micro_batches
+        missing = -len(micro_batches) % self.runtime.pipeline_size
+        last = micro_batches[-1]
+        empty = {**last, "labels": torch.full_like(last["labels"], -100)}
+        return [*micro_batches, *[empty] * missing]
+
+
+def forward_step(micro_batches: Iterator[MicroBatch], chunk) -> tuple[torch.Tensor, Any]:
+    """Megatron-Core's forward_step_func: (output of the chunk, function of it that makes the loss)."""
+    batch = next(micro_batches)
+    output = chunk(**batch)
+    return output, partial(sum_of_losses, batch["labels"])
+
+
+def sum_of_losses(
+    labels: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(summed loss, number of labelled tokens int32, both for the log) of one micro-batch.
+
+    ``losses`` [B, S] float32, zero where ``labels`` is -100. With calculate_per_token_loss the gradient of the sum is
+    divided by the tokens of the whole global batch, so micro-batches and ranks weigh by their tokens.
+    """
+    loss_sum = losses.sum()
+    num_tokens = (labels != -100).sum().int()
+    return loss_sum, num_tokens, {"loss_sum": loss_sum.detach(), "num_tokens": num_tokens.clone()}

@@ -1,0 +1,35 @@
+"""Tiny tokenised sources, and the bundled corpus prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.demo import prepare_demo
+from hymba_train.data.indexed import IndexedTokens, IndexedWriter
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory that `hymba data prepare-demo` made."""
+    directory = tmp_path_factory.mktemp("demo")
+    prepare_demo(directory)
+    return directory
+
+
+@pytest.fixture
+def write_source(tmp_path: Path) -> Callable[..., IndexedTokens]:
+    """write_source(name, documents) writes lists of token ids as a .bin/.idx pair without a manifest."""
+
+    def write(name: str, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> IndexedTokens:
+        prefix = tmp_path / name
+        with IndexedWriter(prefix, dtype) as writer:
+            for document in documents:
+                writer.add_documents(np.array(document, dtype=dtype), np.array([len(document)]))
+            writer.publish()
+        return IndexedTokens(prefix)
+
+    return write

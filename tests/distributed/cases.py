@@ -1,0 +1,81 @@
+"""Layouts that must train as one process does, and the two models that they train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hymba_train.config.schema import Config, ModelConfig
+
+NUM_STEPS = 10
+GLOBAL_BATCH_SIZE = 4
+SEQ_LENGTH = 21  # odd: no layout divides it, and rows must be padded under sequence parallelism
+
+MODELS = {
+    # hymba_tiny with shorter windows, so that 21 tokens leave them.
+    "demo": dict(
+        num_layers=8, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, num_query_groups=2, vocab_size=259,
+        global_layers=[0, 3, 7], kv_groups=[[1, 2], [4, 5, 6]], window_size=8, num_meta_tokens=5,
+        make_vocab_size_divisible_by=16,
+    ),
+    # The 1.5B's 25 heads in 5 groups, which no even TP divides; FFN and vocabulary do not divide either.
+    "heads25": dict(
+        num_layers=6, hidden_size=200, ffn_hidden_size=182, num_attention_heads=25, num_query_groups=5, vocab_size=101,
+        global_layers=[0, 5], kv_groups=[[1, 2], [3, 4]], window_size=8, num_meta_tokens=5,
+        make_vocab_size_divisible_by=16,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a model. ``chunks``: layers per model chunk, by model; None: an even split."""
+
+    name: str
+    world_size: int
+    parallel: dict = field(default_factory=dict)
+    chunks: dict[str, list[int]] | None = None
+    micro_batch_size: int = 1
+    document_mask: bool = False
+
+
+SINGLE = Layout("single", 1)
+LAYOUTS = [
+    SINGLE,
+    Layout("single_documents", 1, document_mask=True),
+    Layout("tp2", 2, dict(tensor=2)),
+    Layout("tp2_sp", 2, dict(tensor=2, sequence=True), micro_batch_size=2),
+    Layout("tp2_sp_documents", 2, dict(tensor=2, sequence=True), document_mask=True),
+    Layout("pp2", 2, dict(pipeline=2)),
+    # Borders inside KV groups, one of which spans three chunks.
+    Layout("pp2_vpp2", 2, dict(pipeline=2, virtual_pipeline=2), {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2]}),
+    Layout("dp2", 2, micro_batch_size=2),
+    Layout(
+        "dp2_distributed_optimizer_overlap", 2,
+        dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    ),
+    Layout("tp4", 4, dict(tensor=4)),
+    Layout("pp4_kv_across_borders", 4, dict(pipeline=4), {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2]}),
+    Layout("tp2_pp2", 4, dict(tensor=2, pipeline=2)),
+    Layout("tp2_pp2_sp", 4, dict(tensor=2, pipeline=2, sequence=True), {"demo": [5, 3], "heads25": [2, 4]}),
+    Layout("pp2_dp2_recompute", 4, dict(pipeline=2, recompute="full"), {"demo": [2, 6], "heads25": [4, 2]}),
+    Layout("tp5_sp", 5, dict(tensor=5, sequence=True)),
+]  # fmt: skip
+
+
+def fits(model: str, layout: Layout) -> bool:
+    """Four heads cannot run on five ranks."""
+    return layout.parallel.get("tensor", 1) <= MODELS[model]["num_attention_heads"]
+
+
+def config_of(model: str, layout: Layout) -> Config:
+    config = Config(model=ModelConfig(name=model, **MODELS[model]))
+    config.run.device, config.run.seed = "cpu", 7
+    config.precision.params = "float32"
+    config.optim.lr, config.optim.weight_decay = 2e-3, 0.1
+    # Adam divides a gradient by its own size, rounding noise included where the true gradient is nil: with a larger
+    # epsilon such noise stays noise, and ten steps can be held to 1e-5.
+    config.optim.adam_eps = 1e-5
+    config.data.document_mask = layout.document_mask
+    for key, value in layout.parallel.items():
+        setattr(config.parallel, key, value)
+    return config

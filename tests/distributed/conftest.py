@@ -1,0 +1,44 @@
+"""Runs all layouts of one world size in one torchrun: start-up costs more than the training."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.cases import LAYOUTS, MODELS, fits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(nproc: int, module: str, *arguments: str, timeout_seconds: int = 900) -> subprocess.CompletedProcess:
+    """``python -m module`` on ``nproc`` gloo ranks of one thread each; fails the test with their output."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--standalone", "-m", module]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_seconds
+    )
+    assert done.returncode == 0, f"{' '.join(command[3:])} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(model, layout) -> what tests.distributed.worker wrote; each world size is launched when first asked for."""
+    out = tmp_path_factory.mktemp("layouts")
+    launched = set()
+
+    def get(model: str, layout) -> dict:
+        if layout.world_size not in launched:
+            launched.add(layout.world_size)
+            wanted = [
+                f"{m}/{x.name}" for m in MODELS for x in LAYOUTS if x.world_size == layout.world_size and fits(m, x)
+            ]
+            torchrun(layout.world_size, "tests.distributed.worker", str(out), *wanted)
+        return torch.load(out / f"{model}-{layout.name}.pt", weights_only=True)
+
+    return get
