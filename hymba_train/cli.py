@@ -14,8 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.errors import UserError
+
+if TYPE_CHECKING:
+    from hymba_train.config import Config
+    from hymba_train.plan import Plan
 
 USER_ERROR, INTERRUPTED = 2, 130
 SECONDS_FOR_FIRST_RANK = 3
@@ -76,7 +82,7 @@ def _config_parser(verb: str) -> _Parser:
     return parser
 
 
-def _read_config(args: argparse.Namespace):
+def _read_config(args: argparse.Namespace) -> Config:
     from hymba_train.config import compose, load_frozen
 
     if args.frozen is None:
@@ -166,7 +172,7 @@ def _set_up_logging(rank: int) -> None:
     logging.getLogger("hymba_train").setLevel(logging.WARNING if rank else logging.INFO)
 
 
-def _prepare_training(args: argparse.Namespace, world_size: int):
+def _prepare_training(args: argparse.Namespace, world_size: int) -> tuple[Config, Plan]:
     from hymba_train.plan import make_plan
 
     config = _read_config(args)
@@ -175,7 +181,7 @@ def _prepare_training(args: argparse.Namespace, world_size: int):
     return config, plan
 
 
-def _freeze(config, frozen: str | None):
+def _freeze(config: Config, frozen: str | None) -> Path:
     """resolved.yaml of the run directory; a run that is started from that very file leaves it alone."""
     from hymba_train.config import FROZEN_NAME, freeze_run, run_directory
 

@@ -33,7 +33,8 @@ def build_callbacks(
     """
     c, log = config.checkpoint, config.logging
     callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
-    callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+    if c.enabled:
+        callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
     if runtime.is_logging_rank:
         callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]
     return callbacks

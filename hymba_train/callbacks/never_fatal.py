@@ -7,7 +7,7 @@ import logging
 from hymba_train.callbacks.base import Callback
 
 logger = logging.getLogger(__name__)
-HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_")) + ("close",)
+HOOKS = (*(name for name in vars(Callback) if name.startswith("on_")), "close")
 
 
 class NeverFatal(Callback):

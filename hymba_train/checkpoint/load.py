@@ -73,11 +73,20 @@ def resolve(path: Path, key: str) -> Path:
     raise UserError(f"{key}={path}: neither a complete step directory (step_0001000) nor a run directory with one")
 
 
-def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optimizer) -> dict[str, int] | None:
-    """Load weights and, unless ``weights_only``, optimizer, RNG and position; returns the saved train state's dict.
+@dataclass(frozen=True)
+class Loaded:
+    """``state``: the train state's dict, None if only weights were taken. RNG states belong to a layout: under another
+    one they are not restored, and the caller seeds anew."""
 
-    Every rank calls it, with its model chunks in DistributedDataParallel. RNG states belong to a layout: under
-    another one the caller's seeding stands. Raises UserError for another model, missing tensors, or unreadable files.
+    state: dict[str, int] | None
+    rng_restored: bool
+
+
+def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optimizer) -> Loaded:
+    """Load weights and, unless ``weights_only``, optimizer, RNG and position.
+
+    Every rank calls it, with its model chunks in DistributedDataParallel. Raises UserError for another model, missing
+    tensors, or unreadable files.
     """
     metadata = read_metadata(source.path)
     remarks = [*source.remarks, *check_model(source.path, metadata, config, allow_context_change=True)]
@@ -92,10 +101,10 @@ def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optim
     if not source.weights_only:
         remarks += changed_keys(metadata, config)
         if not same_layout:
-            remarks.append(f"layout of the checkpoint was {metadata['layout']}: RNG seeded anew from run.seed and step")
+            remarks.append(f"written under the layout {metadata['layout']}: RNG seeded anew from run.seed and the step")
     for remark in remarks if runtime.rank == 0 else ():
         logger.warning("%s: %s", source.path.name, remark)
-    return state
+    return Loaded(state, same_layout and not source.weights_only)
 
 
 def _load(source: Source, runtime, chunks: list, optimizer, same_layout: bool) -> dict[str, int] | None:

@@ -108,12 +108,12 @@ def check_model(directory: Path, metadata: dict[str, Any], config: Config, allow
 
 
 def changed_keys(metadata: dict[str, Any], config: Config) -> list[str]:
-    """'key: old -> new' for every configured value outside ``model`` and ``run`` that differs from the checkpoint's."""
+    """'key: old -> new' for every value that shapes training and differs from the checkpoint's."""
     saved, now = flatten(metadata["config"]), flatten(to_plain(config))
     return [
         f"{key}: {saved.get(key)} -> {now.get(key)}"
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and key.split(".")[0] not in ("model", "run", "logging", "checkpoint")
+        if saved.get(key) != now.get(key) and key.split(".")[0] in ("data", "optim", "schedule", "precision")
     ]
 
 

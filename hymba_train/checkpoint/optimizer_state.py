@@ -36,7 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_state(optimizer: Any, model: dict[str, Any], loading: bool) -> PlainState | DistributedState:
-    """State of a Megatron-Core optimizer. ``model``: the model's sharded entries; ``loading``: contents don't matter."""
+    """State of a Megatron-Core optimizer. ``model``: the model's sharded entries; ``loading``: without contents."""
     if isinstance(optimizer, ChainedOptimizer):
         (optimizer,) = optimizer.chained_optimizers
     kind = DistributedState if isinstance(optimizer, DistributedOptimizer) else PlainState

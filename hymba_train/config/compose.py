@@ -105,7 +105,8 @@ def _hydra_compose(directories: list[Path], overrides: list[str]) -> Plain:
         with initialize_config_dir(config_dir=str(directories[0]), version_base="1.3"):
             composed = hydra_compose(config_name="config", overrides=overrides + search)
         # Defaults go underneath so that an interpolation may name a key that no recipe sets.
-        merged = OmegaConf.merge(OmegaConf.create(to_plain(Config())), OmegaConf.create(_unresolved(composed)))
+        plain = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+        merged = OmegaConf.create(_fill_in(plain, to_plain(Config())))
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, directories)) from error
@@ -123,10 +124,12 @@ def _named_in(group: str, option: str, directories: list[Path]) -> str:
     return ""
 
 
-def _unresolved(composed: Any) -> Plain:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+def _fill_in(plain: Any, defaults: Any) -> Any:
+    """``plain`` with the keys that only ``defaults`` has. OmegaConf.merge would let a default hide a "???"."""
+    if not (isinstance(plain, dict) and isinstance(defaults, dict)):
+        return plain
+    filled = {key: _fill_in(plain[key], value) if key in plain else value for key, value in defaults.items()}
+    return filled | {key: value for key, value in plain.items() if key not in defaults}
 
 
 def _explain(error: Exception, directories: list[Path]) -> str:

@@ -190,6 +190,8 @@ class DataConfig:
 
 @dataclass
 class CheckpointConfig:
+    enabled: bool = True
+    """False: write none at all, for runs that only measure."""
     save_interval: int = 1000
     """Steps between checkpoints; 0 saves only at the end."""
     async_save: bool = True

@@ -103,13 +103,14 @@ def make_plan(config: Config, world_size: int | None = None, check_paths: bool =
 
     Raises UserError with one line for every problem there is.
     """
-    p = config.parallel
-    if world_size is None:
-        world_size = p.world_size or max(1, p.tensor * p.pipeline)
     problems = _all_problems(config, world_size, check_paths)
     if problems:
         raise UserError(*problems)
-    return _spell_out(config, world_size)
+    return _spell_out(config, world_size or _default_world_size(config))
+
+
+def _default_world_size(config: Config) -> int:
+    return config.parallel.world_size or config.parallel.tensor * config.parallel.pipeline
 
 
 def layers_of_chunk(plan: Plan, pipeline_rank: int, virtual_rank: int = 0) -> range:
@@ -117,7 +118,7 @@ def layers_of_chunk(plan: Plan, pipeline_rank: int, virtual_rank: int = 0) -> ra
     return plan.layers_of_chunk(pipeline_rank, virtual_rank)
 
 
-def _all_problems(config: Config, world_size: int, check_paths: bool) -> list[str]:
+def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> list[str]:
     problems = check_values(config)
     wrong = {line.partition(".")[0] for line in problems}  # later checks rely on single values being possible
 
@@ -128,8 +129,8 @@ def _all_problems(config: Config, world_size: int, check_paths: bool) -> list[st
     if fine("model"):
         problems += checks.check_model(config.model)
     if fine("model", "parallel"):
-        layout = checks.check_layout(config, world_size)
-        problems += layout
+        world_size = world_size or _default_world_size(config)
+        problems += checks.check_layout(config, world_size)
         ranks = config.parallel.tensor * config.parallel.pipeline
         data_parallel = world_size // ranks if world_size % ranks == 0 else None
     if fine("model", "parallel", "precision") and config.model.hidden_size % config.model.num_attention_heads == 0:

@@ -108,13 +108,15 @@ def start_state(config: Config, directory: Path, runtime, chunks: list, optimize
     source = find_source(config, directory)
     if source is None:
         return TrainState()
-    saved = load_checkpoint(source, config, runtime, chunks, optimizer)
+    loaded = load_checkpoint(source, config, runtime, chunks, optimizer)
     if runtime.is_logging_rank:
         logger.info("loaded %s%s", source.path, " (weights only)" if source.weights_only else "")
-    if saved is None:
+    if loaded.state is None:
         return TrainState()
-    state = TrainState.from_dict(saved)
+    state = TrainState.from_dict(loaded.state)
     order.check(state)
+    if not loaded.rng_restored:
+        seed_everything(config.run.seed + state.step, config.run.deterministic)
     return state
 
 

@@ -115,3 +115,10 @@ def test_composing_twice_does_not_share_state():
     first.model.global_layers.append(5)
     assert compose(["experiment=demo"]).data.phases["stable"].blend["books"] == 0.3
     assert compose(["experiment=demo"]).model.global_layers == [0, 3, 7]
+
+
+def test_a_value_to_be_given_is_never_replaced_by_a_default(tmp_path):
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").write_text("lr: ???\n")
+    assert compose(["model=hymba_tiny", "optim=mine"], config_dir=tmp_path).optim.lr == "???"
+    assert compose(["model=hymba_tiny", "optim.lr=???"]).optim.lr == "???"

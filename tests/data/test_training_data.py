@@ -66,6 +66,16 @@ def test_seed_and_phase_change_the_order(demo):
     assert tokens_of(data.build_training_data(renamed, seed=1234, vocab_size=4096), 0, numbers) != reference
 
 
+def test_a_phase_shuffles_its_sources_anew(demo):
+    phases = {
+        name: PhaseConfig(tokens=10_000, seq_length=SEQ_LENGTH, global_batch_size=8, blend={"books": 1.0})
+        for name in ("first", "second")
+    }
+    training_data = build(demo, phases=phases)
+    first, second = ([training_data.locate(index, n)[2] for n in range(100)] for index in (0, 1))
+    assert first != second
+
+
 def test_length_of_a_phase_and_other_phases_do_not_change_the_order(demo):
     changed = make_config(demo)
     changed.phases = {"decay": changed.phases["decay"], "main": changed.phases["main"]}
@@ -174,6 +184,7 @@ def test_validation_reads_the_held_out_part_evenly(demo):
     steps = np.diff(windows)
     assert steps.min() >= 1
     assert steps.max() - steps.min() <= 1
+    assert windows[-1] == 9 * ((held_out.num_tokens - 1) // SEQ_LENGTH) // 10
     first = training_data.validation_sample("books", SEQ_LENGTH, 0)["tokens"]
     assert first.tolist() == held_out.tokens.tokens(held_out.begin, held_out.begin + SEQ_LENGTH + 1).tolist()
 

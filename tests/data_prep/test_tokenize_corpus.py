@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from data_prep import jsonl as jsonl_module
+from data_prep import tokenize_corpus
 from data_prep.cli import main
 from data_prep.demo import CORPUS, DOMAINS
 from data_prep.tokenize_corpus import tokenize_files
@@ -84,7 +86,9 @@ def test_manifest_tells_what_was_done(run, tmp_path, tokenizer):
     assert set(manifest.versions) == {"python", "numpy", "sentencepiece", "tokenizers"}
 
 
-def test_result_does_not_depend_on_the_number_of_workers(demo, tmp_path):
+def test_result_does_not_depend_on_the_number_of_workers(demo, tmp_path, monkeypatch):
+    for module in (jsonl_module, tokenize_corpus):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 2**16)  # many chunks, more than wait at one time
     inputs = [CORPUS / f"{domain}.jsonl" for domain in DOMAINS]
     manifests = [
         tokenize_files(inputs, tmp_path / f"out{workers}" / "all", demo / "tokenizer", num_workers=workers)
@@ -256,8 +260,6 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path):
 
 
 def test_progress_on_a_terminal(demo, tmp_path, capsys, monkeypatch):
-    from data_prep import tokenize_corpus
-
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr(tokenize_corpus.time, "monotonic", lambda: next(clock))
     progress = tokenize_corpus.Progress(total_bytes=4_000_000, show=True)

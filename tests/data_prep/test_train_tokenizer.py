@@ -80,6 +80,23 @@ def test_words_are_cut_apart_only_where_no_piece_crosses(tmp_path):
     assert fast.encode(lines[0]) == sentencepiece.encode(lines[0])
 
 
+def test_pieces_of_equal_score_merge_as_in_sentencepiece(demo, tmp_path):
+    # As in the tokenizer of Mistral and Hymba: runs of spaces all have the score -1e9.
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((demo / "tokenizer/tokenizer.model").read_bytes())
+    runs = [piece for piece in model.pieces if not piece.piece.strip(SPACE) and len(piece.piece) > 1]
+    assert len(runs) > 5
+    for piece in runs:
+        piece.score = -1e9
+    write_tokenizer(model.SerializeToString(), tmp_path)
+    fast, sentencepiece = Tokenizer.load(tmp_path / "tokenizer.json"), Tokenizer.load(tmp_path / "tokenizer.model")
+    for length in range(1, 70):
+        text = "if x:\n" + " " * length + "y"
+        assert fast.encode(text) == sentencepiece.encode(text), length
+
+
 def test_extra_special_token_comes_behind_the_vocabulary(demo, tmp_path, capsys):
     model = demo / "tokenizer/tokenizer.model"
     assert main(["convert-tokenizer", str(model), "--output", str(tmp_path), "--add-special", "[PAD]"]) == 0

@@ -1,5 +1,7 @@
 """The Megatron-Core model against the numbers of the published code, and against the oracle where that has no say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,12 @@ def build(model_config, runtime, **precision):
     for key, value in precision.items():
         setattr(config.precision, key, value)
     return build_model_chunks(config, runtime, [range(model_config.num_layers)])[0]
+
+
+def on_device(case, device):
+    """The case's tensors and weights there."""
+    move = lambda tensors: {k: t.to(device) for k, t in tensors.items()}  # noqa: E731
+    return replace(case, tensors=move(case.tensors), weights=move(case.weights))
 
 
 def load(model, weights) -> None:

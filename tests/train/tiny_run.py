@@ -1,8 +1,10 @@
 """A training run small enough for a test: synthetic sources, a Hymba of 4 layers, two phases.
 
-As a script it is one process of a run, so that tests can start it under torchrun, kill it, and start it again::
+As a script it is one process of one run or of several, one after the other (a start costs more than a run)::
 
-    python -m tests.train.tiny_run DIRECTORY key=value ...
+    python -m tests.train.tiny_run DIRECTORY key=value ... [then key=value ...]
+
+A run that ends in a UserError prints it and the next one starts.
 """
 
 from __future__ import annotations
@@ -93,13 +95,21 @@ def main() -> int:
 
     import torch
 
+    from hymba_train.errors import UserError
+    from hymba_train.parallel import shutdown
     from hymba_train.train.main import train
 
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
-    pairs = (argument.split("=", 1) for argument in sys.argv[2:])
-    config = tiny_config(Path(sys.argv[1]), **{key: json.loads(value) for key, value in pairs})
-    return train(config, tiny_plan(config))
+    for arguments in " ".join(sys.argv[2:]).split(" then "):
+        pairs = (argument.split("=", 1) for argument in arguments.split())
+        config = tiny_config(Path(sys.argv[1]), **{key: json.loads(value) for key, value in pairs})
+        try:
+            train(config, tiny_plan(config))
+        except UserError as error:
+            print(f"UserError: {error}", flush=True)
+            shutdown()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""Checks that need more than one override to show."""
+
+import pytest
+
+from hymba_train.config import compose
+from hymba_train.errors import UserError
+from hymba_train.plan import make_plan
+from hymba_train.plan.checks import divisors_around, multiples_around
+
+FP8 = ["experiment=pretrain_1p5b", "precision=fp8", "parallel=single", "parallel.world_size=null"]
+
+
+def problems(*overrides, world_size=None):
+    with pytest.raises(UserError) as caught:
+        make_plan(compose(list(overrides)), world_size, check_paths=False)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 5])
+def test_fp8_fits_the_published_model(tensor):
+    ffn = [] if 5504 % tensor == 0 else ["model.ffn_hidden_size=5520"]
+    make_plan(compose([*FP8, f"parallel.tensor={tensor}", *ffn]), check_paths=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "precision.layer_spec=local",
+            "precision.fp8=delayed needs Transformer Engine, but precision.layer_spec=local",
+        ),
+        ("model.ffn_hidden_size=5500", "FFN width of a rank is 5500, not a multiple of 16: nearest are 5488 and 5504"),
+        ("model.hidden_size=1650", "model.hidden_size is 1650, not a multiple of 16: nearest are 1648 and 1664"),
+        ("model.num_meta_tokens=100", "= 16484 rows, not a multiple of 16: nearest are 16480 and 16496"),
+    ],
+)
+def test_fp8_shapes(override, line):
+    assert any(line in problem for problem in problems(*FP8, override))
+
+
+def test_fp8_and_transformer_engine_need_a_gpu():
+    lines = problems(*FP8, "run.device=cpu")
+    assert [line.split(";")[0] for line in lines] == [
+        "precision.layer_spec=transformer_engine needs a GPU, run.device is cpu",
+        "precision.fp8=delayed needs Transformer Engine, but run.device=cpu",
+    ]
+
+
+def test_fp8_rows_are_those_of_a_rank_under_sequence_parallelism():
+    overrides = [*FP8, "parallel.tensor=2", "parallel.sequence=true", "model.num_meta_tokens=144"]
+    assert "not a multiple of 32" in problems(*overrides)[0]
+
+
+def test_world_size_must_hold_whole_replicas():
+    assert problems("model=hymba_tiny", "parallel=tp2_pp2", "parallel.world_size=null", world_size=6) == [
+        "6 processes run, no multiple of parallel.tensor 2 x parallel.pipeline 2 = 4: nearest are 4 and 8"
+    ]
+
+
+def test_interleaved_micro_batches_come_in_groups_of_the_pipeline():
+    overrides = ["experiment=demo", "parallel=pp4", "parallel.virtual_pipeline=2"]
+    lines = problems(*overrides, "data.phases.stable.global_batch_size=12")
+    assert lines == [
+        "data.phases.stable.global_batch_size=12 is not a multiple of data.phases.stable.micro_batch_size 2 x 1 "
+        "data-parallel ranks x 4 pipeline stages (interleaved schedule) = 8: nearest are 8 and 16"
+    ]
+    make_plan(compose(overrides), check_paths=False)
+    make_plan(
+        compose(["experiment=demo", "parallel=pp4", "data.phases.stable.global_batch_size=12"]), check_paths=False
+    )
+
+
+def test_problems_of_every_part_are_reported_together():
+    lines = problems(
+        "experiment=demo", "model.num_query_groups=3", "parallel.context=2", "precision.params=fp16", "optim.min_lr=1",
+        "data.phases.long.blend.x=1.0", "data.phases.stable.seq_length=4096", "parallel.pipeline_layout=[9]",
+    )  # fmt: skip
+    keys = ["precision.params", "model.num_query_groups", "parallel.context", "parallel.pipeline_layout"]
+    keys += ["optim.min_lr", "data.phases.stable.seq_length", "data.phases.long.blend.x"]
+    assert [line.replace("=", ":").split(":")[0] for line in lines] == keys
+
+
+def test_open_values_that_plan_cannot_do_without():
+    assert problems("experiment=demo", "optim.lr=???", "parallel.tensor=???", "data.phases.long.rope_type=???") == [
+        "parallel.tensor: to be given; nothing can be planned without it",
+        "optim.lr: to be given; nothing can be planned without it",
+        "data.phases.long.rope_type: to be given; nothing can be planned without it",
+    ]
+
+
+def test_nearest_numbers():
+    assert multiples_around(7, 24) == "nearest is 24"
+    assert multiples_around(25, 24) == "nearest are 24 and 48"
+    assert divisors_around(25, 1600) == "nearest are 20 and 32"
+    assert divisors_around(9, 8) == "nearest is 8"

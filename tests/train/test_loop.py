@@ -1,0 +1,153 @@
+"""The loop with a fake step: what is called when, and who may end it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.train.loop import Loop, PlannedStep
+from hymba_train.train.metrics import Peak, ThroughputMeter
+from hymba_train.train.state import TrainState
+from hymba_train.train.step import StepResult
+
+LENGTHS = [3, 2]  # steps in each phase
+
+
+class FakeSteps:
+    def next(self, state):
+        done, phase = state.samples_in_phase // 4, state.phase
+        while phase < len(LENGTHS) and done >= LENGTHS[phase]:
+            phase, done = phase + 1, 0
+        if phase == len(LENGTHS):
+            return None
+        return PlannedStep(phase, f"phase{phase}", done * 4, 4, 2, 8, lr=0.1, flops_per_token=1.0)
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.calls = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") or name == "close":
+            calls = object.__getattribute__(self, "calls")
+            own = type(self).__dict__.get(name)
+
+            def hook(*args):
+                calls.append(name)
+                if own:
+                    own(self, *args)
+
+            return hook
+        return object.__getattribute__(self, name)
+
+
+def make(callbacks, state=None, other_ranks=(0, 0), train=None, **kwargs) -> Loop:
+    def fake_train(step, batches, requests):
+        summed = tuple(a + b for a, b in zip(requests, other_ranks, strict=True))
+        return StepResult(1.5, 0.5, 32, summed)
+
+    meter = ThroughputMeter(torch.device("cpu"), 1, Peak(None, "n/a"))
+    return Loop(
+        state or TrainState(), FakeSteps(), callbacks, meter, load=lambda step: [], train=train or fake_train, **kwargs
+    )
+
+
+def test_runs_all_phases_and_counts():
+    phases, recorder = [], Recorder()
+    loop = make([recorder], start_phase=lambda step: phases.append(step.phase_name), log_interval=2)
+    state = loop.run()
+    assert state == TrainState(step=5, phase=1, samples_in_phase=8, samples=20, tokens=160)
+    assert phases == ["phase0", "phase1"]
+    assert loop.stop_reason == "all phases trained"
+    per_step = ["on_step_start", "on_step_end"]
+    logged = ["on_step_start", "on_log", "on_step_end"]
+    assert recorder.calls == [
+        "on_train_start", "on_phase_start", *per_step, *logged, *per_step,
+        "on_phase_start", *logged, *logged,  # step 4 by the interval, step 5 as the last
+        "on_train_end", "close",
+    ]  # fmt: skip
+
+
+def test_continues_in_the_middle_of_a_phase():
+    recorder = Recorder()
+    loop = make([recorder], TrainState(step=4, phase=1, samples_in_phase=4, samples=16, tokens=128))
+    assert loop.run().step == 5
+    assert recorder.calls.count("on_phase_start") == 1 and recorder.calls.count("on_step_end") == 1
+    assert loop.trained
+
+
+def test_a_finished_run_trains_nothing():
+    recorder = Recorder()
+    loop = make([recorder], TrainState(step=5, phase=1, samples_in_phase=8, samples=20, tokens=160))
+    loop.run()
+    assert "on_step_start" not in recorder.calls and not loop.trained
+
+
+def test_train_steps_counts_steps_of_the_run():
+    loop = make([], TrainState(step=1, samples_in_phase=4, samples=4, tokens=32), train_steps=3)
+    assert loop.run().step == 3
+    assert loop.stop_reason == "run.train_steps reached"
+
+
+def test_a_stop_takes_effect_when_all_ranks_know():
+    class StopAtTwo(Callback):
+        def on_step_end(self, loop, metrics):
+            if metrics.step == 2:
+                loop.request_stop("signal 15")
+
+    recorder = Recorder()
+    loop = make([StopAtTwo(), recorder])
+    assert loop.run().step == 3  # told the others along with step 3's loss
+    assert loop.stop_reason == "signal 15"
+    assert "on_train_end" in recorder.calls
+
+
+def test_another_rank_may_stop_the_run():
+    loop = make([], other_ranks=(1, 0))
+    assert loop.run().step == 1
+    assert loop.stop_reason == "another rank asked to stop"
+
+
+def test_a_save_is_requested_once():
+    seen = []
+
+    class Watch(Callback):
+        def on_step_start(self, loop):
+            if loop.state.step == 1:
+                loop.request_save()
+
+        def on_step_end(self, loop, metrics):
+            seen.append(loop.save_requested)
+
+    make([Watch()]).run()
+    assert seen == [False, True, False, False, False]
+
+
+def test_an_exception_is_shown_to_all_and_raised():
+    recorder = Recorder()
+
+    def train(step, batches, requests):
+        raise RuntimeError("device lost")
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        make([recorder], train=train).run()
+    assert recorder.calls == ["on_train_start", "on_phase_start", "on_step_start", "on_exception", "close"]
+
+
+def test_batch_hash_of_logged_steps_only():
+    hashes = []
+
+    class Watch(Callback):
+        def on_step_end(self, loop, metrics):
+            hashes.append(metrics.batch_hash)
+
+    make([Watch()], batch_hash=lambda step: f"{step.phase}:{step.first_sample}", log_interval=2).run()
+    assert hashes == [None, "0:4", None, "1:0", "1:4"]
+
+
+def test_state_survives_a_dict_and_refuses_a_damaged_one():
+    state = TrainState(3, 1, 4, 16, 128)
+    assert TrainState.from_dict(state.to_dict()) == state
+    with pytest.raises(ValueError, match="samples_in_phase"):
+        TrainState.from_dict({**state.to_dict(), "samples_in_phase": "4"})
