@@ -14,15 +14,6 @@ from hymba_train.reference import ReferenceHymba
 from tests import golden_data
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors here are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(case, dtype=torch.float32):
     model = ReferenceHymba(case.config).to(dtype)
     model.load_state_dict(case.weights)

@@ -67,7 +67,7 @@ class HymbaConfig(PretrainedConfig):
     """
 
     model_type = "hymba"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(
         self,
@@ -114,8 +114,8 @@ class HymbaConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.num_memory_tokens = num_memory_tokens
-        everything = range(num_hidden_layers)
-        self.global_attn_idx = list(everything if global_attn_idx is None or sliding_window is None else global_attn_idx)
+        layers = range(num_hidden_layers)
+        self.global_attn_idx = list(layers if global_attn_idx is None or sliding_window is None else global_attn_idx)
         self.sliding_window = sliding_window
         self.kv_reuse_group = [list(group) for group in kv_reuse_group or ()]
         self.mamba_expand = mamba_expand
@@ -140,7 +140,7 @@ class HymbaConfig(PretrainedConfig):
         self.use_cache = use_cache
         # Derived; the published code overwrites v_head_dim in the same way and keys conv_dim by strings in JSON.
         self.v_head_dim = mamba_expand * hidden_size // num_attention_heads
-        self.conv_dim = {str(i): mamba_expand * hidden_size for i in everything}
+        self.conv_dim = {str(i): mamba_expand * hidden_size for i in layers}
         kwargs.pop("v_head_dim", None)
         kwargs.pop("conv_dim", None)
         kwargs.pop("attn_implementation", None)  # "flex" in the published file; transformers knows no such value

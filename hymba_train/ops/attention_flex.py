@@ -99,8 +99,9 @@ def _text_block_mask(
     if segment_ids is None:
         return _plain_block_mask(num_tokens, num_meta, window, device)
     kept = _segment_masks
-    if kept is None or kept[0] is not segment_ids or kept[1] != segment_ids._version:
-        _segment_masks = kept = (segment_ids, segment_ids._version, {})
+    version = -1 if segment_ids.is_inference() else segment_ids._version  # inference tensors do not count changes
+    if kept is None or kept[0] is not segment_ids or kept[1] != version or version == -1:
+        _segment_masks = kept = (segment_ids, version, {})
     masks = kept[2]
     if (num_meta, window) not in masks:
         visible = mask_mod(num_meta, window, segment_ids)

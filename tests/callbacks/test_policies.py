@@ -1,0 +1,186 @@
+"""When evaluations and checkpoints happen, what is kept, and what a broken logger does to training."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.callbacks.checkpointing import Checkpointing
+from hymba_train.callbacks.evaluation import Evaluation
+from hymba_train.callbacks.never_fatal import HOOKS, NeverFatal
+from hymba_train.callbacks.profile import Profile, parse_range
+from hymba_train.checkpoint import directory
+from hymba_train.errors import UserError
+from tests.checkpoint.test_directory import fill
+
+
+class FakeWriter:
+    """Publishes a save two polls later, as a background process would."""
+
+    def __init__(self, root, delay=2):
+        self.root, self.delay, self.saves, self._pending = root, delay, [], []
+
+    def save(self, state, wait=False):
+        self.saves.append((state["step"], wait))
+        path = directory.start_step(self.root, state["step"])
+        fill(path)
+        self._pending.append([0 if wait else self.delay, path])
+
+    def poll(self, wait=False):
+        done = []
+        for entry in list(self._pending):
+            entry[0] -= 1
+            if wait or entry[0] < 0:
+                self._pending.remove(entry)
+                done.append(directory.publish(entry[1]))
+        return done
+
+
+def saved_steps(loop) -> list[tuple[int, int]]:
+    """(step of the checkpoint, step at which it was reported)"""
+    return [(step, at) for event, *args in loop.reported for step, at in [(args[1], args[2])]]
+
+
+def train(loop, steps):
+    loop.reported = []
+    plain_emit = loop.emit
+
+    def emit(event, *args):
+        if event == "on_checkpoint_saved":
+            loop.reported.append((event, *args, loop.state.step))
+        plain_emit(event, *args)
+
+    loop.emit = emit
+    loop.start()
+    for step in steps:
+        loop.step(step)
+    loop.end()
+
+
+def test_checkpoints_by_interval_and_at_the_end(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 3, keep_last=9, keep_every=0, is_first_rank=True))
+    train(loop, range(1, 8))
+    assert writer.saves == [(3, False), (6, False), (7, True)]
+    assert saved_steps(loop) == [(3, 5), (6, 7), (7, 7)]  # reported when published, not when asked for
+    assert [directory.step_of(p) for p in directory.complete_steps(tmp_path)] == [3, 6, 7]
+
+
+def test_the_last_step_is_not_saved_twice(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 3, keep_last=9, keep_every=0, is_first_rank=True))
+    train(loop, range(1, 4))
+    assert writer.saves == [(3, False)] and saved_steps(loop) == [(3, 3)]
+
+
+def test_interval_zero_saves_at_the_end_only(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    train(loop_of(Checkpointing(writer, 0, 1, 0, True)), range(1, 4))
+    assert writer.saves == [(3, True)]
+
+
+def test_a_finished_run_saves_nothing(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 0, 1, 0, True))
+    loop.state.step = 9
+    loop.start()
+    loop.end()
+    assert writer.saves == []
+
+
+def test_a_request_saves_now(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 0, 1, 0, True))
+    loop.start()
+    loop.save_requested = True
+    loop.step(1)
+    assert writer.saves == [(1, False)]
+
+
+@pytest.mark.parametrize(("is_first_rank", "left"), [(True, [3, 4]), (False, [1, 2, 3, 4])])
+def test_the_first_rank_retains(tmp_path, loop_of, is_first_rank, left):
+    writer = FakeWriter(tmp_path, delay=0)
+    train(loop_of(Checkpointing(writer, 1, 2, 0, is_first_rank)), range(1, 5))
+    assert [directory.step_of(p) for p in directory.complete_steps(tmp_path)] == left
+
+
+def test_evaluation_by_interval_and_once_at_the_end(loop_of):
+    calls = []
+    loop = loop_of(Evaluation(lambda: calls.append(1) or {"books": float(len(calls))}, 2))
+    loop.start()
+    for step in (1, 2, 3, 4):
+        loop.step(step)
+    loop.end()
+    assert [e for e in loop.emitted if e[0] == "on_evaluate_end"] == [
+        ("on_evaluate_end", {"books": 1.0}), ("on_evaluate_end", {"books": 2.0})
+    ]  # fmt: skip
+    loop = loop_of(Evaluation(lambda: calls.append(1) or {}, 0))
+    loop.start()
+    loop.step(1)
+    loop.end()
+    assert len(calls) == 3
+
+
+def test_nothing_trained_is_not_evaluated(loop_of):
+    loop = loop_of(Evaluation(lambda: pytest.fail("evaluated"), 1))
+    loop.start()
+    loop.end()
+
+
+def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
+    class Broken(Callback):
+        calls = 0
+
+        def on_log(self, loop, metrics):
+            type(self).calls += 1
+            raise OSError("no space left on device")
+
+    loop = loop_of(NeverFatal(Broken()))
+    with caplog.at_level(logging.WARNING):
+        loop.start()
+        loop.step(1)
+        loop.step(2)
+        loop.end()
+    assert Broken.calls == 1
+    assert [r.getMessage().count("no space left") for r in caplog.records] == [1]
+
+
+def test_never_fatal_passes_every_hook_on():
+    seen = []
+
+    class All(Callback):
+        def __getattribute__(self, name):
+            if name in HOOKS:
+                return lambda *args: seen.append((name, len(args)))
+            return object.__getattribute__(self, name)
+
+    wrapped = NeverFatal(All())
+    for hook in HOOKS:
+        getattr(wrapped, hook)(*([None] if hook == "close" else [None, None]))
+    assert {name for name, _ in seen} == set(HOOKS) and len(HOOKS) == 10
+
+
+def test_ctrl_c_is_not_swallowed():
+    class Interrupted(Callback):
+        def on_train_start(self, loop):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        NeverFatal(Interrupted()).on_train_start(None)
+
+
+def test_profile_writes_a_trace_and_a_table(tmp_path, loop_of):
+    loop = loop_of(Profile("2:3", tmp_path))
+    loop.start()
+    for step in range(1, 5):
+        loop.step(step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["steps_2_3.trace.json", "steps_2_3.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "5", "3:2", "0:4", "a:b", "-1:3", "1:2:3"])
+def test_profile_range(text):
+    with pytest.raises(UserError, match=r"logging\.profile"):
+        parse_range(text)
+    assert parse_range("10:12") == (10, 12)
