@@ -91,6 +91,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Keys with the values we implement. A missing key takes the published model's value, not the class default."""
 
+LAYER_TYPES = {"h": "hybrid", "a": "attention", "m": "ssm"}
+"""Letters of layer_type. The published code knows 'h'; ours, which every export carries, knows all."""
+
 _ROPE_TYPES = {"ntk": "ntk", "default": "default", None: "default"}
 
 
@@ -121,7 +124,7 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=get("num_attention_heads"),
         num_query_groups=get("num_key_value_heads"),
         vocab_size=get("vocab_size"),
-        layer_pattern=["hybrid"],
+        layer_pattern=_layer_pattern(config_json),
         global_layers=list(get("global_attn_idx") or []),
         kv_groups=[list(group) for group in get("kv_reuse_group") or []],
         window_size=get("sliding_window"),
@@ -158,6 +161,19 @@ def _size_problems(config_json: Mapping[str, Any]) -> list[str]:
         problems.append(f"config.json: rope_type = {get('rope_type')!r} is not supported; only 'ntk' or 'default' is")
     if not get("kv_reuse_group") and (get("kv_reuse_every_i_layer") or -1) > 0:
         problems.append("config.json: kv_reuse_every_i_layer is not supported; list the groups in kv_reuse_group")
-    if set(get("layer_type") or "h") != {"h"}:
-        problems.append("config.json: layer_type has layers other than 'h' (hybrid)")
+    if set(get("layer_type") or "h") - set(LAYER_TYPES):
+        problems.append(f"config.json: layer_type has layers other than {', '.join(map(repr, LAYER_TYPES))}")
+    for key in ("layer_type", "layer_has_mlp"):
+        if get(key) and len(config_json[key]) != config_json["num_hidden_layers"]:
+            problems.append(f"config.json: {key} does not have num_hidden_layers entries")
     return problems
+
+
+def _layer_pattern(config_json: Mapping[str, Any]) -> list[str]:
+    """The shortest pattern that gives the layers of layer_type and (a key of ours) layer_has_mlp."""
+    num_layers = config_json["num_hidden_layers"]
+    types = config_json.get("layer_type") or "h" * num_layers
+    has_mlp = config_json.get("layer_has_mlp") or [True] * num_layers
+    blocks = [LAYER_TYPES[t] + ("" if ffn else ":no_ffn") for t, ffn in zip(types, has_mlp, strict=True)]
+    length = next(n for n in range(1, num_layers + 1) if all(b == blocks[i % n] for i, b in enumerate(blocks)))
+    return blocks[:length]

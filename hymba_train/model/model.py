@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -22,6 +23,8 @@ from hymba_train.model.stack import HymbaStack, message_width
 from hymba_train.parallel.cut import LocalTensor, local_tensor, sharded
 
 TIED = "embedding.word_embeddings.weight"
+# Megatron-Core 0.16 takes the group from its global state.
+_CROSS_ENTROPY_TAKES_GROUP = "tp_group" in inspect.signature(vocab_parallel_cross_entropy).parameters
 
 
 class HymbaModel(LanguageModule):
@@ -120,7 +123,8 @@ class HymbaModel(LanguageModule):
 
     def _token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         predicted = labels != -100
-        losses = vocab_parallel_cross_entropy(logits.float(), labels.masked_fill(~predicted, 0), tp_group=self.tp_group)
+        group = {"tp_group": self.tp_group} if _CROSS_ENTROPY_TAKES_GROUP else {}
+        losses = vocab_parallel_cross_entropy(logits.float(), labels.masked_fill(~predicted, 0), **group)
         return losses * predicted
 
     def _gather_vocabulary(self, logits: Tensor) -> Tensor:

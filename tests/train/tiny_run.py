@@ -96,19 +96,21 @@ def main() -> int:
     import torch
 
     from hymba_train.errors import UserError
-    from hymba_train.parallel import shutdown
-    from hymba_train.train.main import train
+    from hymba_train.parallel import destroy_groups, shutdown
+    from hymba_train.train import main as training
 
+    training.shutdown = destroy_groups  # the default process group serves all runs of this process
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     for arguments in " ".join(sys.argv[2:]).split(" then "):
         pairs = (argument.split("=", 1) for argument in arguments.split())
         config = tiny_config(Path(sys.argv[1]), **{key: json.loads(value) for key, value in pairs})
         try:
-            train(config, tiny_plan(config))
+            training.train(config, tiny_plan(config))
         except UserError as error:
             print(f"UserError: {error}", flush=True)
-            shutdown()
+            destroy_groups()
+    shutdown()
     return 0
 
 

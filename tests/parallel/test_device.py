@@ -1,0 +1,46 @@
+"""Each CPU override is there because something fails without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hymba_train.errors import UserError
+from hymba_train.parallel import device
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cpu_step(directory, *skip: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.parallel.cpu_step", str(directory), *skip]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_train_save_and_resume_with_all_overrides(tmp_path):
+    done = cpu_step(tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [o.name for o in device.CPU_OVERRIDES])
+def test_fails_without(name, tmp_path):
+    assert cpu_step(tmp_path, name).returncode != 0, f"override {name!r} is not needed: drop it"
+
+
+def test_overrides_say_why():
+    assert all(len(o.reason) > 20 for o in device.CPU_OVERRIDES)
+
+
+def test_device_is_refused_by_name():
+    with pytest.raises(UserError, match=r"run\.device='gpu': known are auto, cpu, cuda"):
+        device.resolve_device("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_no_gpu_is_an_error_not_a_fall_back():
+    with pytest.raises(UserError, match="sees no GPU"):
+        device.resolve_device("cuda")
