@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full lint wheel clean
+.PHONY: setup demo test test-full lint wheel bench-data clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +55,12 @@ lint: setup
 
 wheel: setup
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+# The bundled text with a tokenizer of the 1.5B's vocabulary size: input of experiment=bench_1p5b.
+bench-data: setup
+	$(BIN)/hymba data train-tokenizer --input data_prep/corpus/*.jsonl --vocab-size 32001 --output build/bench-data/tokenizer
+	for domain in books speeches docs code; do $(BIN)/hymba data tokenize --input data_prep/corpus/$$domain.jsonl \
+	  --tokenizer build/bench-data/tokenizer --output-prefix build/bench-data/$$domain || exit; done
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ setup(
             "triton>=3.2",
         ],
         "wandb": ["wandb>=0.18"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "wheel"],
     },
     entry_points={"console_scripts": ["hymba=hymba_train.cli:main"]},
     classifiers=[

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hymba_train.checkpoint import directory, tree
 from hymba_train.checkpoint.metadata import Layout, changed_keys, check_model, read_metadata
@@ -95,8 +96,9 @@ def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optim
         state = _load(source, runtime, chunks, optimizer, same_layout)
     except UserError:
         raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except (Exception, CheckpointException) as error:  # PyTorch's CheckpointException is no Exception
+        cause = next(iter(error.failures.values()))[0] if getattr(error, "failures", None) else error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise UserError(f"{source.path}: cannot be loaded ({reason}); move it away to take an older one") from error
     if not source.weights_only:
         remarks += changed_keys(metadata, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,23 @@ def hf_parts(description: TensorDescription) -> list[tuple[str, tuple[int, ...]]
     if name.endswith("conv1d.weight"):
         shape = (shape[0], 1, shape[1])
     return [(name, shape)]
+
+
+def checkpoint_keys(description: TensorDescription) -> list[tuple[str, tuple[int, ...]]]:
+    """(key, shape) in our checkpoints: the tensor, or each of its slices where it has several (parallel/cut.py)."""
+    if len(description.slices) < 2:
+        return [(description.name, description.shape)]
+    shapes = [list(description.shape) for _ in description.slices]
+    for shape, piece in zip(shapes, description.slices, strict=True):
+        shape[description.axis] = piece.size
+    return [(f"{description.name}.{s.name}", tuple(shape)) for s, shape in zip(description.slices, shapes, strict=True)]
+
+
+def checkpoint_entries(description: TensorDescription, full: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) in our checkpoints of one described tensor ``full``, in its true shape."""
+    keys = [key for key, _ in checkpoint_keys(description)]
+    parts = [full] if len(keys) == 1 else full.split([s.size for s in description.slices], dim=description.axis)
+    yield from zip(keys, parts, strict=True)
 
 
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.config.typed import from_plain, to_plain
-from hymba_train.convert.names import EMBEDDING, HEAD, hf_parts, model_config_from_hf
+from hymba_train.convert.names import EMBEDDING, HEAD, checkpoint_entries, hf_parts, model_config_from_hf
 from hymba_train.describe import model_tensors, resolve_stack
 from hymba_train.errors import UserError
 
@@ -90,9 +90,10 @@ class PublishedWeights:
         where: dict[str, Any] = {}
         for file in sorted(set(mapped.values())) if mapped is not None else [SINGLE]:
             opened = self._open_file(self.directory / file)
-            for name in opened.keys():  # noqa: SIM118: not a dict
+            for name in list(opened.keys()):
                 if mapped is not None and mapped.get(name) != file:
-                    raise UserError(f"{self.directory / INDEX}: {name} lies in {file}, the index says {mapped.get(name)}")
+                    index, said = self.directory / INDEX, mapped.get(name)
+                    raise UserError(f"{index}: {name} lies in {file}, the index says {said}")
                 where[name] = opened
         absent = sorted(set(mapped or {}) - set(where))
         if absent:
@@ -106,13 +107,14 @@ class PublishedWeights:
             if (self.directory / SINGLE).is_file():
                 return None
             pickles = [p.name for pattern in _PICKLES for p in sorted(self.directory.glob(pattern))]
-            advice = f"; {pickles[0]} is not read: loading it can run code; convert it to safetensors" if pickles else ""
+            advice = f"; {pickles[0]} is not read, as loading it can run code: convert it first" if pickles else ""
             raise UserError(f"{self.directory}: there is neither {SINGLE} nor {INDEX}{advice}")
         mapped = _read_json(path).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
             raise UserError(f"{path}: there is no weight_map")
         for name, file in mapped.items():
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            plain = isinstance(file, str) and Path(file).name == file and "\\" not in file
+            if not plain or not file.endswith(".safetensors"):
                 raise UserError(f"{path}: {name} lies in {file!r}, which is no .safetensors file of this directory")
         return mapped
 
@@ -149,21 +151,11 @@ class PublishedWeights:
 
 
 def iterate_tensors(model: ModelConfig, weights: PublishedWeights) -> Iterator[tuple[str, Tensor]]:
-    """(key in our checkpoints, tensor) of every slice: shapes are true ones, see parallel/cut.py."""
+    """(key, tensor) of every entry that a training checkpoint of ``model`` has, in forward order."""
     for description in model_tensors(model):
         tensors = [weights.read(name) for name, _ in hf_parts(description)]
-        yield from checkpoint_entries(description, tensors[0] if len(tensors) == 1 else torch.cat(tensors))
-
-
-def checkpoint_entries(description: Any, full: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The entries of one described tensor: itself, or one for each slice where it has several."""
-    full = full.reshape(description.shape)
-    if len(description.slices) < 2:
-        yield description.name, full
-        return
-    parts = full.split([s.size for s in description.slices], dim=description.axis)
-    for piece, part in zip(description.slices, parts, strict=True):
-        yield f"{description.name}.{piece.name}", part.contiguous()
+        full = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        yield from checkpoint_entries(description, full.reshape(description.shape))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ All runs share one start of Python (``tests.train.tiny_run``): importing Megatro
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,11 @@ ONE_PHASE = (
 def start(directory: Path, *runs: list[str], timeout_seconds: int = 240) -> str:
     """Run several runs in one process; returns all its output. Fails if it did not exit with 0."""
     arguments = " then ".join(" ".join(run) for run in runs).split(" ")
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # this process may be a group of one
+    env = {k: v for k, v in os.environ.items() if k not in launcher}
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.tiny_run", str(directory), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout_seconds, check=False,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_seconds, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -128,10 +131,14 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_step(directory):
     assert sorted(events(directory, "background", "checkpoint")) == [5, 10]
 
 
-def test_either_optimizer_loads_the_others_checkpoint(directory):
-    assert exact(directory, "distributed", 6) == exact(directory, "whole", 6)
-    assert exact(directory, "plain", 8) == exact(directory, "whole", 8)
-    assert min(events(directory, "plain")) == 8
+@pytest.mark.parametrize(("name", "first_step"), [("distributed", 6), ("plain", 8)])
+def test_either_optimizer_loads_the_others_checkpoint(directory, name, first_step):
+    """Not to the last bit: the two add up the gradient norm in different orders."""
+    train, whole = events(directory, name), events(directory, "whole")
+    assert sorted(train) == list(range(first_step, 11))
+    for step, record in train.items():
+        assert record["loss"] == pytest.approx(whole[step]["loss"], rel=1e-6)
+        assert record["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-5)
 
 
 def test_the_batch_ramps_up_and_old_checkpoints_go(directory):

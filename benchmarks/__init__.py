@@ -1,0 +1,1 @@
+"""Speed and memory, each figure with its setting (benchmarks/README.md)."""
