@@ -1,5 +1,7 @@
 """Packaging. Tool settings are in pyproject.toml; exact tested versions are in constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 VERSION = "0.1.0"  # also hymba_train.__version__; a test holds the two together
@@ -8,7 +10,7 @@ setup(
     name="hymba-train",
     version=VERSION,
     description="Distributed pretraining of Hymba hybrid-head language models on Megatron-Core",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,6 +1,6 @@
 """Training speed of the demo model on this machine's CPU: one process, two tensor-parallel, two data-parallel.
 
-    python -m benchmarks.cpu_demo [STEPS]       prints a table, one row a layout
+python -m benchmarks.cpu_demo [STEPS]       prints a table, one row a layout
 """
 
 from __future__ import annotations

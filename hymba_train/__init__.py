@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 import types
-import warnings
 
 __version__ = "0.1.0"
 

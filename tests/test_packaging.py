@@ -38,7 +38,9 @@ def run(installed, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
         f"assert all(m.__file__.startswith({str(installed)!r}) for m in (hymba_train, data_prep, launch));"
         "sys.exit(main(sys.argv[1:]))"
     )
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
 
 
 def test_wheel_finds_recipes_corpus_and_launchers(installed, tmp_path):

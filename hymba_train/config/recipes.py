@@ -27,13 +27,18 @@ def recipes_directory() -> Path:
     )
 
 
+NOT_OF_A_RUN = ("cluster",)
+"""Folders beside the groups that configure something else: `hymba launch` reads cluster/."""
+
+
 def group_options(*directories: Path) -> dict[str, list[str]]:
     """Group -> names of its options, over all directories: ``{"model": ["hymba_125m", ...], ...}``."""
     groups: dict[str, set[str]] = {}
     for directory in directories:
         for file in directory.glob("*/**/*.yaml"):
             group, _, option = file.relative_to(directory).with_suffix("").as_posix().partition("/")
-            groups.setdefault(group, set()).add(option)
+            if group not in NOT_OF_A_RUN:
+                groups.setdefault(group, set()).add(option)
     return {group: sorted(options) for group, options in sorted(groups.items())}
 
 

@@ -21,8 +21,8 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
-def from_plain(plain: Plain) -> Config:
-    """Typed configuration from nested dicts, lists and scalars.
+def from_plain(plain: Plain, cls: type = Config) -> Any:
+    """Typed configuration from nested dicts, lists and scalars; ``cls`` is its schema, that of a run unless said.
 
     Keys that are absent take the schema's default; ``"???"`` is kept wherever it stands. An int is taken for a float,
     and a whole float such as 1e12 for an int; nothing else is converted.
@@ -30,7 +30,7 @@ def from_plain(plain: Plain) -> Config:
     Raises UserError with one line for every unknown key and every value of the wrong type.
     """
     problems: list[str] = []
-    config = _build(Config, plain, "", problems)
+    config = _build(cls, plain, "", problems, cls)
     if problems:
         raise UserError(*problems)
     return config
@@ -77,7 +77,7 @@ class _Mismatch(Exception):
     pass
 
 
-def _build(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
+def _build(cls: type, plain: Any, prefix: str, problems: list[str], root: type) -> Any:
     if not isinstance(plain, dict):
         problems.append(f"{prefix}: expected {type_name(cls)}; got {_show(plain)}")
         return cls()
@@ -90,18 +90,18 @@ def _build(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
             continue
         if key not in known:
             nearby = [f"{prefix}.{k}" if prefix else k for k in known]
-            problems.append(_unknown(dotted, nearby))
+            problems.append(_unknown(dotted, nearby, root))
             continue
-        values[key] = _convert_field(known[key], value, dotted, problems)
+        values[key] = _convert_field(known[key], value, dotted, problems, root)
     return cls(**{k: v for k, v in values.items() if v is not _INVALID})
 
 
 _INVALID = object()
 
 
-def _convert_field(annotation: Any, value: Any, dotted: str, problems: list[str]) -> Any:
+def _convert_field(annotation: Any, value: Any, dotted: str, problems: list[str], root: type) -> Any:
     if dataclasses.is_dataclass(annotation):
-        return _build(annotation, value, dotted, problems)
+        return _build(annotation, value, dotted, problems, root)
     if typing.get_origin(annotation) is dict and isinstance(value, dict):
         element = typing.get_args(annotation)[1]
         converted = {}
@@ -112,7 +112,7 @@ def _convert_field(annotation: Any, value: Any, dotted: str, problems: list[str]
             if name.startswith("_"):
                 problems.append(_private(f"{dotted}.{name}"))
                 continue
-            converted[name] = _convert_field(element, item, f"{dotted}.{name}", problems)
+            converted[name] = _convert_field(element, item, f"{dotted}.{name}", problems, root)
         return {k: v for k, v in converted.items() if v is not _INVALID}
     try:
         return _convert(annotation, value)
@@ -165,8 +165,8 @@ def _private(dotted: str) -> str:
     return f"{dotted}: keys that begin with '_' are refused; nothing in a configuration is instantiated or run"
 
 
-def _unknown(dotted: str, siblings: list[str]) -> str:
-    every_key = [*siblings, *(k for k in schema_keys() if k not in siblings)]
+def _unknown(dotted: str, siblings: list[str], root: type) -> str:
+    every_key = [*siblings, *(k for k in schema_keys(root) if k not in siblings)]
     tail = did_you_mean(dotted, every_key)
     if tail.startswith("known:"):  # nothing near in the whole schema: show the group alone
         tail = "known here: " + ", ".join(k.rpartition(".")[2] for k in siblings)
@@ -174,8 +174,8 @@ def _unknown(dotted: str, siblings: list[str]) -> str:
 
 
 @functools.cache
-def schema_keys() -> tuple[str, ...]:
-    """Every dotted key of the schema; NAME stands for a name the user chooses (``data.phases.NAME.tokens``)."""
+def schema_keys(schema: type = Config) -> tuple[str, ...]:
+    """Every dotted key of a schema; NAME stands for a name the user chooses (``data.phases.NAME.tokens``)."""
     keys: list[str] = []
 
     def walk(cls: type, prefix: str) -> None:
@@ -189,5 +189,5 @@ def schema_keys() -> tuple[str, ...]:
             else:
                 keys.append(dotted)
 
-    walk(Config, "")
+    walk(schema, "")
     return tuple(keys)

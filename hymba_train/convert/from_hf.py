@@ -10,7 +10,6 @@ import torch
 
 from hymba_train.checkpoint.directory import CHECKPOINTS, LATEST, step_name
 from hymba_train.checkpoint.metadata import Layout, metadata_of, write_metadata
-from hymba_train.config.freeze import FROZEN_NAME, to_yaml
 from hymba_train.config.schema import Config, ModelConfig
 from hymba_train.config.typed import to_plain
 from hymba_train.convert.dcp import CheckpointWriter
@@ -29,7 +28,8 @@ def import_hf(model_directory: Path, output: Path) -> Path:
 
     ``output/recipes/model/imported.yaml`` describes the model. Train from it under any layout with::
 
-        hymba train --config-dir OUTPUT/recipes model=imported checkpoint.load=OUTPUT checkpoint.load_optimizer=false ...
+        hymba train --config-dir OUTPUT/recipes model=imported \\
+            checkpoint.load=OUTPUT checkpoint.load_optimizer=false ...
 
     Nothing in ``model_directory`` is executed. Raises UserError for whatever does not fit; ``output`` is then not made.
     """
@@ -46,7 +46,7 @@ def import_hf(model_directory: Path, output: Path) -> Path:
                 writer.write(key, tensor.float() if key in float32 or tensor.dtype is torch.float16 else tensor)
         tokenizer = copy_tokenizer(model_directory, directory / "tokenizer")
         imported = {
-            "source": raw.get("_name_or_path") or model_directory.resolve().name,
+            "source": _plain(str(raw.get("_name_or_path") or model_directory.resolve().name)),
             "license": _license(model_directory),
             "token_ids": _token_ids(raw),
             "tokenizer_files": tokenizer,
@@ -55,9 +55,13 @@ def import_hf(model_directory: Path, output: Path) -> Path:
         metadata = metadata_of(config, Layout(1, 1, 1, 1, 1, "cpu"), state)
         write_metadata(step, metadata | {"weights_only": True, "imported": imported})
         (directory / CHECKPOINTS / LATEST).write_text(step.name + "\n")
-        (directory / FROZEN_NAME).write_text(to_yaml(config), encoding="utf-8")
         _write_recipe(directory / RECIPE, model, imported["source"])
     return output
+
+
+def _plain(text: str) -> str:
+    """A name from a foreign file, fit for a model card and a comment."""
+    return re.sub(r"[^\w./+-]", "_", text)[:100]
 
 
 def _token_ids(raw: dict[str, Any]) -> dict[str, int]:

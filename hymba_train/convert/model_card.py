@@ -72,14 +72,15 @@ def _training(source: TrainingCheckpoint) -> list[str]:
             f"- Phase {name}: {tokens:,} text tokens in sequences of {phase.seq_length:,}, batch "
             f"{phase.global_batch_size:,}, RoPE {phase.rope_type or config.model.rope_type}; data: {blend}."
         )
-    o, s = config.optim, config.schedule
+    o, s, precision = config.optim, config.schedule, config.precision.params
+    if config.precision.fp8:
+        precision += f", FP8 {config.precision.fp8}"
     layout = ", ".join(f"{key} {value}" for key, value in source.metadata["layout"].items())
     versions = ", ".join(f"{key} {value}" for key, value in source.metadata.get("versions", {}).items())
     lines += [
         f"- {state['tokens']:,} text tokens in {state['step']:,} steps in all; seed {config.run.seed}.",
         f"- {o.name}, learning rate {o.lr:g} to {o.min_lr:g} ({s.lr_decay_style}), weight decay {o.weight_decay:g}, "
-        f"clip {o.clip_grad:g}; {config.precision.params}" + (f", FP8 {config.precision.fp8}" if config.precision.fp8 else "")
-        + ".",
+        f"clip {o.clip_grad:g}; {precision}.",
         f"- Layout: {layout}. Versions: {versions}.",
-    ]  # fmt: skip
+    ]
     return lines

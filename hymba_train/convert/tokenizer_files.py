@@ -30,7 +30,7 @@ def write_tokenizer_files(source: Path, target: Path) -> TokenIds:
     the files. Returns the ids of its special tokens.
 
     Files that describe the tokenizer to transformers are copied where there are some (an imported model), and written
-    where there are none: no token is added to a text, since training data begin without one, and padding is on the left.
+    where there are none: no token is added to a text, as training data have none in front, and padding is on the left.
     """
     tokenizer = Tokenizer.load(source)
     if source.is_dir():

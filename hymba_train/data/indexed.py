@@ -5,16 +5,14 @@ u64 number of sequences, u64 length of the document index, int32 sequence length
 sequences in .bin, int64 document index: the first sequence of each document, and the number of sequences at the end.
 
 Our own reader, because Megatron-Core's imports torch (seconds) and believes what the files say. Files of either side
-are read by the other; a test holds them byte-equal.
+are read by the other; a test holds them byte-equal. :mod:`hymba_train.data.indexed_writer` writes them.
 """
 
 from __future__ import annotations
 
-import bisect
-import hashlib
 import os
-import secrets
 import struct
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 UINT16_VOCAB_LIMIT = 65500
 """Megatron's rule: a vocabulary below this is stored as uint16, any other as int32."""
+BLOCK_ITEMS = 2**20
+"""Entries of the index that are handled at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -44,8 +44,9 @@ def idx_path(prefix: str | Path) -> Path:
 class IndexedTokens:
     """Read access to a .bin/.idx pair as one run of tokens with document borders.
 
-    Opening checks sizes only, in constant time; memory is what the touched pages take. :meth:`verify` reads all of
-    the index.
+    Opening checks sizes only, in constant time. The index is memory-mapped; tokens are read with pread, which leaves
+    other threads running while the storage answers, holds no memory, and turns a file that shrinks under a running
+    job into an error instead of a SIGBUS. :meth:`verify` reads all of the index.
 
     Args:
         prefix: path without .bin / .idx.
@@ -59,15 +60,14 @@ class IndexedTokens:
             if not path.is_file():
                 raise UserError(f"{path} does not exist; `hymba data tokenize` writes it")
         self._read_header(idx_path(prefix))
-        actual_bytes = bin_path(prefix).stat().st_size
+        self._bin = open(bin_path(prefix), "rb", buffering=0)  # noqa: SIM115  open as long as this object lives
+        actual_bytes = os.fstat(self._bin.fileno()).st_size
         expected_bytes = self.num_tokens * self.dtype.itemsize
         if actual_bytes != expected_bytes:
             raise UserError(
                 f"{bin_path(prefix)} has {actual_bytes} bytes, but {idx_path(prefix)} describes {expected_bytes} "
                 f"({self.num_tokens} tokens of {self.dtype}): copy or tokenise it again"
             )
-        # An empty file cannot be mapped.
-        self._tokens = np.memmap(bin_path(prefix), self.dtype, "r") if expected_bytes else np.empty(0, self.dtype)
 
     def _read_header(self, path: Path) -> None:
         actual_bytes = path.stat().st_size
@@ -108,25 +108,53 @@ class IndexedTokens:
         """Number of the document that holds the token at offset ``token``. O(log documents)."""
         if not 0 <= token < self.num_tokens:
             raise IndexError(f"token offset {token} is outside the {self.num_tokens} tokens of {self.prefix}")
-        return bisect.bisect_right(range(self.num_documents), token, key=self.document_start) - 1
+        # bisect, not np.searchsorted: that copies a whole index whose header leaves it unaligned.
+        sequence = bisect_right(self._pointers, token * self.dtype.itemsize) - 1
+        return bisect_right(self._documents, sequence) - 1
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
         """Offsets in tokens, int64, of all documents that start in begin..end-1; empty documents are left out."""
-        starts: list[int] = []
-        first = bisect.bisect_left(range(self.num_documents), begin, key=self.document_start)
-        for document in range(first, self.num_documents):
-            start = self.document_start(document)
-            if start >= end:
-                break
-            if not starts or starts[-1] != start:
-                starts.append(start)
-        return np.array(starts, dtype=np.int64)
+        first = bisect_left(self._pointers, begin * self.dtype.itemsize)
+        last = bisect_left(self._pointers, end * self.dtype.itemsize, lo=first)
+        if first == last:
+            return np.empty(0, dtype=np.int64)
+        low = bisect_left(self._documents, first)
+        high = bisect_left(self._documents, last, lo=low)
+        starts = self._pointers[self._documents[low:high]] // self.dtype.itemsize
+        if starts.size > 1:  # an empty document starts where the one behind it does
+            starts = starts[np.concatenate([[True], starts[1:] != starts[:-1]])]
+        return starts
+
+    def document_offsets(self, begin_document: int, end_document: int) -> np.ndarray:
+        """Offsets in tokens, int64 [end_document - begin_document + 1], of the first token of each document and of
+        the end of the last one."""
+        sequences = self._documents[begin_document : end_document + 1]
+        inside = sequences < self.num_sequences
+        offsets = np.full(sequences.size, self.num_tokens, dtype=np.int64)
+        offsets[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        return offsets
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Tokens begin..end-1 as int64 [end - begin], a copy. Raises IndexError outside the file."""
+        """Tokens begin..end-1 as int64 [end - begin], a copy.
+
+        Raises IndexError outside the file, UserError when the file has become shorter since it was opened.
+        """
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"tokens {begin}..{end} are outside the {self.num_tokens} of {self.prefix}")
-        return self._tokens[begin:end].astype(np.int64)
+        return np.frombuffer(self._read(begin, end), self.dtype).astype(np.int64)
+
+    def _read(self, begin: int, end: int) -> bytes:
+        offset, size = begin * self.dtype.itemsize, (end - begin) * self.dtype.itemsize
+        data = os.pread(self._bin.fileno(), size, offset)
+        while len(data) < size:  # pread may give less than asked for, at most 2 GiB at a time
+            more = os.pread(self._bin.fileno(), size - len(data), offset + len(data))
+            if not more:
+                raise UserError(
+                    f"{self.prefix}.bin ends at byte {offset + len(data)}, {size - len(data)} bytes before the end of "
+                    f"what its index describes there: it was cut short after it was opened; copy it again"
+                )
+            data += more
+        return data
 
     def document(self, document: int) -> np.ndarray:
         """All tokens of one document, int64."""
@@ -137,110 +165,31 @@ class IndexedTokens:
     def verify(self) -> None:
         """Read all of .idx and check that sequences lie end to end and document borders never step back.
 
-        Raises UserError naming the file and the first bad sequence or border.
+        Raises UserError naming the file, the first bad sequence or border, and its byte offset.
         """
         path, size = idx_path(self.prefix), self.dtype.itemsize
+        pointers_begin = HEADER.size + 4 * self.num_sequences
         expected = 0
-        for begin in range(0, self.num_sequences, 2**20):
-            lengths = self._lengths[begin : begin + 2**20].astype(np.int64)
+        for begin in range(0, self.num_sequences, BLOCK_ITEMS):
+            lengths = self._lengths[begin : begin + BLOCK_ITEMS].astype(np.int64)
             ends = expected + np.cumsum(lengths) * size
-            bad = np.flatnonzero((self._pointers[begin : begin + 2**20] != ends - lengths * size) | (lengths < 0))
+            bad = np.flatnonzero((self._pointers[begin : begin + BLOCK_ITEMS] != ends - lengths * size) | (lengths < 0))
             if bad.size:
-                raise UserError(f"{path}: sequence {begin + bad[0]} does not start where the one before it ends")
+                raise UserError(
+                    f"{path}: sequence {begin + bad[0]} does not start where the one before it ends (byte "
+                    f"{pointers_begin + 8 * (begin + bad[0])}): copy or tokenise it again"
+                )
             expected = int(ends[-1])
-        for begin in range(0, self.num_documents, 2**20):
-            bad = np.flatnonzero(np.diff(self._documents[begin : begin + 2**20 + 1]) < 0)
+        documents_begin = pointers_begin + 8 * self.num_sequences
+        for begin in range(0, self.num_documents, BLOCK_ITEMS):
+            bad = np.flatnonzero(np.diff(self._documents[begin : begin + BLOCK_ITEMS + 1]) < 0)
             if bad.size:
-                raise UserError(f"{path}: document border {begin + bad[0] + 1} lies before the one in front of it")
+                raise UserError(
+                    f"{path}: document border {begin + bad[0] + 1} lies before the one in front of it (byte "
+                    f"{documents_begin + 8 * (begin + bad[0] + 1)}): copy or tokenise it again"
+                )
 
 
 def _map(path: Path, dtype: type, offset: int, count: int) -> np.ndarray:
-    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
-
-
-class IndexedWriter:
-    """Write a .bin/.idx pair, one document after another.
-
-    Both files are written under temporary names (``<name>.tmp-<random>``) and take their own in :meth:`publish`, after
-    fsync: a pair that is there is whole. Used as a context manager, an error removes what was written.
-
-    Args:
-        prefix: path without .bin / .idx; its directory exists.
-        dtype: numpy integer type of the tokens, see :func:`token_dtype`.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
-        self.prefix = str(prefix)
-        self.dtype = np.dtype(dtype)
-        self._code = next(code for code, known in DTYPE_CODES.items() if self.dtype == known)
-        self._paths = (bin_path(prefix), idx_path(prefix))
-        self._temporary = tuple(temporary_path(path) for path in self._paths)
-        self._bin = open(self._temporary[0], "wb")  # noqa: SIM115  closed in publish() or discard()
-        self._lengths: list[np.ndarray] = []
-        self._hash = hashlib.sha256()
-        self.num_tokens = 0
-        self.num_documents = 0
-
-    def __enter__(self) -> IndexedWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents that lie end to end in ``tokens``; ``lengths`` [documents] are in tokens."""
-        if int(lengths.sum()) != tokens.size:
-            raise ValueError(f"lengths sum to {int(lengths.sum())}, not to {tokens.size} tokens")
-        data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
-        self._bin.write(data)
-        self._hash.update(data)
-        self._lengths.append(lengths.astype(np.int32))
-        self.num_tokens += tokens.size
-        self.num_documents += lengths.size
-
-    def publish(self) -> dict[str, dict[str, int | str]]:
-        """Finish both files, fsync and rename them. Returns {file name: {"bytes": ..., "sha256": ...}}."""
-        lengths = np.concatenate(self._lengths or [np.empty(0, np.int32)])
-        pointers = np.zeros(lengths.size, dtype=np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
-        header = HEADER.pack(MAGIC, 1, self._code, lengths.size, lengths.size + 1)
-        documents = np.arange(lengths.size + 1, dtype=np.int64)
-        index = header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()
-        _sync_and_close(self._bin)
-        with open(self._temporary[1], "wb") as stream:
-            stream.write(index)
-            _sync_and_close(stream)
-        for temporary, path in zip(self._temporary, self._paths, strict=True):
-            os.replace(temporary, path)
-        sync_directory(self._paths[0].parent)
-        bin_bytes = self.num_tokens * self.dtype.itemsize
-        return {
-            self._paths[0].name: {"bytes": bin_bytes, "sha256": self._hash.hexdigest()},
-            self._paths[1].name: {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-        }
-
-    def discard(self) -> None:
-        """Remove what was written and not published."""
-        self._bin.close()
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-
-
-def temporary_path(path: Path) -> Path:
-    """Name beside ``path`` under which it is written; random, so that two writers do not meet."""
-    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-
-
-def _sync_and_close(stream) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
-
-
-def sync_directory(path: Path) -> None:
-    """fsync a directory, so that a rename inside it survives a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # As a plain array: np.memmap's own indexing is several times slower.
+    return np.asarray(np.memmap(path, dtype, "r", offset, (count,))) if count else np.empty(0, dtype)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hymba_train.data.indexed import sync_directory, temporary_path
+from hymba_train.data.indexed import bin_path, idx_path
+from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.errors import UserError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+NUM_SPOTS = 16
+SPOT_BYTES = 2**16
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -36,15 +40,18 @@ class Manifest:
     tokenizer: dict[str, Any]
     """sha256, vocab_size, eod_id and the file's name."""
     files: dict[str, dict[str, Any]]
-    """File name -> bytes, sha256."""
+    """File name -> bytes, sha256, spots: [byte offset, hash] of some blocks, see :func:`spot_hashes`."""
     inputs: list[dict[str, Any]]
-    """Per input file: name, lines, text_bytes, sha256 of the (uncompressed) lines."""
+    """Per input file: name, bytes and sha256 of the file as stored, its records (lines or rows), and text_bytes, the
+    UTF-8 bytes of the texts that became documents."""
     json_key: str = "text"
     shuffle_seed: int | None = None
     num_empty_documents: int = 0
     """Documents without a single token; they are left out."""
-    bad_lines: list[str] = field(default_factory=list)
-    """file:line: reason, of each line skipped under --skip-bad-lines."""
+    num_bad_lines: int = 0
+    """Lines skipped under --skip-bad-lines. PREFIX.bad_lines.txt has file:line: reason of each."""
+    backend: str = ""
+    """Library that encoded: tokenizers, sentencepiece or gigatoken. The ids do not depend on it."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the software that wrote the files."""
     version: int = MANIFEST_VERSION
@@ -55,33 +62,75 @@ class Manifest:
         write_atomically(path, json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n")
         return path
 
+    def file(self, suffix: str) -> dict[str, Any]:
+        """Facts of the file with this suffix, ".bin" or ".idx". By suffix: a renamed source is still the same."""
+        return next(facts for name, facts in self.files.items() if Path(name).suffix == suffix)
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 (hex) of what the pair holds: equal for equal tokens and borders, whatever the files are called."""
+        return hashlib.sha256(f"{self.file('.bin')['sha256']}{self.file('.idx')['sha256']}".encode()).hexdigest()
+
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """Manifest of a pair, or None when it has none (files written by Megatron). Raises UserError if it is broken."""
     path = manifest_path(prefix)
     if not path.is_file():
         return None
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, path: str | Path) -> Manifest:
+    """Manifest from the bytes of its file; ``path`` is for the message. Raises UserError if it is broken."""
     try:
-        manifest = Manifest(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        manifest = Manifest(**json.loads(content))
+        manifest.file(".bin")["sha256"], manifest.file(".idx")["sha256"]
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         raise UserError(f"{path} is not a manifest of this version ({error}): tokenise the source again") from error
     if manifest.version != MANIFEST_VERSION:
-        raise UserError(f"{path} has manifest version {manifest.version}, this software reads {MANIFEST_VERSION}")
+        raise UserError(
+            f"{path} has manifest version {manifest.version}, this software reads {MANIFEST_VERSION}: tokenise the "
+            "source again"
+        )
     return manifest
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either its old bytes or all the new ones."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+def with_spots(prefix: str | Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``files`` of a pair that has just been published, with the spot hashes of both files."""
+    return {
+        path.name: {**files[path.name], "spots": spot_hashes(path)} for path in (bin_path(prefix), idx_path(prefix))
+    }
+
+
+def spot_hashes(path: Path) -> list[list[Any]]:
+    """[byte offset, blake2b-64 (hex)] of NUM_SPOTS blocks of SPOT_BYTES, spread evenly over a file, ends included."""
+    size = path.stat().st_size
+    last = max(0, size - SPOT_BYTES)
+    offsets = sorted({last * i // (NUM_SPOTS - 1) for i in range(NUM_SPOTS)})
+    with open(path, "rb", buffering=0) as stream:
+        return [[offset, _block_hash(stream, offset)] for offset in offsets]
+
+
+def check_spots(path: Path, facts: Mapping[str, Any]) -> None:
+    """Hold a file to the size and the spot hashes in its manifest: a megabyte of reading, whatever its size.
+
+    So another file of the same size is found when the data are opened. A change between the spots is found by
+    `hymba data validate`, which reads everything. Raises UserError naming the file and the first offset that differs.
+    """
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise UserError(f"{path} has {size} bytes, its manifest says {facts['bytes']}: copy or tokenise it again")
+    with open(path, "rb", buffering=0) as stream:
+        for offset, expected in facts["spots"]:
+            if _block_hash(stream, offset) != expected:
+                raise UserError(
+                    f"{path} differs from its manifest in the {SPOT_BYTES} bytes from offset {offset}: it was replaced "
+                    "or damaged; copy or tokenise it again"
+                )
+
+
+def _block_hash(stream, offset: int) -> str:
+    return hashlib.blake2b(os.pread(stream.fileno(), SPOT_BYTES, offset), digest_size=8).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:

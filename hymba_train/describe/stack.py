@@ -72,7 +72,9 @@ def resolve_stack(model: ModelConfig) -> list[LayerDescription]:
         )  # fmt: skip
     for layer in layers:
         if not layer.has_attention and (layer.index in source or layer.index in consumers):
-            raise ValueError(f"model.kv_groups: layer {layer.index} is an '{layer.mixer}' layer and has no keys to share")
+            raise ValueError(
+                f"model.kv_groups: layer {layer.index} is an '{layer.mixer}' layer and has no keys to share"
+            )
         if layer.kv_source is not None and layers[layer.kv_source].window != layer.window:
             raise ValueError(
                 f"model.kv_groups: layer {layer.index} is {layer.span} but takes the keys of layer {layer.kv_source}, "

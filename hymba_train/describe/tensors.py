@@ -62,7 +62,7 @@ class TensorDescription:
 
 
 def partition(units: int, ranks: int, rank: int) -> tuple[int, int, int]:
-    """(first, count, capacity): units that ``rank`` really holds, and room per rank (count or count + 1; the rest is zero).
+    """(first, count, capacity): units that ``rank`` really holds, and room per rank (count or count + 1; rest zero).
 
     >>> [partition(25, 2, r) for r in (0, 1)]
     [(0, 12, 13), (12, 13, 13)]
@@ -85,7 +85,10 @@ def layer_tensors(model: ModelConfig, layer: LayerDescription) -> list[TensorDes
     if layer.has_attention:
         proj.append(Slice("q", heads, d.head_dim))
         if layer.kv_role != "consumer":
-            proj += [Slice("k", d.num_kv_heads, d.head_dim, kv=True), Slice("v", d.num_kv_heads, d.value_head_dim, kv=True)]
+            proj += [
+                Slice("k", d.num_kv_heads, d.head_dim, kv=True),
+                Slice("v", d.num_kv_heads, d.value_head_dim, kv=True),
+            ]
     if layer.has_ssm:
         proj += [Slice("x", heads, d.value_head_dim), Slice("z", heads, d.value_head_dim)]
     rows = sum(s.size for s in proj)
@@ -130,7 +133,8 @@ def layer_tensors(model: ModelConfig, layer: LayerDescription) -> list[TensorDes
                 (Slice("gate", d.ffn_hidden_size), Slice("up", d.ffn_hidden_size)), True,
             ),
             TensorDescription(
-                "ffn.linear_fc2.weight", (d.hidden_size, d.ffn_hidden_size), "moe.experts.0.down_proj.weight", 1, (f,), True
+                "ffn.linear_fc2.weight", (d.hidden_size, d.ffn_hidden_size), "moe.experts.0.down_proj.weight", 1,
+                (f,), True,
             ),
         ]  # fmt: skip
     return tensors
@@ -141,16 +145,16 @@ def model_tensors(model: ModelConfig) -> list[TensorDescription]:
     d = ModelDims.of(model)
     vocab = (Slice("vocab", d.vocab_size, block_multiple=model.make_vocab_size_divisible_by),)
     embedding = (d.vocab_size, d.hidden_size)
-    tensors = [TensorDescription("embedding.word_embeddings.weight", embedding, "model.embed_tokens.weight", 0, vocab, True)]
+    tensors = [
+        TensorDescription("embedding.word_embeddings.weight", embedding, "model.embed_tokens.weight", 0, vocab, True)
+    ]
     if d.num_meta_tokens:
         shape = (d.num_meta_tokens, d.hidden_size)
         tensors.append(TensorDescription("embedding.meta_tokens", shape, "model.memory_tokens"))
     for layer in resolve_stack(model):
         for t in layer_tensors(model, layer):
             name, hf = f"decoder.layers.{layer.index}.{t.name}", f"model.layers.{layer.index}.{t.hf_name}"
-            tensors.append(
-                TensorDescription(name, t.shape, hf, t.axis, t.slices, t.weight_decay, t.float32)
-            )
+            tensors.append(TensorDescription(name, t.shape, hf, t.axis, t.slices, t.weight_decay, t.float32))
     tensors.append(
         TensorDescription("final_norm.weight", (d.hidden_size,), "model.final_layernorm.weight", float32=True)
     )

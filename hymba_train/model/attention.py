@@ -19,7 +19,9 @@ class AttentionBranch(nn.Module):
     Padding heads are not computed: softmax over zero scores would be a mean of real values, not zero.
     """
 
-    def __init__(self, dims: ModelDims, layer: LayerDescription, attention_op, tensor_size: int, tensor_rank: int) -> None:
+    def __init__(
+        self, dims: ModelDims, layer: LayerDescription, attention_op, tensor_size: int, tensor_rank: int
+    ) -> None:
         super().__init__()
         self.dims, self.window, self.attention_op = dims, layer.window, attention_op
         first, self.num_heads, self.head_capacity = partition(dims.num_heads, tensor_size, tensor_rank)
@@ -37,7 +39,7 @@ class AttentionBranch(nn.Module):
         return apply_rope(heads, batch.cos, batch.sin).flatten(1).unsqueeze(1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
-        """q [N, 1, head_capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, head_capacity*dv]."""
+        """q [N, 1, capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, capacity*dv]."""
         d, rows = self.dims, batch.rows
         q = q[:, 0, : self.num_heads * d.head_dim].unflatten(-1, (self.num_heads, d.head_dim))
         q = apply_rope(q, batch.cos, batch.sin)

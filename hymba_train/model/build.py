@@ -20,8 +20,8 @@ def build_model_chunks(
     """This rank's chunks, in the order of its virtual stages, initialised.
 
     Args:
-        chunks: layer ranges of all chunks of the model, in the order of the layers (``Plan.chunks``); chunk c belongs to
-            pipeline rank c % PP.
+        chunks: layer ranges of all chunks of the model, in the order of the layers (``Plan.chunks``); chunk c
+            belongs to pipeline rank c % PP.
         device: where to build; 'meta' gives shapes only, without initial values. None: the runtime's device.
     """
     device = device or runtime.device
@@ -45,7 +45,7 @@ def build_model_chunks(
 
 @torch.no_grad()
 def initialize(model: HymbaModel, seed: int) -> None:
-    """Set every parameter from (seed, name); tensor- and pipeline-parallel ranks take their parts of the same values."""
+    """Set every parameter from (seed, name); tensor-parallel ranks take their parts of the same values."""
     for _, param, description, cut in model.described_parameters():
         full = initial_value(model.config.model, description, seed)
         param.copy_(cut.take(full))

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 
 from hymba_train.config.schema import Config, ModelConfig
 from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
+from hymba_train.errors import UserError
 from hymba_train.parallel.cut import kv_is_replicated
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +41,14 @@ class HymbaConfig(TransformerConfig):
 
 
 def hymba_config(config: Config, device: torch.device) -> HymbaConfig:
-    """TransformerConfig of a run. Every fusion is off that would need Transformer Engine, Apex or a GPU."""
+    """TransformerConfig of a run. Every fusion is off that would need Transformer Engine, Apex or a GPU.
+
+    Raises UserError for FP8.
+    """
+    if config.precision.fp8:
+        raise UserError(
+            f"precision.fp8={config.precision.fp8}: FP8 is planned, but cannot be trained yet; use precision=bf16"
+        )
     model, parallel = config.model, config.parallel
     dims = ModelDims.of(model)
     dtype = DTYPES[config.precision.params]

@@ -28,8 +28,12 @@ class GatedFfn(MegatronModule):
             config=config, init_method=None, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp
         )
         width = config.ffn_hidden_size  # padded to a multiple of the tensor-parallel size
-        self.linear_fc1 = build_module(submodules.linear_fc1, config.hidden_size, 2 * width, gather_output=False, **linear)
-        self.linear_fc2 = build_module(submodules.linear_fc2, width, config.hidden_size, input_is_parallel=True, **linear)
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1, config.hidden_size, 2 * width, gather_output=False, **linear
+        )
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2, width, config.hidden_size, input_is_parallel=True, **linear
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N(/TP), 1, D] -> same."""

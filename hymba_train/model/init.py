@@ -1,8 +1,9 @@
 """Initial values: a function of seed and parameter name alone, hence equal under every parallel layout.
 
 ``init_method: mamba`` (default) departs from the released code where that hurts training from scratch:
-dt bias such that softplus of it is log-uniform in 1e-3..1e-1 (Mamba, section 3.6), meta tokens at the embedding's scale,
-output projections scaled by 1/sqrt(2L) (GPT-2). ``published`` is what the released code does (hymba-architecture 4.3).
+dt bias such that softplus of it is log-uniform in 1e-3..1e-1 (Mamba, section 3.6), meta tokens at the scale of the
+embedding, output projections scaled by 1/sqrt(2L) (GPT-2). ``published`` is what the released code does
+(hymba-architecture 4.3).
 """
 
 from __future__ import annotations

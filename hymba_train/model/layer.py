@@ -47,7 +47,7 @@ class HymbaLayer(MegatronModule):
             self.ffn = build_module(submodules.ffn, config, pg_collection=pg_collection)
 
     def forward(self, hidden: Tensor, batch: MicroBatch, *kv: Tensor) -> tuple[Tensor, ...]:
-        """hidden [N(/TP), 1, D]; kv: the producer's K and V, in a consumer. -> (hidden, and K, V if others consume them)."""
+        """hidden [N(/TP), 1, D]; kv: its producer's K, V, in a consumer. -> (hidden, and K, V if others consume it)."""
         mixed, own_kv = self.mixer(self.input_norm(hidden), batch, kv or None)
         hidden = hidden + mixed
         if self.layer.has_ffn:
@@ -60,7 +60,7 @@ def layer_cuts(
 ) -> dict[str, LocalTensor]:
     """Name below the layer -> this rank's part, for every parameter of a layer.
 
-    Where KV heads do not divide, in_proj's K/V slices become the parameter ``mixer.kv_proj.weight``, whole on every rank.
+    Where KV heads do not divide, in_proj's K/V slices become ``mixer.kv_proj.weight``, whole on every rank.
     """
     cuts: dict[str, LocalTensor] = {}
     for tensor in layer_tensors(config.model, layer):

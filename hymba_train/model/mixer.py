@@ -53,11 +53,11 @@ class HybridMixer(MegatronModule):
         self.layer, self.tp_group = layer, pg_collection.tp
         dims, tp, rank = config.dims, pg_collection.tp.size(), pg_collection.tp.rank()
         self.in_slices = cuts["in_proj.weight"].slices
-        linear = dict(config=config, init_method=None, bias=False, skip_bias_add=False, is_expert=False, tp_group=self.tp_group)
-        rows = sum(s.capacity for s in self.in_slices)
-        self.in_proj = build_module(
-            submodules.in_proj, dims.hidden_size, rows * tp, gather_output=False, **linear
+        linear = dict(
+            config=config, init_method=None, bias=False, skip_bias_add=False, is_expert=False, tp_group=self.tp_group
         )
+        rows = sum(s.capacity for s in self.in_slices)
+        self.in_proj = build_module(submodules.in_proj, dims.hidden_size, rows * tp, gather_output=False, **linear)
         if "kv_proj.weight" in cuts:
             kv = cuts["kv_proj.weight"]
             self.kv_proj = Weights(weight=torch.empty(kv.shape, dtype=config.params_dtype))
@@ -83,7 +83,11 @@ class HybridMixer(MegatronModule):
         ``kv`` is the producer's ([N, 1, G*dk], [N, 1, G*dv]); given in a consumer layer only.
         """
         projected, _ = self.in_proj(hidden)
-        parts = dict(zip((s.name for s in self.in_slices), projected.split([s.capacity for s in self.in_slices], -1), strict=True))
+        parts = dict(
+            zip(
+                (s.name for s in self.in_slices), projected.split([s.capacity for s in self.in_slices], -1), strict=True
+            )
+        )
         own_kv = None
         if self.layer.has_attention:
             if kv is None:
@@ -113,7 +117,7 @@ class HybridMixer(MegatronModule):
         )
 
     def _normed_average(self, attention: Tensor, ssm: Tensor) -> Tensor:
-        """(RMSNorm(attention) + RMSNorm(ssm)) / 2, norms over the true width E of all ranks (hymba-architecture 2.9)."""
+        """(RMSNorm(attention) + RMSNorm(ssm)) / 2, norms over the true width E (hymba-architecture 2.9)."""
         wide = [t if t.dtype is torch.float64 else t.float() for t in (attention, ssm)]
         sums = torch.stack([t.square().sum(-1) for t in wide], -1)
         if self.tp_group.size() > 1:  # the sum feeds every rank's channels: reduced forward, and backward again

@@ -93,8 +93,9 @@ class HymbaModel(LanguageModule):
             segment_ids: int64 [B, S], document number in the row; None: one document a row.
 
         Returns:
-            Last chunk: loss per token [B, S] float32, zero where the label is -100; without labels, logits [B, S, V] over
-            the true vocabulary (gathered over tensor-parallel ranks). Other chunks: message [N(/TP), 1, message_width].
+            Last chunk: loss per token [B, S] float32, zero where the label is -100; without labels, logits
+            [B, S, V] over the true vocabulary (gathered over tensor-parallel ranks). Other chunks: message
+            [N(/TP), 1, message_width].
         """
         b, s = tokens.shape
         dims = self.config.dims

@@ -36,7 +36,9 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
         common |= {"deterministic"}
     state = common | {"initial_state", "state_grad"}
     return Ops(
-        attention=select("attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype),
+        attention=select(
+            "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
+        ),
         selective_scan=select("selective_scan", p.scan_backend, kind, needs=state, dtype=dtype),
         causal_conv=select("causal_conv", p.conv_backend, kind, needs=state, dtype=dtype),
     )

@@ -1,4 +1,4 @@
-"""Mamba-1 branch with normed dt, B and C (hymba-architecture 2.4 and 2.8); channels split over tensor-parallel ranks."""
+"""Mamba-1 branch with normed dt, B and C (hymba-architecture 2.4, 2.8); channels split over tensor-parallel ranks."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class HymbaStack(MegatronModule):
         self.tp_size = pg_collection.tp.size()
         self.kv_widths = kv_columns(config, self.tp_size, pg_collection.tp.rank())
         self.layers = nn.ModuleList(
-            build_module(spec, config, layer=config.layers[i], ops=ops, pg_collection=pg_collection) for i in layer_range
+            build_module(spec, config, layer=config.layers[i], ops=ops, pg_collection=pg_collection)
+            for i in layer_range
         )
 
     def forward(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, SharedKv]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from hymba_train.describe import Slice, TensorDescription, partition
+from hymba_train.describe import Slice, TensorDescription
 
 
 def kv_is_replicated(num_kv_heads: int, tensor_size: int) -> bool:
@@ -83,7 +83,7 @@ def local_tensor(
     slices: tuple[Slice, ...] | None = None,
     replicate: bool = False,
 ) -> LocalTensor:
-    """Part of ``tensor`` on one rank; ``slices`` restricts it to some of its slices (in_proj without K/V, or only K/V)."""
+    """Part of ``tensor`` on one rank; ``slices`` restricts it to some of them (in_proj without K/V, or only K/V)."""
     if tensor.axis is None:
         return LocalTensor(tensor, (), True)
     wanted = tensor.slices if slices is None else slices

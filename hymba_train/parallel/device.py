@@ -140,7 +140,9 @@ def _rng_helpers() -> None:
 
 
 CPU_OVERRIDES: tuple[Override, ...] = (
-    Override("compile", "jit_fuser is torch.compile, which needs a C++ compiler and minutes on a CPU", _disable_compile),
+    Override(
+        "compile", "jit_fuser is torch.compile, which needs a C++ compiler and minutes on a CPU", _disable_compile
+    ),
     Override("factories", "schedules, optimizer and clip_grads create tensors with device='cuda'", _cpu_factories),
     Override("tensor_type", "the optimizers and clip_grads compare Tensor.type() with 'torch.cuda.*'", _tensor_type),
     Override("tensor_cuda", "optimizer and tied embeddings call Tensor.cuda()", _tensor_cuda),

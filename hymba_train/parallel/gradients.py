@@ -22,10 +22,7 @@ def _sum_partial_gradients(model: list, tp_group) -> None:
     if tp_group.size() == 1:
         return
     grads = [
-        p.main_grad
-        for chunk in model
-        for p in chunk.parameters()
-        if getattr(p, "partial_gradient_across_tp", False)
+        p.main_grad for chunk in model for p in chunk.parameters() if getattr(p, "partial_gradient_across_tp", False)
     ]
     if not grads:
         return

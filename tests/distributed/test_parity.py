@@ -34,7 +34,9 @@ def test_parameters_equal_single_process(pair):
     single, parallel = pair
     assert parallel["parameters"].keys() == single["parameters"].keys()
     for name, expected in single["parameters"].items():
-        torch.testing.assert_close(parallel["parameters"][name], expected, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parallel["parameters"][name], expected, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -16,11 +16,13 @@ SAVED, END = 5, 10
 COMMON = [
     "model=hymba_tiny", "parallel.world_size=null",
     "run.device=cpu", "run.name=run", f"run.train_steps={END}", "checkpoint.keep_last=5",
-    f"checkpoint.save_interval={SAVED}", "logging.log_interval=1", "logging.eval_interval=5", "logging.tensorboard=false",
-    "precision.params=float32", "optim.adam_eps=1e-5", "optim.lr=0.003", "schedule.lr_warmup_fraction=0.2",
+    f"checkpoint.save_interval={SAVED}", "logging.log_interval=1", "logging.eval_interval=5",
+    "logging.tensorboard=false", "precision.params=float32", "optim.adam_eps=1e-5", "optim.lr=0.003",
+    "schedule.lr_warmup_fraction=0.2",
     "model.name=resume", "model.num_layers=4", "model.hidden_size=40", "model.ffn_hidden_size=54",
     "model.num_attention_heads=5", "model.num_query_groups=5", "model.vocab_size=96", "model.global_layers=[0,3]",
-    "model.kv_groups=[[1,2]]", "model.window_size=8", "model.num_meta_tokens=4", "model.make_vocab_size_divisible_by=16",
+    "model.kv_groups=[[1,2]]", "model.window_size=8", "model.num_meta_tokens=4",
+    "model.make_vocab_size_divisible_by=16",
     "data.tokenizer=tokenizer.json", "data.validation_sequences=4",
     "data.sources={odd: {path: odd, validation_fraction: 0.1}, even: {path: even, validation_fraction: 0.1}}",
     # Two phases, so that the data position has two numbers to come back to.
@@ -35,7 +37,11 @@ LAYOUTS = {
     "pp2": (2, ["parallel.pipeline=2", "checkpoint.async_save=false"]),
     "dp2_distributed_optimizer": (
         2,
-        ["parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+        [
+            "parallel.distributed_optimizer=true",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.overlap_param_gather=true",
+        ],
     ),
 }
 

@@ -1,6 +1,6 @@
 """One rank that trains a list of layouts in turn and writes what the tests compare.
 
-    torchrun --nproc-per-node N -m tests.distributed.worker OUT_DIR MODEL/LAYOUT ...
+torchrun --nproc-per-node N -m tests.distributed.worker OUT_DIR MODEL/LAYOUT ...
 """
 
 from __future__ import annotations

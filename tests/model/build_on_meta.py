@@ -1,6 +1,6 @@
 """Builds models on the meta device as every rank of a layout would, without starting the ranks.
 
-    python -m tests.model.build_on_meta OVERRIDE[,OVERRIDE...] ...      prints {overrides: parameters held, by name}
+python -m tests.model.build_on_meta OVERRIDE[,OVERRIDE...] ...      prints {overrides: parameters held, by name}
 """
 
 from __future__ import annotations

@@ -149,7 +149,9 @@ STACKS = {
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
 def test_every_stack_equals_the_oracle(stack, documents, lone_runtime):
     """Logits, loss and gradients, with packed documents too."""
-    sizes = dict(num_layers=4, hidden_size=48, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, vocab_size=61)
+    sizes = dict(
+        num_layers=4, hidden_size=48, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, vocab_size=61
+    )
     window = dict(window_size=5, num_meta_tokens=3)
     config = ModelConfig(name=stack, **sizes, **{**window, **STACKS[stack]})
     model = build(config, lone_runtime)

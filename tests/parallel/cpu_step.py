@@ -1,6 +1,6 @@
 """What Megatron-Core must be able to do on a CPU, in one process with some overrides left out.
 
-    python -m tests.parallel.cpu_step DIRECTORY [override ...]      prints the losses as hex, then "done"
+python -m tests.parallel.cpu_step DIRECTORY [override ...]      prints the losses as hex, then "done"
 """
 
 from __future__ import annotations

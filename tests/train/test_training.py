@@ -115,14 +115,15 @@ def test_resume_is_bit_identical(directory, whole, halves):
 
 
 @pytest.mark.parametrize(("whole", "halves"), [("whole", "halves"), ("bf16", "bf16_halves")])
-def test_resumed_weights_and_optimizer_are_bit_identical(directory, whole, halves, lone_runtime):
+def test_the_final_checkpoints_are_bit_identical(directory, whole, halves, lone_runtime):
     import torch
     from megatron.core import dist_checkpointing
 
     a, b = (dist_checkpointing.load_plain_tensors(str(step_directory(directory, n, 10))) for n in (whole, halves))
     assert a.keys() == b.keys()
     assert {k.split(".")[2] for k in a if k.startswith("optimizer.")} >= {"exp_avg", "exp_avg_sq"}
-    assert all(torch.equal(a[k], b[k]) for k in a if not k.startswith("rng."))
+    assert {"train_state", "optimizer_step", "rng.cpu"} <= set(a)
+    assert [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])] == []
 
 
 def test_a_checkpoint_written_in_the_background_is_that_of_its_step(directory):

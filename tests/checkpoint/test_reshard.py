@@ -1,0 +1,53 @@
+"""A checkpoint of one layout resumes under others: the steps after it are those of the uninterrupted run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import torchrun
+from tests.train.test_training import events, exact, run
+from tests.train.tiny_run import write_data
+
+OVERLAP = [f"parallel.{key}=true" for key in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")]
+LAYOUTS = {
+    "tp2_sp": ["parallel.tensor=2", "parallel.sequence=true"],
+    "dp2_distributed": OVERLAP,
+    "pp2_vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+}
+SAVED_BY = ["parallel.tensor=2"]
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("reshard")
+    write_data(path)
+    step = path / "runs" / "saved" / "checkpoints" / "step_0000005"
+    runs = [
+        run("saved", *SAVED_BY, "checkpoint.save_interval=5", "checkpoint.async_save=true"),
+        run("same_layout", *SAVED_BY, load=str(step)),
+        *(run(name, *settings, load=str(step)) for name, settings in LAYOUTS.items()),
+    ]
+    arguments = " then ".join(" ".join(r) for r in runs).split(" ")
+    torchrun(2, "tests.train.tiny_run", str(path), *arguments, timeout_seconds=280)
+    return path
+
+
+def test_the_same_layout_is_bit_identical(directory):
+    assert exact(directory, "same_layout") == exact(directory, "saved", 6)
+    assert min(events(directory, "same_layout")) == 6
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_another_layout_trains_the_same(directory, name):
+    resumed, saved = events(directory, name), events(directory, "saved")
+    assert sorted(resumed) == [6, 7, 8, 9, 10]
+    for step, record in resumed.items():
+        assert record["batch_hash"] == saved[step]["batch_hash"]
+        assert record["loss"] == pytest.approx(saved[step]["loss"], rel=1e-6)
+        assert record["grad_norm"] == pytest.approx(saved[step]["grad_norm"], rel=1e-4)
+    held_out = events(directory, name, "validation")[10]["loss"]
+    assert held_out == pytest.approx(events(directory, "saved", "validation")[10]["loss"], rel=1e-5)
