@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -10,18 +11,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import inspect_data
-from data_prep.convert_tokenizer import write_tokenizer
+from data_prep.dedup import dedup
 from data_prep.demo import DOMAINS, prepare_demo
-from data_prep.tokenize_corpus import tokenize_files
-from data_prep.train_tokenizer import train_tokenizer
+from data_prep.duplicates import DedupSettings
+from data_prep.flags import parse
+from data_prep.inputs import find_inputs
+from data_prep.merge import find_prefixes, merge_sources
+from data_prep.progress import Progress
+from data_prep.stats import source_stats, stats_lines
+from data_prep.tokenize_corpus import tokenize_files, tokenize_shards
+from data_prep.tokenize_shard import Settings
+from hymba_train.data.indexed import IndexedTokens
+from hymba_train.data.manifest import Manifest
 from hymba_train.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code: 0, or 2 after an error of the user (printed to standard error)."""
-    args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        args = parse(sys.argv[1:] if argv is None else argv)
+        RUN[args.command](args)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
@@ -29,130 +38,191 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: unfinished output was removed", file=sys.stderr)
+        print("interrupted: unfinished output was removed, finished shards stay", file=sys.stderr)
         return 130
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="hymba data", description="Prepare text for training, offline.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_tokenize(commands)
-
-    train = commands.add_parser("train-tokenizer", help="train a BPE tokenizer on JSON lines")
-    train.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz (a sample: all "
-                       "of it is held in memory)")  # fmt: skip
-    train.add_argument("--json-key", default="text", help="key of the text (default: text)")
-    train.add_argument("--vocab-size", type=int, default=32000, help="pieces, bytes and specials included")
-    train.add_argument("--output", required=True, metavar="DIR", help="gets tokenizer.json and tokenizer.model")
-    train.set_defaults(run=_run_train_tokenizer)
-
-    convert = commands.add_parser("convert-tokenizer", help="SentencePiece BPE .model to tokenizer.json, same ids")
-    convert.add_argument("model", metavar="FILE.model")
-    convert.add_argument("--output", required=True, metavar="DIR")
-    convert.add_argument("--add-special", nargs="*", default=[], metavar="NAME", help="special tokens to append, e.g. "
-                         "[PAD] (Hymba's id 32000)")  # fmt: skip
-    convert.set_defaults(run=_run_convert)
-
-    inspect = commands.add_parser("inspect", help="facts about a tokenised source, or one document or window of it")
-    inspect.add_argument("prefix", metavar="PREFIX", help="path without .bin / .idx")
-    inspect.add_argument("--tokenizer", metavar="PATH", help="needed to show text")
-    what = inspect.add_mutually_exclusive_group()
-    what.add_argument("--document", type=int, metavar="N", help="show document N (from 0)")
-    what.add_argument("--window", type=int, metavar="N", help="show training window N (from 0) of --seq-length")
-    inspect.add_argument("--seq-length", type=int, default=2048, help="tokens in a window (default: 2048)")
-    inspect.set_defaults(run=_run_inspect)
-
-    validate = commands.add_parser("validate", help="read all of a tokenised source and compare it with its manifest")
-    validate.add_argument("prefix", nargs="+", metavar="PREFIX")
-    validate.set_defaults(run=_run_validate)
-
-    demo = commands.add_parser("prepare-demo", help="tokenizer and tokenised domains from the bundled corpus")
-    demo.add_argument("--output", required=True, metavar="DIR")
-    demo.set_defaults(run=_run_demo)
-    return parser
-
-
-def _add_tokenize(commands) -> None:
-    tokenize = commands.add_parser("tokenize", help="JSON lines to .bin/.idx and a manifest")
-    tokenize.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
-    tokenize.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
-    tokenize.add_argument("--tokenizer", required=True, metavar="PATH", help="directory or .model file")
-    tokenize.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the text; with "
-                          "several, each makes PREFIX_KEY (default: text)")  # fmt: skip
-    tokenize.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all "
-                          "cores this process may use)")  # fmt: skip
-    tokenize.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
-                          help="end each document with the end-of-document token (default: yes)")  # fmt: skip
-    tokenize.add_argument("--skip-bad-lines", type=int, default=0, metavar="N", help="pass over up to N bad lines, and "
-                          "list them in the manifest (default: 0)")  # fmt: skip
-    tokenize.add_argument("--shuffle-documents", type=int, metavar="SEED", help="write the documents in a seeded order")
-    tokenize.add_argument("--overwrite", action="store_true", help="replace existing output")
-    tokenize.set_defaults(run=_run_tokenize)
-
-
-def _run_tokenize(args: argparse.Namespace) -> None:
+def run_tokenize(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
+    if (args.output_prefix is None) == (args.output_dir is None):
+        raise UserError("give one of --output-prefix (all shards in one) and --output-dir (a pair a shard)")
     for key in args.json_keys:
-        prefix = args.output_prefix if len(args.json_keys) == 1 else f"{args.output_prefix}_{key}"
+        suffix = "" if len(args.json_keys) == 1 else f"_{key}"
         start_seconds = time.monotonic()
-        manifest = tokenize_files(
-            args.input,
-            prefix,
-            args.tokenizer,
-            json_key=key,
-            append_eod=args.append_eod,
-            num_workers=args.workers,
-            skip_bad_lines=args.skip_bad_lines,
-            shuffle_seed=args.shuffle_documents,
-            overwrite=args.overwrite,
-            show_progress=sys.stderr.isatty(),
-        )
-        seconds = time.monotonic() - start_seconds
-        megabytes = sum(source["text_bytes"] for source in manifest.inputs) / 1e6
-        for line in manifest.bad_lines:
-            print(f"skipped {line}", file=sys.stderr)
-        print(
-            f"{prefix}.bin: {manifest.num_tokens:,} tokens ({manifest.dtype}) in {manifest.num_documents:,} documents; "
-            f"{manifest.num_empty_documents} empty documents and {len(manifest.bad_lines)} bad lines left out; "
-            f"{megabytes:,.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s"
-        )
+        if args.output_prefix is not None:
+            name, before = f"{args.output_prefix}{suffix}.bin", 0
+            manifests = [_tokenize_to_one(args, key, f"{args.output_prefix}{suffix}")]
+        else:
+            name = f"{args.output_dir}{suffix}"
+            manifests, before = _tokenize_to_many(args, key, name)
+        _say_tokenized(name, manifests, before, time.monotonic() - start_seconds)
 
 
-def _run_train_tokenizer(args: argparse.Namespace) -> None:
+def _tokenize_to_one(args: argparse.Namespace, key: str, prefix: str) -> Manifest:
+    if args.part != (0, 1):
+        raise UserError("--part goes with --output-dir: jobs that share the shards cannot share one output")
+    return tokenize_files(
+        args.input, prefix, args.tokenizer, json_key=key, append_eod=args.append_eod, num_workers=args.workers,
+        skip_bad_lines=args.skip_bad_lines, shuffle_seed=args.shuffle_documents, overwrite=args.overwrite,
+        show_progress=not args.quiet, backend=args.backend,
+    )  # fmt: skip
+
+
+def _tokenize_to_many(args: argparse.Namespace, key: str, output_dir: str) -> tuple[list[Manifest], int]:
+    if args.shuffle_documents is not None:
+        raise UserError("--shuffle-documents goes with --output-prefix, or with `hymba data merge`")
+    settings = Settings(args.tokenizer, key, args.append_eod, args.backend, args.skip_bad_lines)
+    return tokenize_shards(
+        find_inputs(args.input, args.part), output_dir, settings, num_workers=args.workers, overwrite=args.overwrite,
+        show_progress=not args.quiet,
+    )  # fmt: skip
+
+
+def _say_tokenized(name: str, manifests: list[Manifest], before: int, seconds: float) -> None:
+    megabytes = sum(facts["text_bytes"] for manifest in manifests for facts in manifest.inputs) / 1e6
+    num_bad = sum(manifest.num_bad_lines for manifest in manifests)
+    shards = f" in {len(manifests)} shards, {before} of them done before" if len(manifests) > 1 or before else ""
+    print(
+        f"{name}: {sum(m.num_tokens for m in manifests):,} tokens ({manifests[0].dtype}) in "
+        f"{sum(m.num_documents for m in manifests):,} documents{shards}; "
+        f"{sum(m.num_empty_documents for m in manifests)} empty documents and {num_bad} bad lines left out"
+        + (" (listed in *.bad_lines.txt)" if num_bad else "")
+        + f"; {megabytes:,.1f} MB in {seconds:.1f} s, {megabytes / max(seconds, 1e-9):.1f} MB/s"
+    )
+
+
+def run_train_tokenizer(args: argparse.Namespace) -> None:
+    from data_prep.train_tokenizer import train_tokenizer
+
     train_tokenizer(args.input, args.output, args.vocab_size, args.json_key)
     print(f"{args.output}: tokenizer.json and tokenizer.model with {args.vocab_size} pieces")
 
 
-def _run_convert(args: argparse.Namespace) -> None:
+def run_convert_tokenizer(args: argparse.Namespace) -> None:
+    from data_prep.convert_tokenizer import write_tokenizer
+
     if not Path(args.model).is_file():
         raise UserError(f"{args.model} does not exist")
     write_tokenizer(Path(args.model).read_bytes(), args.output, args.add_special)
     print(f"{args.output}: tokenizer.json with the ids of {args.model}")
 
 
-def _run_inspect(args: argparse.Namespace) -> None:
+def run_merge(args: argparse.Namespace) -> None:
+    prefixes = find_prefixes(args.input)
+    total = sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes)
+    with Progress(total, not args.quiet) as progress:
+        itemsize = IndexedTokens(prefixes[0]).dtype.itemsize
+
+        def count(tokens: int) -> None:
+            done = progress.read_bytes + tokens * itemsize
+            progress.update(done, done)
+
+        merged = merge_sources(
+            prefixes, args.output_prefix, shuffle_seed=args.shuffle_documents, overwrite=args.overwrite, on_block=count
+        )
+    print(
+        f"{args.output_prefix}.bin: {merged.num_tokens:,} tokens in {merged.num_documents:,} documents from "
+        f"{len(prefixes)} sources"
+    )
+
+
+def run_dedup(args: argparse.Namespace) -> None:
+    settings = DedupSettings(
+        args.method, args.json_key, args.ngram_words, args.num_hashes, args.num_bands, args.threshold
+    )
+    say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    report = dedup(
+        find_inputs(args.input), args.output_dir, settings, num_workers=args.workers,
+        skip_bad_lines=args.skip_bad_lines, overwrite=args.overwrite, say=say,
+    )  # fmt: skip
+    share = report["num_removed"] / max(1, report["num_documents"])
+    print(
+        f"{args.output_dir}: {report['num_documents'] - report['num_removed']:,} of {report['num_documents']:,} "
+        f"documents stay, {report['num_removed']:,} ({share:.1%}) were duplicates (removed.jsonl lists them); "
+        f"{len(report['bad_lines'])} bad lines were passed on"
+    )
+
+
+def run_stats(args: argparse.Namespace) -> None:
+    found = [source_stats(prefix, args.seq_length, args.tokenizer) for prefix in find_prefixes(args.prefix)]
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(line for stats in found for line in stats_lines(stats)))
+
+
+def run_validate(args: argparse.Namespace) -> None:
+    for prefix in find_prefixes(args.prefix):
+        print("\n".join(inspect_data.validate(prefix)))
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    if args.sample is not None:
+        from data_prep.inspect_sample import sample_text
+
+        print(sample_text(_config(args.what, args), args.phase, args.sample, args.ids))
+        return
+    if len(args.what) != 1:
+        raise UserError("give one PREFIX; with --sample N, the overrides of a run instead (experiment=...)")
+    (prefix,) = args.what
     if args.document is None and args.window is None:
-        print("\n".join(inspect_data.summary(args.prefix)))
+        print("\n".join(inspect_data.summary(prefix)))
         return
     if args.tokenizer is None:
         raise UserError("--tokenizer is needed to show text")
     if args.document is not None:
-        print(inspect_data.document_text(args.prefix, args.document, args.tokenizer))
+        print(inspect_data.document_text(prefix, args.document, args.tokenizer))
     else:
-        print(inspect_data.window_text(args.prefix, args.window, args.seq_length, args.tokenizer))
+        print(inspect_data.window_text(prefix, args.window, args.seq_length, args.tokenizer))
 
 
-def _run_validate(args: argparse.Namespace) -> None:
-    for prefix in args.prefix:
-        print("\n".join(inspect_data.validate(prefix)))
+def run_pack(args: argparse.Namespace) -> None:
+    from data_prep.pack import pack_phases
+
+    pack_phases(_config(args.overrides, args), overwrite=args.overwrite)
 
 
-def _run_demo(args: argparse.Namespace) -> None:
+def run_fetch(args: argparse.Namespace) -> None:
+    import logging
+
+    from hymba_train.data.build import build_training_data
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config = _config(args.overrides, args)
+    data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
+    print("\n".join(data.describe()))
+
+
+def run_prepare_demo(args: argparse.Namespace) -> None:
     made = prepare_demo(args.output)
     print(f"{args.output}: tokenizer and {', '.join(DOMAINS)} {'made' if made else 'are there already'}")
+
+
+def _config(overrides: list[str], args: argparse.Namespace):
+    from hymba_train.config import compose, load_frozen
+
+    if args.frozen is None:
+        return compose(overrides, config_dir=args.config_dir)
+    if overrides or args.config_dir:
+        raise UserError("--frozen: a frozen configuration takes no overrides and no --config-dir; leave them out")
+    return load_frozen(args.frozen)
+
+
+RUN = {
+    "tokenize": run_tokenize,
+    "train-tokenizer": run_train_tokenizer,
+    "convert-tokenizer": run_convert_tokenizer,
+    "merge": run_merge,
+    "dedup": run_dedup,
+    "stats": run_stats,
+    "validate": run_validate,
+    "inspect": run_inspect,
+    "pack": run_pack,
+    "fetch": run_fetch,
+    "prepare-demo": run_prepare_demo,
+}
 
 
 if __name__ == "__main__":

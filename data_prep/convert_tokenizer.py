@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hymba_train.data.manifest import write_atomically
+from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.errors import UserError
 
 SPACE = "\u2581"

@@ -9,7 +9,8 @@ from typing import Any
 from data_prep.convert_tokenizer import write_tokenizer
 from data_prep.tokenize_corpus import tokenize_files
 from data_prep.train_tokenizer import train_sentencepiece
-from hymba_train.data.manifest import file_sha256, write_atomically
+from hymba_train.data.indexed_writer import write_atomically
+from hymba_train.data.manifest import MANIFEST_VERSION, file_sha256, manifest_path
 
 CORPUS = Path(__file__).parent / "corpus"
 DOMAINS = ("books", "speeches", "docs", "code")
@@ -34,10 +35,12 @@ def prepare_demo(output: str | Path) -> bool:
     texts = [text for domain in DOMAINS for text in _training_texts(CORPUS / f"{domain}.jsonl")]
     write_tokenizer(train_sentencepiece(texts, VOCAB_SIZE), directory / "tokenizer")
     for domain in DOMAINS:
+        manifest_path(directory / domain).unlink(missing_ok=True)  # else what is damaged would be taken for done
         tokenize_files([CORPUS / f"{domain}.jsonl"], directory / domain, directory / "tokenizer", overwrite=True)
     made = [Path("tokenizer", name) for name in ("tokenizer.json", "tokenizer.model")]
     made += [Path(f"{domain}.{suffix}") for domain in DOMAINS for suffix in ("bin", "idx", "json")]
     facts = {
+        "manifest_version": MANIFEST_VERSION,
         "corpus": corpus,
         "vocab_size": VOCAB_SIZE,
         "files": {path.as_posix(): file_sha256(directory / path) for path in made},
@@ -50,7 +53,8 @@ def _is_complete(directory: Path, corpus: dict[str, str]) -> bool:
     try:
         facts: dict[str, Any] = json.loads((directory / DONE).read_bytes())
         return (
-            facts["corpus"] == corpus
+            facts["manifest_version"] == MANIFEST_VERSION
+            and facts["corpus"] == corpus
             and facts["vocab_size"] == VOCAB_SIZE
             and all(file_sha256(directory / name) == digest for name, digest in facts["files"].items())
         )

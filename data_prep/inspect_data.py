@@ -1,14 +1,19 @@
-"""Look into a tokenised source."""
+"""Look into a tokenised source: facts, documents, and whether every byte is what it should be."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from hymba_train.data.indexed import IndexedTokens, bin_path, idx_path
 from hymba_train.data.manifest import file_sha256, read_manifest
+from hymba_train.data.packs import verify_packs
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import Windows, split_held_out
 from hymba_train.errors import UserError
+
+BLOCK_TOKENS = 2**24
 
 
 def summary(prefix: str) -> list[str]:
@@ -23,14 +28,16 @@ def summary(prefix: str) -> list[str]:
     if manifest is None:
         return [*lines, "no manifest: written by other software"]
     text_bytes = sum(source["text_bytes"] for source in manifest.inputs)
-    lines += [
+    return [
+        *lines,
         f"tokenizer {manifest.tokenizer['name']}: {manifest.tokenizer['vocab_size']:,} tokens, "
         f"sha256 {manifest.tokenizer['sha256'][:12]}; largest id {manifest.max_token_id}; "
-        f"end of document {'appended' if manifest.append_eod else 'not appended'}",
-        f"from {len(manifest.inputs)} files with {text_bytes:,} bytes of JSON; {manifest.num_empty_documents} empty "
-        f"documents and {len(manifest.bad_lines)} bad lines left out",
+        f"end of document {'appended' if manifest.append_eod else 'not appended'}; encoded by {manifest.backend}",
+        f"from {len(manifest.inputs)} files with {text_bytes:,} bytes of text, "
+        f"{text_bytes / max(1, manifest.num_tokens):.2f} bytes a token; {manifest.num_empty_documents} empty documents "
+        f"and {manifest.num_bad_lines} bad lines left out"
+        + (f" (listed in {prefix}.bad_lines.txt)" if manifest.num_bad_lines else ""),
     ]
-    return lines + [f"bad line {line}" for line in manifest.bad_lines]
 
 
 def document_text(prefix: str, document: int, tokenizer: str) -> str:
@@ -50,19 +57,44 @@ def window_text(prefix: str, window: int, seq_length: int, tokenizer: str) -> st
     return Tokenizer.load(tokenizer).decode(windows.read(window), skip_special=False)
 
 
-def validate(prefix: str) -> list[str]:
-    """Read all of a source and compare it with its index and manifest. Raises UserError at the first difference."""
+def validate(prefix: str | Path) -> list[str]:
+    """Read all of a source, and of the packings beside it, and compare them with index, manifest and trailers.
+
+    Raises UserError at the first difference, naming file and offset.
+    """
+    prefix = str(prefix)
     tokens = IndexedTokens(prefix)
     tokens.verify()
     manifest = read_manifest(prefix)
-    if manifest is None:
-        return [f"{prefix}: the index is sound; there is no manifest to compare the tokens with"]
-    for path in (bin_path(prefix), idx_path(prefix)):
-        # By suffix: a renamed source is still the same source.
-        expected = next(facts for name, facts in manifest.files.items() if Path(name).suffix == path.suffix)
-        actual = file_sha256(path)
-        if actual != expected["sha256"]:
+    largest = _check_ids(tokens, manifest.tokenizer["vocab_size"] if manifest else None)
+    lines = [f"{prefix}: the index is sound; there is no manifest to compare the tokens with"]
+    if manifest is not None:
+        for path in (bin_path(prefix), idx_path(prefix)):
+            expected, actual = manifest.file(path.suffix)["sha256"], file_sha256(path)
+            if actual != expected:
+                raise UserError(f"{path} has sha256 {actual}, its manifest says {expected}: copy or tokenise it again")
+        if largest != manifest.max_token_id:
+            raise UserError(f"{prefix}.json says the largest id is {manifest.max_token_id}, it is {largest}")
+        lines = [f"{prefix}: index, ids, sizes and sha256 agree with the manifest"]
+    for path in sorted(Path(prefix).parent.glob(f"{Path(prefix).name}.*.pack")):
+        facts = verify_packs(path)
+        if facts["idx_sha256"] != file_sha256(idx_path(prefix)):
+            raise UserError(f"{path} was built for another {idx_path(prefix)}: build it again with `hymba data pack`")
+        lines.append(f"{path}: sha256 agrees with its trailer, and it belongs to this index")
+    return lines
+
+
+def _check_ids(tokens: IndexedTokens, vocab_size: int | None) -> int:
+    """Largest id. Raises UserError at the first that is negative or outside the vocabulary."""
+    largest = -1
+    for begin in range(0, tokens.num_tokens, BLOCK_TOKENS):
+        block = tokens.stored_tokens(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
+        largest = max(largest, int(block.max()))
+        if int(block.min()) < 0 or (vocab_size is not None and largest >= vocab_size):
+            bad = block < 0 if vocab_size is None else (block < 0) | (block >= vocab_size)
+            place = begin + int(np.argmax(bad))
             raise UserError(
-                f"{path} has sha256 {actual}, its manifest says {expected['sha256']}: copy or tokenise it again"
+                f"{tokens.prefix}.bin: token {place} (byte {place * tokens.dtype.itemsize}) is "
+                f"{block[place - begin]}, outside the vocabulary of {vocab_size}: copy or tokenise it again"
             )
-    return [f"{prefix}: index, sizes and sha256 agree with the manifest"]
+    return largest

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.convert_tokenizer import write_tokenizer
-from data_prep.jsonl import JsonlReader, parse_chunk
+from data_prep.inputs import find_inputs
+from data_prep.records import ShardReader, parse_chunk
 from hymba_train.errors import UserError
 
 # <unk>, <s>, </s> and one piece a byte.
@@ -58,7 +59,7 @@ def train_sentencepiece(texts: Iterator[str] | Sequence[str], vocab_size: int) -
 def train_tokenizer(
     inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text"
 ) -> None:
-    """Train on JSON lines and write tokenizer.model and tokenizer.json (same ids) into directory ``output``.
+    """Train on JSON lines or Parquet and write tokenizer.model and tokenizer.json (same ids) into directory ``output``.
 
     Raises UserError for missing files, bad lines or too little text.
     """
@@ -67,9 +68,10 @@ def train_tokenizer(
 
 def _texts(inputs: Sequence[str | Path], json_key: str) -> list[str]:
     texts: list[str] = []
-    for chunk in JsonlReader(inputs):
-        parsed = parse_chunk(chunk, json_key)
-        if parsed.bad_lines:
-            raise UserError(*parsed.bad_lines)
-        texts += parsed.texts
+    for file in find_inputs(inputs):
+        for chunk in ShardReader(file, json_key):
+            parsed = parse_chunk(chunk, json_key)
+            if parsed.bad_lines:
+                raise UserError(*parsed.bad_lines)
+            texts += parsed.texts
     return texts

@@ -7,17 +7,19 @@ line each on stderr and exit code 2; an interrupt is exit code 130.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hymba_train.errors import UserError
+from hymba_train.parser import Parser
 
 if TYPE_CHECKING:
     from hymba_train.config import Config
@@ -63,15 +65,8 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as one line through UserError, like every other."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def _config_parser(verb: str) -> _Parser:
-    parser = _Parser(prog=f"hymba {verb}", description=VERBS[verb].summary, allow_abbrev=False)
+def _config_parser(verb: str) -> Parser:
+    parser = Parser(prog=f"hymba {verb}", description=VERBS[verb].summary)
     parser.add_argument("overrides", nargs="*", help="experiment=demo model=hymba_125m optim.lr=1e-3 ~data.phases.long")
     parser.add_argument(
         "--config-dir", metavar="DIR", help="directory with more recipes (DIR/experiment/mine.yaml, ...)"
@@ -149,15 +144,18 @@ def run_train(argv: list[str]) -> int:
     resolved = _freeze(config, args.frozen) if not rank else None
     if args.nproc is not None:
         return _torchrun(args.nproc, str(resolved))
+    from hymba_train.callbacks.stop_file import STOPPED_EARLY
     from hymba_train.train.main import train
 
     _set_up_logging(rank or 0)
     try:
-        return train(config, plan)
+        code = train(config, plan)
     except UserError as error:
         if not rank:
             raise
         raise UserError(*(f"[rank {rank}] {line}" for line in error.problems)) from error
+    # torchrun takes any code but 0 for a failure and starts all ranks again; the file `outcome` tells who started it.
+    return 0 if code == STOPPED_EARLY and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def _set_up_logging(rank: int) -> None:
@@ -223,12 +221,6 @@ def _number_from_launcher(name: str) -> int | None:
     return int(text)
 
 
-def run_data(argv: list[str]) -> int:
-    from data_prep.cli import main as data_main
-
-    return data_main(argv)
-
-
 def run_version(argv: list[str]) -> int:
     if argv:
         raise UserError("hymba version takes no arguments")
@@ -240,13 +232,27 @@ def run_version(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Verb:
+    """``target`` is 'module:function', imported when the verb is chosen; the function takes argv, returns the code."""
+
     summary: str
-    run: Callable[[list[str]], int]
+    target: str
+
+    def run(self, argv: list[str]) -> int:
+        module, _, function = self.target.partition(":")
+        return getattr(importlib.import_module(module), function)(argv)
 
 
 VERBS = {
-    "train": Verb("pretrain a model", run_train),
-    "plan": Verb("compose and check a run; print layers, stages, phases and parameters, without a GPU", run_plan),
-    "data": Verb("prepare training data: tokenise, merge, inspect, validate", run_data),
-    "version": Verb("print the version", run_version),
+    "train": Verb("pretrain a model", "hymba_train.cli:run_train"),
+    "plan": Verb(
+        "compose and check a run; print layers, stages, phases, parameters; no GPU needed", "hymba_train.cli:run_plan"
+    ),
+    "launch": Verb("start a run on a Slurm cluster or on this machine; start it again when cut off", "launch.cli:main"),
+    "runs": Verb("list runs, draw their curves", "hymba_train.runs.cli:main"),
+    "generate": Verb("continue prompts with a checkpoint or an exported model", "hymba_train.convert.cli:run_generate"),
+    "eval": Verb("held-out perplexity by domain, and lm-evaluation-harness tasks", "hymba_train.convert.cli:run_eval"),
+    "convert": Verb("Hugging Face format in and out", "hymba_train.convert.cli:run_convert"),
+    "data": Verb("prepare training data: tokenise, merge, inspect, validate", "data_prep.cli:main"),
+    "doctor": Verb("check this machine: versions, kernels, speeds", "hymba_train.doctor.cli:main"),
+    "version": Verb("print the version", "hymba_train.cli:run_version"),
 }

@@ -204,7 +204,7 @@ def test_train_freezes_and_calls_the_trainer(demo, tmp_path, trained):
     assert main(["train", *demo]) == 0
     [(config, plan)] = trained
     assert load_frozen(tmp_path / "runs" / "demo" / "resolved.yaml") == config == compose(demo)
-    assert plan.world_size == 1 and plan.steps.num_steps == 300
+    assert plan.world_size == 1 and plan.steps.num_steps == 200
 
 
 @pytest.mark.usefixtures("no_launcher")

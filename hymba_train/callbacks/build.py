@@ -14,6 +14,7 @@ from hymba_train.callbacks.jsonl import JsonLines
 from hymba_train.callbacks.never_fatal import NeverFatal
 from hymba_train.callbacks.profile import Profile
 from hymba_train.callbacks.progress import Progress
+from hymba_train.callbacks.stop_file import StopOnRequest
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB
 from hymba_train.config.schema import Config
@@ -35,6 +36,7 @@ def build_callbacks(
     callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
     if c.enabled:
         callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+    callbacks.append(StopOnRequest(directory, runtime.rank == 0))
     if runtime.is_logging_rank:
         callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]
     return callbacks

@@ -22,7 +22,8 @@ class Evaluation(Callback):
             self._run(loop)
 
     def on_train_end(self, loop) -> None:
-        if loop.state.step != self._done_at and loop.trained:
+        # Not after an early stop: whoever asked for it may not wait, and the save comes after this.
+        if loop.state.step != self._done_at and loop.trained and loop.finished:
             self._run(loop)
 
     def _run(self, loop) -> None:

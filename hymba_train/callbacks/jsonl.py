@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class JsonLines(Callback):
         self._file.flush()
 
     def on_train_start(self, loop) -> None:
-        self.write("start", loop.state.step, tokens=loop.state.tokens, **self.facts)
+        self.write("start", loop.state.step, tokens=loop.state.tokens, time=time.time(), **self.facts)
 
     def on_phase_start(self, loop, phase: str) -> None:
         self.write("phase", loop.state.step, phase=phase, samples_in_phase=loop.state.samples_in_phase)
@@ -59,13 +60,14 @@ class JsonLines(Callback):
         self.write("validation", loop.state.step, tokens=loop.state.tokens, loss=losses, loss_hex=hexes)
 
     def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
-        self.write("checkpoint", step, path=path.name)
+        self.write("checkpoint", step, path=path.name, time=time.time())
 
     def on_train_end(self, loop) -> None:
-        self.write("end", loop.state.step, tokens=loop.state.tokens, reason=loop.stop_reason)
+        self.write("end", loop.state.step, tokens=loop.state.tokens, reason=loop.stop_reason, time=time.time())
 
     def on_exception(self, loop, error: BaseException) -> None:
-        self.write("end", loop.state.step, tokens=loop.state.tokens, reason=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        self.write("end", loop.state.step, tokens=loop.state.tokens, reason=reason, time=time.time())
 
     def close(self) -> None:
         self._file.close()

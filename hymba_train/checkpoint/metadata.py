@@ -40,8 +40,10 @@ class Layout:
         return cls(p.tensor, p.pipeline, p.virtual_pipeline, r.data_parallel_size, r.world_size, r.device.type)
 
 
-def metadata_of(config: Config, layout: Layout, state: dict[str, int]) -> dict[str, Any]:
-    """The content of checkpoint.json."""
+def metadata_of(
+    config: Config, layout: Layout, state: dict[str, int], data: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of checkpoint.json. ``data``: :meth:`hymba_train.data.DataRecord.to_dict`."""
     import megatron.core
     import torch
 
@@ -51,6 +53,7 @@ def metadata_of(config: Config, layout: Layout, state: dict[str, int]) -> dict[s
         "schema_version": SCHEMA_VERSION,
         "step": state["step"],
         "train_state": state,
+        "data": data,
         "layout": dataclasses.asdict(layout),
         "config": plain,
         "config_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),

@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from hymba_train.checkpoint import directory, tree
 from hymba_train.checkpoint.metadata import write_metadata
@@ -36,6 +38,10 @@ class CheckpointWriter:
         self.root, self.runtime, self.chunks, self.optimizer = root, runtime, chunks, optimizer
         self.metadata, self.asynchronous = metadata, asynchronous
         self._queue = AsyncCallsQueue()
+        # Data-parallel ranks hold the same tensors: each writes its share, instead of the first one all of them.
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(), runtime.groups.dp_cp, do_cache_distribution=True
+        )
         self._published: list[Path] = []
         if runtime.rank == 0:
             for path in directory.remove_leftovers(root):
@@ -58,14 +64,14 @@ class CheckpointWriter:
             "optimizer_step": optimizer_step(self.optimizer),
         }
         metadata = self.metadata(state)
-        if wait or not self.asynchronous:
-            dist_checkpointing.save(content, str(path), content_metadata=dict(SHARDING))
+        in_background = self.asynchronous and not wait
+        request = dist_checkpointing.save(
+            content, str(path), self._strategy, content_metadata=dict(SHARDING),
+            async_sharded_save=in_background, async_strategy="mcore",
+        )  # fmt: skip
+        if request is None:
             self._publish(path, metadata)
         else:
-            request = dist_checkpointing.save(
-                content, str(path), content_metadata=dict(SHARDING),
-                async_sharded_save=True, async_strategy="mcore",
-            )  # fmt: skip
             request.add_finalize_fn(lambda: self._publish(path, metadata))
             self._queue.schedule_async_request(request)
 

@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.lr_decay_style": ("wsd", "cosine", "linear", "constant"),
     "schedule.lr_wsd_decay_style": ("linear", "cosine", "exponential", "minus_sqrt"),
     "data.phases.NAME.rope_type": ("default", "ntk"),
+    "data.phases.NAME.packing": ("concat", "best_fit", "length_buckets"),
     "run.device": ("auto", "cpu", "cuda"),
 }
 """Words. null is allowed wherever the schema allows it."""
@@ -43,6 +44,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
         (
             "model.num_meta_tokens", "model.init_method_std", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
             "checkpoint.save_interval", "checkpoint.keep_every", "logging.eval_interval", "run.seed",
+            "data.phases.NAME.min_document_tokens",
         ),
         _FROM_0,
     ),

@@ -149,7 +149,7 @@ class ScheduleConfig:
 @dataclass
 class SourceConfig:
     path: str = TO_BE_GIVEN
-    """Prefix of a .bin/.idx pair that `hymba data tokenize` wrote."""
+    """Prefix of a .bin/.idx pair that `hymba data tokenize` wrote, or a URL of one (s3://..., gs://...): data.cache."""
     validation_fraction: float = 0.0
     """Share of this source's tokens (its last documents) held out as a validation domain of the same name."""
 
@@ -168,8 +168,21 @@ class PhaseConfig:
     """[start, increment, tokens]: batch size grows by increment from start to global_batch_size over these tokens."""
     blend: dict[str, float] = field(default_factory=dict)
     """Source name -> weight; weights are normalised."""
+    packing: str = "concat"
+    """concat (windows over the documents end to end) | best_fit (whole documents, few cut) | length_buckets (best fit
+    among documents of like length: for long sequences). The latter two need `hymba data pack` once."""
+    min_document_tokens: int = 0
+    """With best_fit or length_buckets: leave out shorter documents in this phase."""
     rope_type: str | None = None
     """RoPE scaling of this phase; None: model.rope_type."""
+
+    @property
+    def pack_suffix(self) -> str | None:
+        """What follows a source's prefix in the name of the file that `hymba data pack` makes for this phase."""
+        if self.packing == "concat":
+            return None
+        shortest = f"-min{self.min_document_tokens}" if self.min_document_tokens else ""
+        return f".{self.packing}-{self.seq_length}{shortest}.pack"
 
 
 @dataclass
@@ -182,10 +195,12 @@ class DataConfig:
     """Name -> phase, in the order in which they are trained."""
     validation_sequences: int = 64
     """Sequences per validation domain and evaluation."""
-    document_mask: bool = False
+    document_mask: bool = True
     """Keep documents packed in one sequence apart in attention, scan, convolution, positions and loss."""
     path: str | None = None
-    """Directory that a relative sources.*.path and tokenizer start from. None: the working directory."""
+    """Directory or URL that a relative sources.*.path and tokenizer start from. None: the working directory."""
+    cache: str | None = None
+    """Directory on a local disk for copies of what URLs name; needed with them."""
 
 
 @dataclass
@@ -204,6 +219,8 @@ class CheckpointConfig:
     """Run or step directory to start from when the run directory has no checkpoint yet."""
     load_optimizer: bool = True
     """With load: take optimizer, schedule, RNG and data position as well; false takes the weights alone."""
+    accept_changed_data: bool = False
+    """Go on although tokenizer, seed, files or blend are no longer those of the checkpoint; recorded in later ones."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ _MAX_JSON_BYTES, _MAX_LAYERS, _MAX_SIZE = 64 * 2**20, 4096, 2**31
 
 def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     """config.json as it stands, and as a ModelConfig. Raises UserError for anything we do not have."""
-    raw = _read_json(directory / CONFIG)
+    raw = read_json(directory / CONFIG)
     if raw.get("model_type") != "hymba":
         raise UserError(f"{directory / CONFIG}: model_type is {raw.get('model_type')!r}, not 'hymba'")
     for key, value in raw.items():
@@ -46,7 +46,8 @@ def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
             raise ValueError("a size is not positive")
         model_tensors(model)
     except UserError as error:
-        raise UserError(*(f"{directory}: {problem}" for problem in error.problems)) from error
+        lines = (problem.removeprefix("config.json: ") for problem in error.problems)
+        raise UserError(*(f"{directory / CONFIG}: {line}" for line in lines)) from error
     except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, StopIteration) as error:
         raise UserError(f"{directory / CONFIG}: not a Hymba configuration ({type(error).__name__}: {error})") from error
     return raw, model
@@ -109,7 +110,7 @@ class PublishedWeights:
             pickles = [p.name for pattern in _PICKLES for p in sorted(self.directory.glob(pattern))]
             advice = f"; {pickles[0]} is not read, as loading it can run code: convert it first" if pickles else ""
             raise UserError(f"{self.directory}: there is neither {SINGLE} nor {INDEX}{advice}")
-        mapped = _read_json(path).get("weight_map")
+        mapped = read_json(path).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
             raise UserError(f"{path}: there is no weight_map")
         for name, file in mapped.items():
@@ -158,7 +159,7 @@ def iterate_tensors(model: ModelConfig, weights: PublishedWeights) -> Iterator[t
         yield from checkpoint_entries(description, full.reshape(description.shape))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than any such file")

@@ -11,12 +11,14 @@ from typing import Any
 
 from hymba_train.data.build import build_training_data, resolve_path
 from hymba_train.data.dataset import Phase, Sample, Source, TrainingData
+from hymba_train.data.identity import DataRecord
 from hymba_train.data.prefetch import Prefetcher
 from hymba_train.data.tokenizer import Tokenizer
 
 _NEED_TORCH = ("MicroBatch", "batch_hash", "micro_batches", "validation_batches")
 
 __all__ = [
+    "DataRecord",
     "Phase",
     "Prefetcher",
     "Sample",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 from hymba_train.data.blend import Blend
 from hymba_train.data.dataset import Phase, Source, TrainingData
 from hymba_train.data.indexed import IndexedTokens, bin_path, idx_path
-from hymba_train.data.manifest import Manifest, read_manifest
+from hymba_train.data.manifest import Manifest, check_spots, read_manifest, spot_hashes
+from hymba_train.data.packs import Packs, verify_packs
+from hymba_train.data.storage import Cache, exists, is_url, join
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import Windows, split_held_out
 from hymba_train.errors import UserError
@@ -19,8 +22,19 @@ if TYPE_CHECKING:  # tokenizing processes import this package, and need no Hydra
 
 
 def resolve_path(config: DataConfig, path: str) -> str:
-    """``path``, taken from data.path when it is relative and data.path is given."""
-    return str(Path(config.path, path)) if config.path else path
+    """``path``, taken from data.path when it is relative and data.path is given. May be a URL."""
+    return join(config.path, path)
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of a run, through the cache if it is remote. Raises UserError."""
+    path = resolve_path(config, config.tokenizer)
+    if not is_url(path):
+        return Tokenizer.load(path)
+    if not path.endswith((".json", ".model")):
+        names = (f"{path.rstrip('/')}/{name}" for name in ("tokenizer.json", "tokenizer.model"))
+        path = next((name for name in names if exists(name)), path)
+    return Tokenizer.load(_cache(config, path).file(path))
 
 
 def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> TrainingData:
@@ -32,9 +46,9 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
         vocab_size: ``model.vocab_size``, V.
 
     Raises UserError with one line a problem: missing or damaged files, vocabulary or tokenizer mismatch, a blend that
-    names an unknown source, a source too short for one sequence.
+    names an unknown source, a source too short for one sequence, a packing that was not made.
     """
-    tokenizer = Tokenizer.load(resolve_path(config, config.tokenizer))
+    tokenizer = load_tokenizer(config)
     problems = []
     if tokenizer.vocab_size != vocab_size:
         problems.append(
@@ -44,13 +58,13 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
     sources: dict[str, Source] = {}
     for name, source in config.sources.items():
         try:
-            sources[name] = _open_source(config, name, source, tokenizer)
+            sources[name] = open_source(config, name, source, tokenizer)
         except UserError as error:
             problems.extend(error.problems)
     phases = []
     for name, phase in config.phases.items():
         try:
-            phases.append(_open_phase(config, name, phase, sources, seed))
+            phases.append(_open_phase(config, name, phase, sources, seed, tokenizer.eod_id))
         except UserError as error:
             problems.extend(error.problems)
     if problems:
@@ -60,6 +74,7 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
         phases,
         seed=seed,
         vocab_size=vocab_size,
+        tokenizer_hash=tokenizer.content_hash,
         document_mask=config.document_mask,
         validation_sequences=config.validation_sequences,
     )
@@ -69,10 +84,13 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
     return data
 
 
-def _open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: Tokenizer) -> Source:
+def open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: Tokenizer) -> Source:
+    """One source, checked against its manifest and ``tokenizer``; from its local copy if it is remote."""
     key, prefix = f"data.sources.{name}", resolve_path(config, source.path)
     if not 0 <= source.validation_fraction < 1:
         raise UserError(f"{key}.validation_fraction = {source.validation_fraction}: give a share in 0..1, below 1")
+    if is_url(prefix):
+        prefix = _cache(config, prefix).source(prefix)
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             raise UserError(
@@ -90,7 +108,21 @@ def _open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer:
             f"{key}: {tokens.num_documents} documents, validation_fraction {source.validation_fraction}: nothing is "
             "left to train on (whole documents are held out); lower validation_fraction"
         )
-    return Source(name, training, held_out, manifest)
+    return Source(name, training, held_out, manifest, hash_of(tokens, manifest))
+
+
+def hash_of(tokens: IndexedTokens, manifest: Manifest | None) -> str:
+    """What stands for a source's files: the manifest's hashes, or those of some blocks where there is no manifest."""
+    if manifest is not None:
+        return manifest.content_hash
+    spots = [spot_hashes(path) for path in (bin_path(tokens.prefix), idx_path(tokens.prefix))]
+    return hashlib.sha256(repr((tokens.num_tokens, tokens.num_documents, spots)).encode()).hexdigest()
+
+
+def _cache(config: DataConfig, url: str) -> Cache:
+    if config.cache is None:
+        raise UserError(f"{url} is remote: set data.cache to a directory on a local disk with room for a copy")
+    return Cache(config.cache)
 
 
 def _check_manifest(tokens: IndexedTokens, manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -112,10 +144,12 @@ def _check_manifest(tokens: IndexedTokens, manifest: Manifest, tokenizer: Tokeni
             f"{tokens.prefix}.idx has {facts[0]} tokens in {facts[1]} documents ({facts[2]}), but its manifest "
             f"{tokens.prefix}.json says {expected[0]} in {expected[1]} ({expected[2]}): tokenise it again"
         )
+    for path in (bin_path(tokens.prefix), idx_path(tokens.prefix)):
+        check_spots(path, manifest.file(path.suffix))
 
 
 def _open_phase(
-    config: DataConfig, name: str, phase: PhaseConfig, sources: Mapping[str, Source], seed: int
+    config: DataConfig, name: str, phase: PhaseConfig, sources: Mapping[str, Source], seed: int, pad_id: int
 ) -> Phase:
     key = f"data.phases.{name}"
     blend = Blend(phase.blend, seed, name)
@@ -123,13 +157,42 @@ def _open_phase(
     if unknown:
         known = ", ".join(config.sources) or "none"
         raise UserError(*(f"{key}.blend.{source}: no such source; data.sources has {known}" for source in unknown))
+    if phase.min_document_tokens and phase.packing == "concat":
+        raise UserError(
+            f"{key}.min_document_tokens={phase.min_document_tokens} has no effect on packing=concat: set "
+            f"{key}.packing=best_fit or length_buckets, or leave it out"
+        )
+    packs: dict[str, Packs] = {}
     for source in blend.names:
         if source not in sources:
             continue  # could not be opened: reported already
+        if phase.packing != "concat":
+            packs[source] = open_packs(config, phase, sources[source], pad_id)
+            continue
         part = sources[source].training
         if not len(Windows(part, phase.seq_length)):
             raise UserError(
                 f"{key}: source {source} has {part.num_tokens} tokens to train on, too few for one sequence of "
                 f"{phase.seq_length}"
             )
-    return Phase(name, phase.seq_length, -(-phase.tokens // phase.seq_length), blend)
+    return Phase(name, phase.seq_length, -(-phase.tokens // phase.seq_length), blend, phase.packing, packs)
+
+
+def open_packs(config: DataConfig, phase: PhaseConfig, source: Source, pad_id: int) -> Packs:
+    """The packing of one source for one phase. Raises UserError if it was not made, or for other data."""
+    path = pack_location(config, phase, source)
+    if is_url(path):
+        if not exists(path):
+            raise UserError(
+                f"{path} does not exist: build it once, offline, with `hymba data pack` and the overrides of this run "
+                "(a job never builds it)"
+            )
+        path = str(_cache(config, path).file(path, verify_packs))
+    return Packs(
+        source.training, path, phase.packing, phase.seq_length, phase.min_document_tokens, source.manifest, pad_id
+    )
+
+
+def pack_location(config: DataConfig, phase: PhaseConfig, source: Source) -> str:
+    """Where the packing of a source for a phase belongs, beside the source itself: a path or a URL."""
+    return f"{resolve_path(config, config.sources[source.name].path)}{phase.pack_suffix}"

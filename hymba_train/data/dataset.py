@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from hymba_train.data.blend import Blend
 from hymba_train.data.manifest import Manifest
+from hymba_train.data.packs import Packs
 from hymba_train.data.permutation import Permutation
-from hymba_train.data.windows import TokenRange, Windows, mask_documents
+from hymba_train.data.windows import IGNORED_LABEL, Sequences, TokenRange, Windows, mask_documents
 from hymba_train.errors import UserError
 
 
@@ -35,17 +36,21 @@ class Sample(TypedDict):
     """int64 [S], from 0, one number a document."""
     source: str
     window: int
-    """Number of the window in the source's training or held-out part."""
+    """Number of the window (or packed sequence) in the source's training or held-out part."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tokenised source, split into its training part and its held-out part (which may be empty)."""
+    """A tokenised source, split into its training part and its held-out part (which may be empty).
+
+    ``content_hash`` stands for the files: the manifest's, or what :func:`hymba_train.data.build.hash_of` makes of them.
+    """
 
     name: str
     training: TokenRange
     held_out: TokenRange
     manifest: Manifest | None
+    content_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,16 @@ class Phase:
 
     Attributes:
         num_samples: sequences in the phase, tokens / seq_length rounded up.
+        packing: ``concat``, or the strategy of ``packs``.
+        packs: source name -> its packed sequences; empty for ``concat``.
     """
 
     name: str
     seq_length: int
     num_samples: int
     blend: Blend
+    packing: str = "concat"
+    packs: Mapping[str, Packs] = field(default_factory=dict)
 
 
 class TrainingData:
@@ -71,6 +80,7 @@ class TrainingData:
         phases: in the order of training.
         seed: seed of the run.
         vocab_size: every token must be below it.
+        tokenizer_hash: sha256 (hex) of the tokenizer's file.
         document_mask: keep documents apart (labels, positions, segment ids).
         validation_sequences: most sequences of a held-out part that an evaluation reads.
     """
@@ -82,18 +92,22 @@ class TrainingData:
         *,
         seed: int,
         vocab_size: int,
-        document_mask: bool = False,
+        tokenizer_hash: str = "",
+        document_mask: bool = True,
         validation_sequences: int = 64,
     ) -> None:
         self.sources = dict(sources)
         self.phases = tuple(phases)
         self.seed = seed
         self.vocab_size = vocab_size
+        self.tokenizer_hash = tokenizer_hash
         self.document_mask = document_mask
         self.validation_sequences = validation_sequences
-        self._windows = {
-            (name, phase.seq_length): Windows(self.sources[name].training, phase.seq_length)
-            for phase in self.phases
+        self._sequences: dict[tuple[int, str], Sequences] = {
+            (index, name): (
+                phase.packs[name] if name in phase.packs else Windows(self.sources[name].training, phase.seq_length)
+            )
+            for index, phase in enumerate(self.phases)
             for name in phase.blend.names
         }
         self._permutation = lru_cache(maxsize=64)(self._make_permutation)
@@ -103,6 +117,10 @@ class TrainingData:
         """Names of the sources with a held-out part."""
         return tuple(name for name, source in self.sources.items() if source.held_out.num_tokens)
 
+    def sequences(self, phase_index: int, source: str) -> Sequences:
+        """What a phase reads from a source: its windows or packed sequences, before shuffling."""
+        return self._sequences[phase_index, source]
+
     def _make_permutation(self, phase: str, source: str, epoch: int, num_windows: int) -> Permutation:
         return Permutation(num_windows, "windows", self.seed, phase, source, epoch)
 
@@ -110,7 +128,7 @@ class TrainingData:
         """(source name, epoch of that source in the phase, window number) of global sample number n >= 0."""
         phase = self.phases[phase_index]
         name, k = phase.blend[n]
-        num_windows = len(self._windows[name, phase.seq_length])
+        num_windows = len(self._sequences[phase_index, name])
         epoch, place = divmod(k, num_windows)
         return name, epoch, self._permutation(phase.name, name, epoch, num_windows)[place]
 
@@ -120,16 +138,12 @@ class TrainingData:
         Raises UserError when the file holds a token that the model's vocabulary does not.
         """
         name, _, window = self.locate(phase_index, n)
-        return self._read(name, self._windows[name, self.phases[phase_index].seq_length], window)
+        return self._read(name, self._sequences[phase_index, name], window)
 
-    def _read(self, name: str, windows: Windows, window: int) -> Sample:
-        tokens = windows.read(window)
+    def _read(self, name: str, sequences: Sequences, window: int) -> Sample:
+        tokens = sequences.read(window)
         if tokens.max() >= self.vocab_size or tokens.min() < 0:
-            place = windows.offset(window) + int(np.argmax((tokens >= self.vocab_size) | (tokens < 0)))
-            raise UserError(
-                f"{windows.part.tokens.prefix}.bin: token {place} is {windows.part.tokens.tokens(place, place + 1)[0]},"
-                f" outside the model's vocabulary of {self.vocab_size}: was it made with another tokenizer?"
-            )
+            raise self._outside_vocabulary(tokens, sequences, window)
         sample: Sample = {
             "tokens": tokens,
             "labels": tokens[1:],
@@ -139,8 +153,19 @@ class TrainingData:
             "window": window,
         }
         if self.document_mask:
-            sample.update(mask_documents(tokens, windows.borders(window)))
+            sample.update(mask_documents(tokens, sequences.borders(window)))
+        if (num_tokens := sequences.num_tokens(window)) < tokens.size:
+            sample["labels"] = sample["labels"].copy()
+            sample["labels"][num_tokens - 1 :] = IGNORED_LABEL
         return sample
+
+    def _outside_vocabulary(self, tokens: np.ndarray, sequences: Sequences, window: int) -> UserError:
+        place = int(np.argmax((tokens >= self.vocab_size) | (tokens < 0)))
+        source, offset = sequences.part.tokens, sequences.offset(window, place)
+        return UserError(
+            f"{source.prefix}.bin: token {offset} (byte {offset * source.dtype.itemsize}) is {tokens[place]}, outside "
+            f"the model's vocabulary of {self.vocab_size}: was it made with another tokenizer?"
+        )
 
     def num_validation_samples(self, domain: str, seq_length: int) -> int:
         """Sequences that an evaluation of this domain reads."""
@@ -163,28 +188,37 @@ class TrainingData:
             )
         return windows
 
-    def fingerprint(self) -> str:
-        """sha256 (hex) of everything that decides the order and content of the samples, for checkpoints to compare.
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides order and content of the samples, as plain data for a checkpoint to keep.
 
-        Files count by the hash in their manifest; files without one by their sizes.
+        :func:`hymba_train.data.identity.changes` compares two of them. Lengths and batch sizes of phases are left out:
+        they decide how far the order is walked, not what it is.
         """
-        facts = {
+        phases = [
+            {
+                "name": phase.name,
+                "seq_length": phase.seq_length,
+                "packing": phase.packing,
+                "packs": {name: packs.facts["payload_sha256"] for name, packs in sorted(phase.packs.items())},
+                "blend": dict(zip(phase.blend.names, map(str, phase.blend.shares), strict=True)),
+            }
+            for phase in self.phases
+        ]
+        sources = {
+            name: {"files": source.content_hash, "training_tokens": source.training.num_tokens}
+            for name, source in self.sources.items()
+        }
+        return {
+            "tokenizer": self.tokenizer_hash,
             "seed": self.seed,
             "document_mask": self.document_mask,
-            "phases": [
-                [p.name, p.seq_length, list(p.blend.names), [str(share) for share in p.blend.shares]]
-                for p in self.phases
-            ],
-            "sources": {
-                name: [
-                    source.training.begin,
-                    source.training.end,
-                    sorted(f["sha256"] for f in source.manifest.files.values()) if source.manifest else None,
-                ]
-                for name, source in self.sources.items()
-            },
+            "phases": phases,
+            "sources": sources,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of :meth:`identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> list[str]:
         """Lines for the log: what each source holds, and how often each phase goes through it."""
@@ -196,13 +230,15 @@ class TrainingData:
                 + (f", held out {held_out.num_tokens:,} in {held_out.num_documents:,}" if held_out.num_tokens else "")
                 + ("" if source.manifest else "; no manifest, so the tokenizer it was made with is unknown")
             )
-        for phase in self.phases:
+        for index, phase in enumerate(self.phases):
             parts = []
             counts = phase.blend.counts_before(phase.num_samples)
             for name, share in zip(phase.blend.names, phase.blend.shares, strict=True):
-                epochs = counts[name] / len(self._windows[name, phase.seq_length])
+                epochs = counts[name] / len(self._sequences[index, name])
                 parts.append(f"{name} {float(share):.1%} ({epochs:.2f} epochs)")
+            packing = "" if phase.packing == "concat" else f", {phase.packing}"
             lines.append(
-                f"phase {phase.name}: {phase.num_samples:,} sequences of {phase.seq_length} tokens; {', '.join(parts)}"
+                f"phase {phase.name}: {phase.num_samples:,} sequences of {phase.seq_length} tokens{packing}; "
+                f"{', '.join(parts)}"
             )
         return lines

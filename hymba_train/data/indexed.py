@@ -139,9 +139,13 @@ class IndexedTokens:
 
         Raises IndexError outside the file, UserError when the file has become shorter since it was opened.
         """
+        return self.stored_tokens(begin, end).astype(np.int64)
+
+    def stored_tokens(self, begin: int, end: int) -> np.ndarray:
+        """As :meth:`tokens`, in the type of the file, read-only."""
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"tokens {begin}..{end} are outside the {self.num_tokens} of {self.prefix}")
-        return np.frombuffer(self._read(begin, end), self.dtype).astype(np.int64)
+        return np.frombuffer(self._read(begin, end), self.dtype)
 
     def _read(self, begin: int, end: int) -> bytes:
         offset, size = begin * self.dtype.itemsize, (end - begin) * self.dtype.itemsize

@@ -7,7 +7,7 @@ of a long-context phase hold long documents: see :func:`pack_lengths`.
 
 Pieces of one length are interchangeable, so the packing is worked out on the histogram of lengths: sequences that
 hold the same lengths are one :class:`Group`. The cost grows with the sequence length, not with the number of
-documents, and the result equals the textbook algorithm, sequence by sequence (a test holds them together).
+documents, and there are as many sequences, just as full, as the textbook algorithm makes (a test holds them together).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILLER_SHARE = 16
 
 @dataclass
 class Group:
-    """``count`` sequences that hold the same lengths: ``pattern`` is [(length, times), ...], ``room`` tokens are free."""
+    """``count`` sequences that hold the same lengths, [(length, times), ...], and have ``room`` tokens left."""
 
     count: int
     room: int
@@ -63,7 +63,7 @@ class BestFit:
             self._add(group)
 
     def groups(self) -> list[Group]:
-        """All sequences, in a fixed order: the fullest last lengths do not matter, the longest first piece leads."""
+        """All sequences, those with the longest pieces first."""
         everything = [*self._closed, *(group for groups in self._by_room.values() for group in groups)]
         return sorted(everything, key=lambda group: [(-length, -times) for length, times in group.pattern])
 

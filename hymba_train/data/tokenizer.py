@@ -4,77 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
+
+from hymba_train.data.tokenizer_backends import Backend, GigaToken, HuggingFace, SentencePiece
 from hymba_train.errors import UserError
 
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>")
+BACKENDS = ("default", "gigatoken")
+"""``default``: the library the file was made for."""
 
-
-class _Backend(Protocol):
-    vocab_size: int
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int], skip_special: bool) -> str: ...
-    def piece(self, token_id: int) -> str: ...
-    def find(self, piece: str) -> int | None: ...
-
-
-class _HuggingFace:
-    def __init__(self, content: bytes) -> None:
-        from tokenizers import Tokenizer as Fast
-
-        self._fast = Fast.from_str(content.decode())
-        # "</s>" in a text is four characters, not the end of a document.
-        self._fast.encode_special_tokens = True
-        self._fast.no_padding()
-        self._fast.no_truncation()
-        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._fast.decode(ids, skip_special_tokens=skip_special)
-
-    def piece(self, token_id: int) -> str:
-        return self._fast.id_to_token(token_id)
-
-    def find(self, piece: str) -> int | None:
-        return self._fast.token_to_id(piece)
-
-
-class _SentencePiece:
-    def __init__(self, content: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._processor = SentencePieceProcessor(model_proto=content)
-        self.vocab_size = self._processor.vocab_size()
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=1)
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        if skip_special:  # SentencePiece never shows control pieces, but writes <unk> as " ⁇ "
-            ids = [i for i in ids if not self._processor.is_unknown(i)]
-            return self._processor.decode(ids)
-        text, run = "", []
-        for i in ids:
-            if self._processor.is_control(i) or self._processor.is_unknown(i):
-                text += self._processor.decode(run) + self.piece(i)
-                run = []
-            else:
-                run.append(i)
-        return text + self._processor.decode(run)
-
-    def piece(self, token_id: int) -> str:
-        return self._processor.id_to_piece(token_id)
-
-    def find(self, piece: str) -> int | None:
-        token_id = self._processor.piece_to_id(piece)
-        return token_id if self._processor.id_to_piece(token_id) == piece else None
+SAMPLE_TEXTS = (
+    "", " ", "  ", "a", " a", "a ", "\n", "\n\n\n", "\t", "\r\n", "\x00", "\x7f", "\ufeff",
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want of a "
+    "wife.\n\nHowever little known the feelings or views of such a man may be on his first entering a neighbourhood",
+    "def f(x: int) -> int:\n    if x > 10:\n\treturn x ** 2  # square\n        \n    return -x\n",
+    "3.14159 0x1F 1,000,000 1e-5 2024-11-23 12:30:59", "</s> <s> <unk> [PAD] <|endoftext|> <0x0A> \u2581x",
+    "caf\u00e9 cafe\u0301 \u00a0\u3000\u200b na\u00efve \u0130stanbul \ufb01 \u212b",
+    "\u4e2d\u6587\u6587\u672c \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 "
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2603\ufe0f \U0001d54f", "x" * 300, " " * 300 + "deep",
+    "don't WON'T I'll they've O'Neil's 'quoted' \u2018curly\u2019", "https://example.org/a_b?c=d&e=%20#frag",
+    "<div class=\"x\">a&nbsp;b</div>\n\n\n<p>c</p>", "$$\\int_0^1 x^2\\,dx = \\frac{1}{3}$$",
+)  # fmt: skip
+"""What a second backend must encode as the first does before it is used at all."""
 
 
 class Tokenizer:
@@ -88,10 +44,11 @@ class Tokenizer:
         content_hash: sha256 (hex) of the defining file.
     """
 
-    def __init__(self, path: Path, content: bytes, backend: _Backend) -> None:
+    def __init__(self, path: Path, content: bytes, backend: Backend, fast: GigaToken | None = None) -> None:
         self.path = path
         self.content_hash = hashlib.sha256(content).hexdigest()
         self._backend = backend
+        self._fast = fast
         self.vocab_size = backend.vocab_size
         eod_id = next((i for name in EOD_NAMES if (i := backend.find(name)) is not None), None)
         if eod_id is None:
@@ -100,10 +57,14 @@ class Tokenizer:
         self.bos_id: int | None = next((i for name in BOS_NAMES if (i := backend.find(name)) is not None), None)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, backend: str = "default") -> Tokenizer:
         """Load a directory with tokenizer.json or tokenizer.model (the first wins), or one such file.
 
-        Raises UserError: nothing there, not a tokenizer, or no end-of-document token.
+        Args:
+            backend: ``gigatoken`` encodes batches with that library, several times faster, after it has encoded
+                SAMPLE_TEXTS to the same ids; ``default`` with the library of the file.
+
+        Raises UserError: nothing there, not a tokenizer, no end-of-document token, or a backend whose ids differ.
         """
         given = Path(path)
         file = given
@@ -116,12 +77,31 @@ class Tokenizer:
                 "(`hymba data train-tokenizer` makes one)"
             )
         content = file.read_bytes()
+        is_sentencepiece = file.suffix == ".model"
         try:
-            backend = _SentencePiece(content) if file.suffix == ".model" else _HuggingFace(content)
+            default = SentencePiece(content) if is_sentencepiece else HuggingFace(content)
         except Exception as error:  # both libraries raise bare Exception or RuntimeError
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file} cannot be read as a tokenizer: {first_line}") from error
-        return cls(file, content, backend)
+            raise UserError(f"{file} cannot be read as a tokenizer: {_first_line(error)}") from error
+        if backend == "default":
+            return cls(file, content, default)
+        if backend != "gigatoken":
+            raise UserError(f"no tokenizer backend {backend}: there are {', '.join(BACKENDS)}")
+        try:
+            fast = GigaToken(content, is_sentencepiece)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{file}: gigatoken cannot read this tokenizer ({_first_line(error)}): use the backend default"
+            ) from error
+        tokenizer = cls(file, content, default, fast)
+        tokenizer.compare_backends(SAMPLE_TEXTS)
+        return tokenizer
+
+    @property
+    def backend(self) -> str:
+        """Library that encodes batches."""
+        return self._fast.name if self._fast else self._backend.name
 
     def encode(self, text: str, *, add_bos: bool = False, add_eod: bool = False) -> list[int]:
         """Token ids of ``text``; names of special tokens inside it are plain text. "" gives []."""
@@ -138,6 +118,37 @@ class Tokenizer:
         encoded = self._backend.encode(texts)
         return [head + ids + tail for ids in encoded] if add_bos or add_eod else encoded
 
+    def encode_documents(
+        self, texts: Sequence[str], dtype: np.dtype, append_eod: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Documents for a .bin file: (tokens of all end to end, tokens of each int32). Texts without a token are left
+        out; the others end with ``eod_id`` if ``append_eod``. This is what the chosen backend makes fast."""
+        if self._fast:
+            flat, lengths = self._fast.encode_flat(texts)
+        else:
+            encoded = self._backend.encode(texts)
+            lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+            flat = np.fromiter(chain.from_iterable(encoded), dtype, int(lengths.sum()))
+        lengths = lengths[lengths > 0]
+        if not append_eod:
+            return flat.astype(dtype), lengths.astype(np.int32)
+        return np.insert(flat.astype(dtype), np.cumsum(lengths), self.eod_id), (lengths + 1).astype(np.int32)
+
+    def compare_backends(self, texts: Sequence[str]) -> None:
+        """Encode ``texts`` with the chosen backend and with the file's own library. Raises UserError if ids differ."""
+        if not self._fast or not texts:
+            return
+        flat, lengths = self._fast.encode_flat(texts)
+        found = [ids.tolist() for ids in np.split(flat, np.cumsum(lengths)[:-1])]
+        for text, expected, ids in zip(texts, self._backend.encode(texts), found, strict=True):
+            if ids != expected:
+                place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
+                raise UserError(
+                    f"{self.path}: {self._fast.name} and {self._backend.name} differ from token {place} of the text "
+                    f"{text[:60]!r} on ({ids[place : place + 3]}, not {expected[place : place + 3]}): use the backend "
+                    "default"
+                )
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids. ``skip_special=False`` writes special tokens by name."""
         return self._backend.decode([int(i) for i in ids], skip_special)
@@ -145,3 +156,7 @@ class Tokenizer:
     def piece(self, token_id: int) -> str:
         """The vocabulary's string for one id."""
         return self._backend.piece(int(token_id))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,9 @@
-"""Cutting a run of tokens into samples of S + 1 tokens."""
+"""Cutting a run of tokens into samples of S + 1 tokens, and keeping their documents apart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -51,8 +52,29 @@ def split_held_out(tokens: IndexedTokens, fraction: float) -> tuple[TokenRange, 
     )
 
 
+class Sequences(Protocol):
+    """Samples of one sequence length from a token range: :class:`Windows` or :class:`hymba_train.data.packs.Packs`."""
+
+    part: TokenRange
+    seq_length: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, window: int) -> np.ndarray:
+        """Tokens of a sample, int64 [S + 1]."""
+
+    def borders(self, window: int) -> np.ndarray:
+        """Places 1..S inside a sample at which another document, or the padding, starts, int64, ascending."""
+
+    def num_tokens(self, window: int) -> int:
+        """Tokens of a sample, of S + 1, that are no padding. Padding is at the end."""
+
+    def offset(self, window: int, place: int = 0) -> int:
+        """Offset in the file, in tokens, of the token at ``place`` of a sample."""
+
+
 class Windows:
-    """Samples of one sequence length from a token range: window i is tokens i*S .. i*S + S of the range.
+    """Plain concatenation: window i is tokens i*S .. i*S + S of the range.
 
     Neighbours share one token (the last label of one is the first input of the next), so that every token but the
     first is predicted exactly once in an epoch; up to S tokens at the end are left out.
@@ -70,11 +92,11 @@ class Windows:
     def __len__(self) -> int:
         return self.num_windows
 
-    def offset(self, window: int) -> int:
-        """Offset in the file, in tokens, of the first token of a window."""
+    def offset(self, window: int, place: int = 0) -> int:
+        """Offset in the file, in tokens, of the token at ``place`` of a window."""
         if not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} is outside the {self.num_windows} of {self.part.tokens.prefix}")
-        return self.part.begin + window * self.seq_length
+        return self.part.begin + window * self.seq_length + place
 
     def read(self, window: int) -> np.ndarray:
         """Tokens of a window, int64 [S + 1]."""
@@ -85,6 +107,10 @@ class Windows:
         """Places 1..S inside a window at which another document starts, int64, ascending."""
         begin = self.offset(window)
         return self.part.tokens.document_starts(begin + 1, begin + self.seq_length + 1) - begin
+
+    def num_tokens(self, window: int) -> int:
+        """S + 1: a window has no padding."""
+        return self.seq_length + 1
 
 
 def mask_documents(tokens: np.ndarray, borders: np.ndarray) -> dict[str, np.ndarray]:
@@ -100,11 +126,13 @@ def mask_documents(tokens: np.ndarray, borders: np.ndarray) -> dict[str, np.ndar
     """
     seq_length = tokens.size - 1
     labels = tokens[1:].copy()
-    labels[borders - 1] = IGNORED_LABEL
-    inside = borders[borders < seq_length]  # a document that starts at place S shows in the last label alone
-    starts = np.concatenate([np.zeros(1, np.int64), inside])
+    positions = np.arange(seq_length, dtype=np.int64)
     segment_ids = np.zeros(seq_length, dtype=np.int64)
-    segment_ids[inside] = 1
-    segment_ids = np.cumsum(segment_ids)
-    positions = np.arange(seq_length, dtype=np.int64) - starts[segment_ids]
+    if borders.size:
+        labels[borders - 1] = IGNORED_LABEL
+        # A document that starts at place S shows in the last label alone.
+        inside = borders[:-1] if borders[-1] == seq_length else borders
+        segment_ids[inside] = 1
+        np.cumsum(segment_ids, out=segment_ids)
+        positions -= np.concatenate([[0], inside])[segment_ids]
     return {"labels": labels, "positions": positions, "segment_ids": segment_ids}

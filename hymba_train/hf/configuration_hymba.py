@@ -203,7 +203,7 @@ class HymbaConfig(PretrainedConfig):
                 problems.append(f"{key} has {len(getattr(self, key))} entries for {self.num_hidden_layers} layers")
         if set(self.layer_type) - set(LAYER_TYPES):
             problems.append(f"layer_type has entries other than {', '.join(LAYER_TYPES)}")
-        problems += self._group_problems()
+        problems = problems or self._group_problems()
         if problems:
             raise ValueError("Hymba configuration that this code does not have: " + "; ".join(problems))
 

@@ -686,9 +686,10 @@ class HymbaModel(HymbaPreTrainedModel):
     def _decode(self, embeds, cache):
         cache.reserve(1)
         if embeds.is_cuda and self.config.decode_backend != "eager" and not torch.cuda.is_current_stream_capturing():
-            if cache.graph is None:
-                cache.graph = DecodeGraph(self, cache, embeds)
-            hidden = cache.graph(embeds)
+            with torch.cuda.device(embeds.device):
+                if cache.graph is None:
+                    cache.graph = DecodeGraph(self, cache, embeds)
+                hidden = cache.graph(embeds)
         else:
             hidden = self.step(embeds, cache)
         cache.seen += 1
@@ -807,18 +808,22 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HymbaCache(self.config, max_length)
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, use_cache=True, **kwargs
-    ):
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, use_cache=True,
+        next_sequence_length=None, cache_position=None, **kwargs,
+    ):  # fmt: skip
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = {"input_ids": input_ids}
         if inputs_embeds is not None and not seen:
-            generated = self.model.embed_tokens(input_ids)  # without a cache every step starts from the first token
-            num_missing = 0 if attention_mask is None else attention_mask.shape[1] - inputs_embeds.shape[1]
-            parts = (inputs_embeds, generated[:, generated.shape[1] - num_missing :])
-            inputs = {"inputs_embeds": torch.cat(parts, 1) if num_missing else inputs_embeds}
-        elif seen:
-            total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-            inputs = {"input_ids": input_ids[:, -(total - seen) :]}
+            # Without a cache every step starts from the first token; input_ids are then those generated since.
+            new = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1] - inputs_embeds.shape[1]
+            generated = self.model.embed_tokens(input_ids[:, input_ids.shape[1] - new :])
+            inputs = {"inputs_embeds": torch.cat((inputs_embeds, generated), 1)}
+        else:
+            new = next_sequence_length  # transformers 5
+            if new is None and cache_position is not None:  # transformers 4
+                new = len(cache_position)
+            if new is None:
+                new = (input_ids if attention_mask is None else attention_mask).shape[1] - seen
+            inputs = {"input_ids": input_ids[:, -new:] if new > 0 else input_ids}  # else: the new ones alone were given
         inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
         return inputs | {k: v for k, v in kwargs.items() if k in ("logits_to_keep", "output_hidden_states")}
 

@@ -115,7 +115,8 @@ def sharded(
         return [_chunk(key, several, s, axis, tensor, replica_id) for s in held]
 
     def merge(parts):
-        out = param.new_zeros(local.shape)
+        # The optimizer's float32 masters and moments of a bf16 parameter come this way too: keep what was stored.
+        out = (parts[0] if parts else param).new_zeros(local.shape)
         for s, part in zip(held, parts, strict=True):
             out.narrow(axis, s.local_start, s.count).copy_(part)
         return out

@@ -14,24 +14,46 @@ def check_files(config: Config) -> list[str]:
     problems = []
     if data.path == TO_BE_GIVEN:  # nothing relative to it can be looked for
         return _check_load(config)
-    if data.path is not None and not Path(data.path).is_dir():
+    remote = data.path is not None and _is_url(data.path)
+    if data.path is not None and not remote and not Path(data.path).is_dir():
         made_by = f"make it (the demo's: `hymba data prepare-demo --output {data.path}`), or set data.path"
         return [f"data.path={data.path}: no such directory; {made_by}", *_check_load(config)]
-    if data.tokenizer != TO_BE_GIVEN:
+    if data.tokenizer != TO_BE_GIVEN and not remote and not _is_url(data.tokenizer):
         path = data_file(data, data.tokenizer)
-        if not (path.is_file() or (path / "tokenizer.json").is_file()):
+        if not (path.is_file() or (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()):
             problems.append(
                 f"data.tokenizer={data.tokenizer}: {path} is neither a directory with tokenizer.json nor a .model file"
             )
     for name, source in data.sources.items():
-        if source.path == TO_BE_GIVEN:
+        if source.path == TO_BE_GIVEN or remote or _is_url(source.path):
             continue
         prefix = data_file(data, source.path)
         missing = [suffix for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
         if missing:
             files = " and ".join(f"{prefix}{suffix}" for suffix in missing)
             problems.append(f"data.sources.{name}.path={source.path}: no {files}; `hymba data tokenize` writes them")
+        problems += _check_packs(config, name, prefix)
     return problems + _check_load(config)
+
+
+def _is_url(path: str) -> bool:
+    """A remote file system: what lies there is looked for when the data are opened."""
+    return "://" in path
+
+
+def _check_packs(config: Config, source: str, prefix: Path) -> list[str]:
+    """Packings of a source that phases ask for and that have not been made: a job never makes them."""
+    problems = []
+    for name, phase in config.data.phases.items():
+        if phase.seq_length == TO_BE_GIVEN or phase.pack_suffix is None or not phase.blend.get(source):
+            continue
+        path = Path(f"{prefix}{phase.pack_suffix}")
+        if not path.is_file():
+            problems.append(
+                f"data.phases.{name}.packing={phase.packing}: no {path}; make it once, offline: `hymba data pack` with "
+                "the overrides of this run"
+            )
+    return problems
 
 
 def _check_load(config: Config) -> list[str]:

@@ -83,6 +83,11 @@ class Loop:
         """Whether this process has done a step."""
         return self.state.step > self._first_step
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train; false after an early stop."""
+        return self._is_over()
+
     def emit(self, event: str, *args) -> None:
         """Call one hook of every callback, in order."""
         for callback in self.callbacks:

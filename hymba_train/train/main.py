@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from hymba_train.callbacks.build import build_callbacks
+from hymba_train.callbacks.stop_file import STOPPED_EARLY
 from hymba_train.checkpoint.directory import CHECKPOINTS
 from hymba_train.checkpoint.load import find_source, load_checkpoint
-from hymba_train.checkpoint.metadata import Layout, metadata_of
+from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
-from hymba_train.data import build_training_data
+from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, plan: Plan) -> int:
-    """Train a run to its end, from its newest checkpoint if it has one. Returns the exit code, 0.
+    """Train a run to its end, from its newest checkpoint if it has one. Returns the exit code: 0, or STOPPED_EARLY.
 
     Called by every rank, with a configuration that ``plan`` has checked. Raises UserError for what only shows here:
     missing data, a checkpoint that cannot be read, a backend this machine does not have.
@@ -51,7 +52,8 @@ def train(config: Config, plan: Plan) -> int:
     models = build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks])
     chunks = wrap_model(config, runtime, models)
     optimizer = build_optimizer(config, runtime, chunks)
-    state = start_state(config, directory, runtime, chunks, optimizer, order)
+    record = DataRecord(data.identity())
+    state = start_state(config, directory, runtime, chunks, optimizer, order, record)
 
     stepper = Stepper(runtime, chunks, optimizer)
     phases = list(config.data.phases.values())
@@ -61,8 +63,8 @@ def train(config: Config, plan: Plan) -> int:
     )
     layout = Layout.of(config, runtime)
     writer = GatheringWriter(
-        directory / CHECKPOINTS, runtime, chunks, optimizer, lambda saved: metadata_of(config, layout, saved),
-        config.checkpoint.async_save,
+        directory / CHECKPOINTS, runtime, chunks, optimizer,
+        lambda saved: metadata_of(config, layout, saved, record.to_dict()), config.checkpoint.async_save,
     )  # fmt: skip
     callbacks = build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,
@@ -87,7 +89,7 @@ def train(config: Config, plan: Plan) -> int:
     finally:
         feed.close()
     shutdown()  # not after an exception: other ranks may be waiting for this one, and torchrun ends them all
-    return 0
+    return 0 if loop.finished else STOPPED_EARLY
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -103,11 +105,22 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def start_state(config: Config, directory: Path, runtime, chunks: list, optimizer, order: Order) -> TrainState:
-    """Load what the run starts from, if anything, into model and optimizer; returns where it stands."""
+def start_state(
+    config: Config, directory: Path, runtime, chunks: list, optimizer, order: Order, record: DataRecord
+) -> TrainState:
+    """Load what the run starts from, if anything, into model and optimizer; returns where it stands.
+
+    Raises UserError when the run would go on with other data than the checkpoint's (``record``), unless accepted.
+    """
     source = find_source(config, directory)
     if source is None:
         return TrainState()
+    if not source.weights_only:
+        saved, name = read_metadata(source.path), source.path.name
+        accept = config.checkpoint.accept_changed_data
+        for line in record.resume(saved.get("data"), saved["train_state"], accept, name):
+            if runtime.is_logging_rank:
+                logger.warning("%s: accepted other data: %s", name, line)
     loaded = load_checkpoint(source, config, runtime, chunks, optimizer)
     if runtime.is_logging_rank:
         logger.info("loaded %s%s", source.path, " (weights only)" if source.weights_only else "")

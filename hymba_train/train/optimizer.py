@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from hymba_train.config.schema import Config
 from hymba_train.parallel import finalize_model_grads
 from hymba_train.train.adam import install_adam
+from hymba_train.train.norm import install_norm
 
 
 def wrap_model(config: Config, runtime, chunks: list) -> list[DistributedDataParallel]:
@@ -67,6 +68,7 @@ def build_optimizer(config: Config, runtime, chunks: list[DistributedDataParalle
     step (:func:`hymba_train.train.schedules.set_hyperparameters`).
     """
     install_adam()
+    install_norm()
     optim, parallel = config.optim, config.parallel
     bf16 = config.precision.params == "bf16"
     settings = OptimizerConfig(

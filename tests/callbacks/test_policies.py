@@ -123,6 +123,14 @@ def test_evaluation_by_interval_and_once_at_the_end(loop_of):
     assert len(calls) == 3
 
 
+def test_an_early_stop_does_not_wait_for_an_evaluation(loop_of):
+    loop = loop_of(Evaluation(lambda: pytest.fail("evaluated"), 0))
+    loop.start()
+    loop.step(1)
+    loop.finished = False
+    loop.end()
+
+
 def test_nothing_trained_is_not_evaluated(loop_of):
     loop = loop_of(Evaluation(lambda: pytest.fail("evaluated"), 1))
     loop.start()

@@ -41,7 +41,7 @@ def test_a_changed_configuration_is_told_and_the_earlier_one_kept(demo):
     del demo.data.phases["long"]
     _, changes = freeze_run(demo)
     assert changes[0] == "optim.lr: 0.003 -> 0.001"
-    assert "data.phases.long.tokens: 122880 -> (not there)" in changes
+    assert "data.phases.long.tokens: 65536 -> (not there)" in changes
     assert load_frozen(path) == demo
     assert path.with_name("resolved.1.yaml").read_text() == before
     demo.optim.lr = 2e-3

@@ -84,7 +84,7 @@ def test_every_wrong_tensor_is_named():
         (dict(kq_head_dim=16), r"kq_head_dim = 16 not hidden_size / heads = 4"),
         (dict(attn_hidden_size=16), r"attn_hidden_size = 16 is not hidden_size \(8\)"),
         (dict(kv_reuse_group=None, kv_reuse_every_i_layer=2), r"kv_reuse_every_i_layer is not supported"),
-        (dict(layer_type=["h", "a", "h"]), r"layer_type has layers other than 'h'"),
+        (dict(layer_type=["h", "x", "h"]), r"layer_type has layers other than 'h', 'a', 'm'"),
     ],
 )
 def test_a_setting_we_do_not_have_is_refused(changes, message):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from data_prep.demo import prepare_demo
-from hymba_train.data.indexed import IndexedTokens, IndexedWriter
+from hymba_train.data.indexed import IndexedTokens
+from hymba_train.data.indexed_writer import IndexedWriter
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory that `hymba data prepare-demo` made."""
-    directory = tmp_path_factory.mktemp("demo")
+    directory = tmp_path_factory.getbasetemp() / "demo"  # tests/data and tests/data_prep share it
     prepare_demo(directory)
     return directory
 

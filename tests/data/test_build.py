@@ -144,7 +144,7 @@ def test_token_outside_the_vocabulary_is_found_when_it_is_read(write_source, cop
         make_config(copied, sources={"books": SourceConfig(str(tmp_path / "foreign"))}), seed=1, vocab_size=4096
     )
     assert "no manifest" in built.describe()[0]
-    with pytest.raises(UserError, match=r"foreign.bin: token 130 is 4096, outside the model's vocabulary of 4096"):
+    with pytest.raises(UserError, match=r"foreign.bin: token 130 \(byte 520\) is 4096, outside the model's voc"):
         for n in range(5):
             built.sample(0, n)
 

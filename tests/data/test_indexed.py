@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from hymba_train.data.indexed import HEADER, IndexedTokens, IndexedWriter, token_dtype
+from hymba_train.data.indexed import HEADER, IndexedTokens, token_dtype
+from hymba_train.data.indexed_writer import IndexedWriter
 from hymba_train.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]

@@ -26,6 +26,7 @@ def make_config(demo, **changes) -> DataConfig:
         sources={name: SourceConfig(name, 0.05) for name in BLEND},
         phases={"main": phase, "decay": decay},
         validation_sequences=10,
+        document_mask=False,
     )
     for key, value in changes.items():
         setattr(config, key, value)

@@ -13,7 +13,7 @@ from data_prep.demo import CORPUS, DOMAINS, prepare_demo
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory that `hymba data prepare-demo` made."""
-    directory = tmp_path_factory.mktemp("demo")
+    directory = tmp_path_factory.getbasetemp() / "demo"  # tests/data and tests/data_prep share it
     prepare_demo(directory)
     return directory
 

@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import jsonl as jsonl_module
-from data_prep import tokenize_corpus
+from data_prep import progress as progress_module
+from data_prep import records, tokenize_corpus
 from data_prep.cli import main
 from data_prep.demo import CORPUS, DOMAINS
 from data_prep.tokenize_corpus import tokenize_files
 from hymba_train.data import Tokenizer
 from hymba_train.data.indexed import IndexedTokens
-from hymba_train.data.manifest import file_sha256, read_manifest
+from hymba_train.data.manifest import file_sha256, read_manifest, spot_hashes
 
 TEXTS = ["First document.", "Second,\nof two lines.", "", "Fourth: \u00e9\u4e2d\U0001f600", "Fifth"]
 GOOD = json.dumps({"text": "good"}).encode()
@@ -78,16 +78,22 @@ def test_manifest_tells_what_was_done(run, tmp_path, tokenizer):
     }  # fmt: skip
     assert manifest.num_empty_documents == 1
     assert manifest.inputs == [
-        {"name": "in.jsonl", "lines": 5, "text_bytes": len(content), "sha256": file_sha256(tmp_path / "in.jsonl")}
-    ]
+        {
+            "name": "in.jsonl", "records": 5, "bytes": len(content), "sha256": file_sha256(tmp_path / "in.jsonl"),
+            "text_bytes": sum(len(text.encode()) for text in TEXTS),
+        }
+    ]  # fmt: skip
     for suffix in ("bin", "idx"):
         path = tmp_path / f"out.{suffix}"
-        assert manifest.files[path.name] == {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    assert set(manifest.versions) == {"python", "numpy", "sentencepiece", "tokenizers"}
+        assert manifest.files[path.name] == {
+            "bytes": path.stat().st_size, "sha256": file_sha256(path), "spots": spot_hashes(path),
+        }  # fmt: skip
+    assert manifest.backend == "tokenizers"
+    assert set(manifest.versions) == {"python", "numpy", "tokenizers"}
 
 
 def test_result_does_not_depend_on_the_number_of_workers(demo, tmp_path, monkeypatch):
-    for module in (jsonl_module, tokenize_corpus):
+    for module in (records, tokenize_corpus):
         monkeypatch.setattr(module, "CHUNK_BYTES", 2**16)  # many chunks, more than wait at one time
     inputs = [CORPUS / f"{domain}.jsonl" for domain in DOMAINS]
     manifests = [
@@ -148,22 +154,29 @@ def test_bad_line_is_named_and_ends_the_run(run, tmp_path, line, reason):
     code, _, err = run(b"\n".join([GOOD, b"", line, GOOD]))
     assert code == 2
     assert err == (
-        f"error: {tmp_path}/in.jsonl:3: {reason}; mend the input, or pass over bad lines with --skip-bad-lines N "
-        "(now 0)\n"
+        f"error: {tmp_path}/in.jsonl:3: {reason}; mend the input, or pass over bad lines with --skip-bad-lines "
+        "[N] (now 0)\n"
     )
     assert left_behind(tmp_path) == []
 
 
 def test_as_many_bad_lines_as_allowed_are_listed(run, tmp_path):
     code, out, err = run(b"\n".join([GOOD, b"{bad", GOOD, b"\xff", GOOD]), "--skip-bad-lines", "2")
-    assert code == 0
-    assert err.splitlines() == [
-        f"skipped {tmp_path}/in.jsonl:2: invalid JSON at column 2 (Expecting property name enclosed in double quotes)",
-        f"skipped {tmp_path}/in.jsonl:4: invalid UTF-8 at byte 0 of the line",
+    assert (code, err) == (0, "")
+    assert (tmp_path / "out.bad_lines.txt").read_text().splitlines() == [
+        f"{tmp_path}/in.jsonl:2: invalid JSON at column 2 (Expecting property name enclosed in double quotes)",
+        f"{tmp_path}/in.jsonl:4: invalid UTF-8 at byte 0 of the line",
     ]
-    assert "2 bad lines left out" in out
+    assert "2 bad lines left out (listed in *.bad_lines.txt)" in out
     assert IndexedTokens(tmp_path / "out").num_documents == 3
-    assert len(read_manifest(tmp_path / "out").bad_lines) == 2
+    assert read_manifest(tmp_path / "out").num_bad_lines == 2
+
+
+def test_any_number_of_bad_lines_may_be_allowed_and_the_list_goes_with_the_output(run, tmp_path):
+    assert run(b"{bad\n" * 50 + GOOD, "--skip-bad-lines")[0] == 0
+    assert len((tmp_path / "out.bad_lines.txt").read_text().splitlines()) == 50
+    assert run(GOOD, "--overwrite")[0] == 0
+    assert left_behind(tmp_path) == ["out.bin", "out.idx", "out.json"]
 
 
 def test_one_bad_line_more_than_allowed(run, tmp_path):
@@ -204,7 +217,9 @@ def test_existing_output_is_not_replaced_unless_asked(run, tmp_path):
     before = (tmp_path / "out.bin").read_bytes()
     code, _, err = run(jsonl(["other"]))
     assert code == 2
-    assert err == f"error: {tmp_path}/out.bin exists: pass --overwrite or another --output-prefix\n"
+    assert err == (
+        f"error: {tmp_path}/out.bin exists, made from other input or settings: pass --overwrite or another output\n"
+    )
     assert (tmp_path / "out.bin").read_bytes() == before
     assert run(jsonl(["other"]), "--overwrite")[0] == 0
     assert IndexedTokens(tmp_path / "out").num_documents == 1
@@ -259,10 +274,16 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path):
     assert manifest.max_token_id == 70_000
 
 
-def test_progress_on_a_terminal(demo, tmp_path, capsys, monkeypatch):
-    clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(tokenize_corpus.time, "monotonic", lambda: next(clock))
-    progress = tokenize_corpus.Progress(total_bytes=4_000_000, show=True)
-    with progress:
+@pytest.mark.parametrize(("is_terminal", "expected"), [
+    (True, "\r 25.0%  3.0 MB  1.5 MB/s  0:00:06 left"),  # once half a second is over
+    (False, ""),  # in a log, a line a minute
+])  # fmt: skip
+def test_progress(capsys, monkeypatch, is_terminal, expected):
+    clock = iter([0, 2, 70])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: is_terminal)
+    with progress_module.Progress(total_bytes=4_000_000, show=True) as progress:
         progress.update(1_000_000, 3_000_000)
-    assert "\r 25.0%  3.0 MB  1.5 MB/s  6 s left" in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(expected)
+        progress.update(2_000_000, 14_000_000)
+        assert " 50.0%  14.0 MB  0.2 MB/s  0:01:10 left" in capsys.readouterr().err

@@ -26,7 +26,7 @@ def write_data(directory: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    from hymba_train.data.indexed import IndexedWriter
+    from hymba_train.data.indexed_writer import IndexedWriter
 
     directory.mkdir(parents=True, exist_ok=True)
     words = {"</s>": 0, **{f"w{i}": i for i in range(1, VOCAB)}}

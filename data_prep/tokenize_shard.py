@@ -1,0 +1,213 @@
+"""One input shard to one .bin/.idx pair, its manifest and the list of its bad lines."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.inputs import InputFile
+from data_prep.records import Chunk, ShardReader, parse_chunk
+from hymba_train.data.indexed import bin_path, idx_path, token_dtype
+from hymba_train.data.indexed_writer import IndexedWriter, write_atomically
+from hymba_train.data.manifest import Manifest, check_spots, file_sha256, manifest_path, read_manifest, with_spots
+from hymba_train.data.tokenizer import Tokenizer
+from hymba_train.errors import UserError
+
+MAX_BAD_LINES_SHOWN = 20
+CHECKED_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the output of a shard, apart from the shard.
+
+    Attributes:
+        tokenizer: as :meth:`Tokenizer.load` takes it.
+        backend: library that encodes; it changes the speed alone.
+        skip_bad_lines: bad lines of a shard to pass over and list; one more is an error. None: any number.
+    """
+
+    tokenizer: str
+    json_key: str = "text"
+    append_eod: bool = True
+    backend: str = "default"
+    skip_bad_lines: int | None = 0
+
+
+@dataclass
+class TokenizedChunk:
+    """``tokens`` are all documents end to end, in the type of the file; ``lengths`` those of each document."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_empty: int
+    text_bytes: int
+    bad_lines: list[str]
+    read_bytes: int
+
+
+class ChunkTokenizer:
+    """What a process does with one chunk."""
+
+    def __init__(self, settings: Settings) -> None:
+        # Workers are processes; threads inside each would fight over the same cores. Respect the user's own setting.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.settings = settings
+        self.tokenizer = Tokenizer.load(settings.tokenizer, settings.backend)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+
+    def __call__(self, chunk: Chunk) -> TokenizedChunk:
+        parsed = parse_chunk(chunk, self.settings.json_key)
+        tokens, lengths = self.tokenizer.encode_documents(parsed.texts, self.dtype, self.settings.append_eod)
+        if parsed.texts:  # one text of every chunk, so that a difference between libraries shows on the user's own text
+            self.tokenizer.compare_backends([parsed.texts[chunk.first % len(parsed.texts)][:CHECKED_CHARACTERS]])
+        return TokenizedChunk(
+            tokens=tokens,
+            lengths=lengths,
+            num_empty=len(parsed.texts) - lengths.size,
+            text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for text in parsed.texts),
+            bad_lines=parsed.bad_lines,
+            read_bytes=chunk.read_bytes,
+        )
+
+    def map(self, chunks: Iterable[Chunk]) -> Iterator[TokenizedChunk]:
+        """In this process, one after another."""
+        return map(self, chunks)
+
+
+def tokenize_shard(
+    file: InputFile,
+    prefix: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    tokenize_chunks: Callable[[Iterable[Chunk]], Iterator[TokenizedChunk]],
+    on_chunk: Callable[[TokenizedChunk], None] = lambda chunk: None,
+    allow_empty: bool = True,
+) -> Manifest:
+    """Tokenise one shard. PREFIX.bin, .idx and .json appear complete or not at all, the manifest last.
+
+    Raises UserError: too many bad lines, unreadable input, storage full, or no document and not ``allow_empty``.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    facts = input_facts(file)
+    reader = ShardReader(file, settings.json_key)
+    bad_lines: list[str] = []
+    num_empty, text_bytes, max_token_id = 0, 0, -1
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with IndexedWriter(prefix, dtype) as writer:
+        for chunk in tokenize_chunks(reader):
+            bad_lines += chunk.bad_lines
+            if settings.skip_bad_lines is not None and len(bad_lines) > settings.skip_bad_lines:
+                raise _bad_lines_error(bad_lines, settings.skip_bad_lines)
+            num_empty += chunk.num_empty
+            text_bytes += chunk.text_bytes
+            if chunk.tokens.size:
+                max_token_id = max(max_token_id, int(chunk.tokens.max()))
+                writer.add_documents(chunk.tokens, chunk.lengths)
+            on_chunk(chunk)
+        if not writer.num_documents and not allow_empty:
+            raise UserError(f"{file.path}: no document with any text under {settings.json_key!r}")
+        manifest_path(prefix).unlink(missing_ok=True)  # from here on the old manifest would be wrong
+        files = with_spots(prefix, writer.publish())
+    write_bad_lines(prefix, bad_lines)
+    manifest = Manifest(
+        num_tokens=writer.num_tokens,
+        num_documents=writer.num_documents,
+        dtype=str(dtype),
+        max_token_id=max_token_id,
+        append_eod=settings.append_eod,
+        tokenizer=tokenizer_facts(tokenizer),
+        files=files,
+        inputs=[{**facts, "records": reader.num_records, "text_bytes": text_bytes}],
+        json_key=settings.json_key,
+        num_empty_documents=num_empty,
+        num_bad_lines=len(bad_lines),
+        backend=tokenizer.backend,
+        versions=versions(tokenizer.backend),
+    )
+    manifest.write(prefix)
+    return manifest
+
+
+def input_facts(file: InputFile) -> dict[str, Any]:
+    """Name, bytes and sha256 of a shard as stored: by these a later run knows that it has been done."""
+    return {"name": file.name, "bytes": file.num_bytes, "sha256": file_sha256(file.path)}
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "name": tokenizer.path.name,
+        "sha256": tokenizer.content_hash,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+    }
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Of Python and the packages that made the tokens."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("numpy", backend)}}
+
+
+def finished(
+    files: list[InputFile], prefix: Path, settings: Settings, tokenizer: Tokenizer, shuffle_seed: int | None = None
+) -> Manifest | None:
+    """Manifest of output that these inputs and settings have made before; None if there is none, or of others."""
+    try:
+        manifest = read_manifest(prefix)
+    except UserError:
+        return None
+    if manifest is None or shuffle_seed != manifest.shuffle_seed or len(files) != len(manifest.inputs):
+        return None
+    allowed = settings.skip_bad_lines
+    same = (
+        manifest.tokenizer == tokenizer_facts(tokenizer)
+        and (manifest.json_key, manifest.append_eod) == (settings.json_key, settings.append_eod)
+        and (allowed is None or manifest.num_bad_lines <= allowed * len(files))
+        and all(_is_whole(path, manifest) for path in (bin_path(prefix), idx_path(prefix)))
+        and all(file.num_bytes == was["bytes"] for file, was in zip(files, manifest.inputs, strict=True))
+    )
+    if not same:
+        return None
+    # Reading the input again costs little beside tokenising it.
+    unchanged = all(
+        was["name"] == file.name and was["sha256"] == file_sha256(file.path)
+        for file, was in zip(files, manifest.inputs, strict=True)
+    )
+    return manifest if unchanged else None
+
+
+def _is_whole(path: Path, manifest: Manifest) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        check_spots(path, manifest.file(path.suffix))
+    except UserError:
+        return False
+    return True
+
+
+def bad_lines_path(prefix: str | Path) -> Path:
+    """List of the lines that were passed over; only there if there are some."""
+    return Path(f"{prefix}.bad_lines.txt")
+
+
+def write_bad_lines(prefix: Path, bad_lines: list[str]) -> None:
+    path = bad_lines_path(prefix)
+    if bad_lines:
+        write_atomically(path, "".join(f"{line}\n" for line in bad_lines).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _bad_lines_error(bad_lines: list[str], allowed: int) -> UserError:
+    shown = bad_lines[:MAX_BAD_LINES_SHOWN]
+    more = f" (and {len(bad_lines) - len(shown)} more so far)" if len(bad_lines) > len(shown) else ""
+    shown[-1] += f"{more}; mend the input, or pass over bad lines with --skip-bad-lines [N] (now {allowed})"
+    return UserError(*shown)

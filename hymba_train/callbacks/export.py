@@ -1,0 +1,114 @@
+"""Exports to Hugging Face format while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.checkpoint.directory import step_name
+
+logger = logging.getLogger(__name__)
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Export(Callback):
+    """Writes ``directory/step_N`` from checkpoints, each in a process of its own that uses no GPU.
+
+    For the first rank alone; wrap it in NeverFatal. Exported are the first checkpoint at or after every ``interval``-th
+    step (0: none of these) and, when training has come to its end, the last one, for which the end waits. A checkpoint
+    is held by hard links until it is exported, so that it may be deleted meanwhile. One export runs at a time.
+    """
+
+    def __init__(self, directory: Path, interval: int, dtype: str | None = None) -> None:
+        self.directory, self.interval, self.dtype = directory, interval, dtype
+        self._next = interval
+        self._latest: tuple[Path, int] | None = None
+        self._waiting: list[tuple[Path, int]] = []  # (held checkpoint, step)
+        self._running: tuple[subprocess.Popen, Path, int] | None = None
+
+    def on_train_start(self, loop) -> None:
+        _remove_leftovers(self.directory)
+        if self.interval:
+            self._next = (loop.state.step // self.interval + 1) * self.interval
+
+    def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
+        self._latest = (path, step)
+        if self.interval and step >= self._next:
+            self._next = (step // self.interval + 1) * self.interval
+            self._hold(path, step)
+        self._poll()
+
+    def on_step_end(self, loop, metrics) -> None:
+        self._poll()
+
+    def on_train_end(self, loop) -> None:
+        """Exports the last checkpoint and waits, unless something cut training short: then time may be scarce."""
+        if loop.finished and self._latest is not None and not (self.directory / step_name(self._latest[1])).exists():
+            queued = [step for _, step in self._waiting] + ([self._running[2]] if self._running else [])
+            if self._latest[1] not in queued:
+                self._hold(*self._latest)
+        while loop.finished and (self._waiting or self._running):
+            self._poll()
+            if self._running:
+                self._running[0].wait()
+
+    def close(self) -> None:
+        if self._running:
+            self._running[0].terminate()
+            self._running[0].wait()
+            logger.warning("export of step %d stopped with the training", self._running[2])
+        self._running, self._waiting = None, []
+        _remove_leftovers(self.directory)
+
+    def _hold(self, path: Path, step: int) -> None:
+        held = self.directory / f".held-{path.name}" / path.name
+        held.mkdir(parents=True)
+        for file in path.iterdir():
+            try:
+                os.link(file, held / file.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(file, held / file.name)
+        self._waiting.append((held, step))
+
+    def _poll(self) -> None:
+        if self._running and self._running[0].poll() is not None:
+            process, held, step = self._running
+            self._running = None
+            shutil.rmtree(held.parent)
+            output = self.directory / step_name(step)
+            if process.returncode == 0:
+                logger.info("exported %s", output)
+            else:
+                logger.warning("export of step %d failed: see %s", step, self._log(step))
+        if self._waiting and not self._running:
+            self._start(*self._waiting.pop(0))
+
+    def _start(self, held: Path, step: int) -> None:
+        output = self.directory / step_name(step)
+        shutil.rmtree(output, ignore_errors=True)  # of an earlier life of this run
+        command = [sys.executable, "-m", "hymba_train.convert", "to-hf"]
+        command += ["--checkpoint", str(held), "--output", str(output)]
+        if self.dtype:
+            command += ["--dtype", self.dtype]
+        if nice := shutil.which("nice"):
+            command = [nice, "-n", "10", *command]
+        env = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with open(self._log(step), "w", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        self._running = (process, held, step)
+
+    def _log(self, step: int) -> Path:
+        return self.directory / f"{step_name(step)}.log"
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for pattern in (".held-*", ".step_*.incomplete-*"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""Stopping early, in good order: a file or a signal ends training after the current step, on all ranks, with a save.
+
+Whoever wants a run to stop writes ``stop_requested`` into its run directory (its text is the reason), or sends a rank
+SIGTERM or SIGUSR1. Rank 0 looks for the file before every step; the ranks agree within the step. A file, because
+signals to a job under torchrun end torchrun itself. How a process ended is left in ``outcome``, one line::
+
+    finished STEP
+    stopped STEP REASON
+
+An early stop also has its own exit code, 75 (EX_TEMPFAIL): start the run again and it goes on. Free of torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.config.freeze import write_atomically
+
+STOP_FILE = "stop_requested"
+OUTCOME_FILE = "outcome"
+STOPPED_EARLY = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SECONDS_BETWEEN_LOOKS = 1.0  # on a shared file system a look costs about a millisecond
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last process of a run ended."""
+
+    finished: bool  # else stopped early
+    step: int
+    reason: str
+
+
+class StopOnRequest(Callback):
+    """On every rank, after the callback that saves: the outcome is written when the checkpoint is published."""
+
+    def __init__(self, directory: Path, is_first_rank: bool) -> None:
+        self.directory, self.is_first_rank = directory, is_first_rank
+        self._handlers: dict[int, object] = {}
+        self._next_look = 0.0
+
+    def on_train_start(self, loop) -> None:
+        if self.is_first_rank:
+            (self.directory / OUTCOME_FILE).unlink(missing_ok=True)  # of the process before
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+            return
+        for number in SIGNALS:
+            handler = self._handler(loop, signal.Signals(number).name)
+            self._handlers[number] = signal.signal(number, handler)
+
+    @staticmethod
+    def _handler(loop, name: str):
+        def handle(number, frame) -> None:  # only notes it: nothing is safe to do between two instructions
+            loop.request_stop(f"signal {name}")
+
+        return handle
+
+    def on_step_start(self, loop) -> None:
+        if not self.is_first_rank or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+        # Listed, not asked for by name: NFS remembers for up to a minute that a file is not there.
+        if any(entry.name == STOP_FILE for entry in self.directory.iterdir()):
+            loop.request_stop(_first_line(self.directory / STOP_FILE) or STOP_FILE)
+
+    def on_train_end(self, loop) -> None:
+        if self.is_first_rank:
+            word = "finished" if loop.finished else "stopped"
+            reason = " ".join(loop.stop_reason.split())
+            write_atomically(self.directory / OUTCOME_FILE, f"{word} {loop.state.step} {reason}\n")
+            (self.directory / STOP_FILE).unlink(missing_ok=True)  # done: the next start must not stop at once
+
+    def close(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._handlers.clear()
+
+
+def request_stop(directory: Path, reason: str) -> None:
+    """Ask a run to save and stop, from any process that sees its run directory."""
+    write_atomically(directory / STOP_FILE, reason + "\n")
+
+
+def clear(directory: Path) -> None:
+    """Forget earlier requests and outcomes; call before a start."""
+    for name in (STOP_FILE, OUTCOME_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def read_outcome(directory: Path) -> Outcome | None:
+    """How the last process of a run ended; None if it runs, or died."""
+    word, _, rest = _first_line(directory / OUTCOME_FILE).partition(" ")
+    step, _, reason = rest.partition(" ")
+    if word not in ("finished", "stopped") or not step.isdigit():
+        return None
+    return Outcome(word == "finished", int(step), reason)
+
+
+def _first_line(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return lines[0].strip() if lines else ""

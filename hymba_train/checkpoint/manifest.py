@@ -1,0 +1,140 @@
+"""manifest.json: size and checksum of every file of a step directory, which a checkpoint is verified against.
+
+XXH3-128 finds every accident (a flipped bit, a torn or lost write, another file's content); it is no signature: whoever
+can write the checkpoint can write the manifest. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+MANIFEST = "manifest.json"
+ALGORITHM = "xxh3_128"
+CHUNK_BYTES = 8 << 20
+
+# (path -> size and mtime of each file) of directories that this process has hashed completely. Looking at a directory
+# again then costs a stat per file; a file that was touched since is read again.
+_verified: dict[Path, dict[str, tuple[int, int]]] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file must be: its length, and the XXH3-128 of its content in hexadecimal."""
+
+    num_bytes: int
+    xxh3_128: str
+
+
+def file_names(directory: Path) -> list[str]:
+    """Names of the files that a manifest covers, relative to ``directory``: all but the manifest itself."""
+    names = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    # .nfsXXXX is a file that was deleted while another machine had it open
+    return sorted(n for n in names if n != MANIFEST and not n.startswith(".nfs"))
+
+
+def share(sizes: dict[str, int], rank: int, num_ranks: int) -> list[str]:
+    """Names of the files that ``rank`` hashes: large files first, dealt out like cards."""
+    return sorted(sizes, key=lambda name: (-sizes[name], name))[rank::num_ranks]
+
+
+def hash_file(path: Path) -> Entry:
+    """Read a file once, in pieces. Raises OSError."""
+    state, num_bytes, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+            num_bytes += count
+    return Entry(num_bytes, state.hexdigest())
+
+
+def make(directory: Path) -> dict[str, Entry]:
+    """Hash every file of a directory."""
+    return {name: hash_file(directory / name) for name in file_names(directory)}
+
+
+def write(directory: Path, entries: dict[str, Entry]) -> None:
+    """Write the manifest of a step directory that is not published yet."""
+    (directory / MANIFEST).write_text(_render(entries), encoding="utf-8")
+
+
+def read(directory: Path) -> dict[str, Entry]:
+    """Read the manifest. Raises ValueError, one line naming the file, if it is missing or not as it was written."""
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): the checkpoint cannot be verified") from error
+    try:
+        entries = {name: Entry(**entry) for name, entry in json.loads(content)["files"].items()}
+        intact = content == _render(entries).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path}: is damaged (it does not match its own checksum)")
+    return entries
+
+
+def _render(entries: dict[str, Entry]) -> str:
+    files = {name: asdict(entry) for name, entry in sorted(entries.items())}
+    own = xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+    return json.dumps({"algorithm": ALGORITHM, "files": files, "checksum_of_files": own}, indent=1) + "\n"
+
+
+def compare(directory: Path, entries: dict[str, Entry], names: list[str]) -> list[str]:
+    """Hold the named files to their entries; a line for each that differs, with its path."""
+    problems = []
+    for name in names:
+        expected, path = entries[name], directory / name
+        try:
+            size = path.stat().st_size
+            if size != expected.num_bytes:
+                problems.append(f"{path}: has {size} bytes, {MANIFEST} says {expected.num_bytes}")
+            elif (found := hash_file(path)) != expected:
+                problems.append(f"{path}: is damaged: checksum {found.xxh3_128}, {MANIFEST} says {expected.xxh3_128}")
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror})")
+    return problems
+
+
+def unexpected(directory: Path, entries: dict[str, Entry]) -> list[str]:
+    """A line for each file that the manifest does not know: a loader might look into it."""
+    return [f"{directory / name}: is not in {MANIFEST}" for name in file_names(directory) if name not in entries]
+
+
+def verify(directory: Path) -> list[str]:
+    """Everything that is wrong with a step directory, one line a file; nothing if it is as it was published.
+
+    A directory that this process has hashed before, and whose files have kept size and time, is not read again.
+    """
+    if is_remembered(directory):
+        return []
+    try:
+        entries = read(directory)
+    except ValueError as error:
+        return [str(error)]
+    problems = unexpected(directory, entries) + compare(directory, entries, sorted(entries))
+    if not problems:
+        remember(directory)
+    return problems
+
+
+def remember(directory: Path) -> None:
+    """Note that all files of a directory have just been read and are as its manifest says."""
+    _verified[directory] = _look(directory)
+
+
+def is_remembered(directory: Path) -> bool:
+    """Whether a directory was hashed by this process and has not been touched since, going by sizes and times."""
+    return directory in _verified and _verified[directory] == _look(directory)
+
+
+def _look(directory: Path) -> dict[str, tuple[int, int]]:
+    try:
+        found = {name: (directory / name).stat() for name in (MANIFEST, *file_names(directory))}
+    except OSError:
+        return {}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}

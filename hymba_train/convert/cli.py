@@ -1,0 +1,161 @@
+"""The verbs ``hymba convert``, ``hymba generate`` and ``hymba eval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hymba_train.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as one line through UserError."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def run_convert(argv: list[str]) -> int:
+    """``hymba convert to-hf | from-hf``; returns the exit code."""
+    parser = _Parser(prog="hymba convert", description="Hugging Face format in and out", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="to-hf | from-hf")
+    out = commands.add_parser("to-hf", help="training checkpoint -> directory for plain transformers")
+    out.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="of a run: its newest step")
+    out.add_argument("--output", required=True, type=Path, metavar="DIR", help="new directory")
+    out.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what the run trains in")
+    out.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="most bytes in a file (default 5GB)")
+    out.add_argument("--license", metavar="ID", help="licence field of the model card, e.g. apache-2.0")
+    back = commands.add_parser("from-hf", help="published format -> run directory with a checkpoint to train from")
+    back.add_argument("--model", required=True, type=Path, metavar="DIR", help="with config.json and safetensors")
+    back.add_argument("--output", required=True, type=Path, metavar="RUN", help="new directory")
+    args = parser.parse_args(argv)
+    if args.command == "to-hf":
+        from hymba_train.convert.to_hf import export_hf, parse_bytes
+
+        size = parse_bytes(args.max_shard_size)
+        export_hf(args.checkpoint, args.output, dtype=args.dtype, max_shard_bytes=size, license_id=args.license)
+        print(f"{args.output}: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
+    else:
+        from hymba_train.convert.from_hf import RECIPE, import_hf
+
+        import_hf(args.model, args.output)
+        print(
+            f"{args.output}: train from it with --config-dir {args.output / RECIPE.parts[0]} model={RECIPE.stem} "
+            f"checkpoint.load={args.output} checkpoint.load_optimizer=false"
+        )
+    return 0
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", "--checkpoint", required=True, type=Path, metavar="DIR", help="run, step or exported directory"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="instead of the model's own")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the weights' own")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _load(args: argparse.Namespace):
+    from hymba_train.convert.load import load_model, require_transformers
+
+    require_transformers()
+    import torch
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
+        raise UserError(f"--device {device}: give auto, cpu or cuda; cuda needs a GPU")
+    return load_model(args.model, dtype=args.dtype, device=device, tokenizer=args.tokenizer)
+
+
+def run_generate(argv: list[str]) -> int:
+    """``hymba generate``; returns the exit code."""
+    parser = _Parser(prog="hymba generate", description="continue prompts with a model", allow_abbrev=False)
+    _add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; '-' reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    prompts = args.prompt if args.prompts is None else _read_prompts(args.prompts)
+    loaded = _load(args)
+    from hymba_train.convert.generate import generate
+
+    completions = generate(
+        loaded, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+        num_beams=args.num_beams, batch_size=args.batch_size, seed=args.seed,
+    )  # fmt: skip
+    for prompt, completion in zip(prompts, completions, strict=True):
+        line = json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False)
+        print(line if args.json else prompt + completion, flush=True)
+    return 0
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error})") from error
+    prompts = [line for line in text.splitlines() if line]
+    if not prompts:
+        raise UserError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+def run_eval(argv: list[str]) -> int:
+    """``hymba eval``; returns the exit code."""
+    parser = _Parser(prog="hymba eval", description="held-out loss by domain; tasks", allow_abbrev=False)
+    _add_model_arguments(parser)
+    parser.add_argument("--data", type=Path, metavar="RUN_OR_STEP", help="whose held-out text (default: its own run)")
+    parser.add_argument("--data-path", metavar="DIR", help="where that run's data lies now, instead of its data.path")
+    parser.add_argument("--tasks", metavar="LIST", help="instead: 'paper', or tasks such as piqa,arc_easy:25")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="more lm-evaluation-harness task files")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of a task")
+    parser.add_argument("--batch-size", type=int, help="default: the run's micro-batch size; 8 for tasks")
+    args = parser.parse_args(argv)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError("--batch-size: give at least 1")
+    results = _tasks(args) if args.tasks else _held_out(args)
+    if args.json:
+        print(json.dumps(results, indent=1))
+        return 0
+    width = max(map(len, results))
+    for name, values in results.items():
+        print(f"{name:<{width}}  " + "  ".join(f"{key} {value:,.6g}" for key, value in values.items()))
+    return 0
+
+
+def _held_out(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    from hymba_train.convert.evaluate import held_out_losses
+    from hymba_train.convert.source import TrainingCheckpoint
+
+    loaded = _load(args)
+    run = loaded.checkpoint if args.data is None else TrainingCheckpoint.find(args.data)
+    if run is None:
+        raise UserError("--data: an exported directory has no text to evaluate on; name the run whose text to take")
+    if run.phase is None:
+        raise UserError(f"{run.path}: this checkpoint was imported and has no data; name a run with --data")
+    if args.data_path is not None:
+        run.config.data.path = args.data_path
+    losses = held_out_losses(loaded.model, run.config, run.phase, batch_size=args.batch_size)
+    return {
+        domain: {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.num_tokens}
+        for domain, found in losses.items()
+    }
+
+
+def _tasks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    from hymba_train.convert.evaluate import parse_tasks, run_tasks
+
+    tasks = parse_tasks(args.tasks)
+    size = args.batch_size or 8
+    return run_tasks(_load(args), tasks, batch_size=size, limit=args.limit, include_path=args.include_path)

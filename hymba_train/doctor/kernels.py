@@ -1,0 +1,80 @@
+"""Which backend of each op this machine has, which one a run would take, and whether each computes the right thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hymba_train.doctor.report import BAD, WARN, Finding
+
+TOLERANCE = {"float32": 2e-3, "bf16": 6e-2}  # relative to the largest value of the reference
+
+
+def kernels() -> list[Finding]:
+    """One line a backend, and one for what `auto` chooses."""
+    import importlib.util
+
+    import torch
+
+    from hymba_train.ops import BACKENDS, select
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    findings = []
+    if kind == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+        advice = "precision.layer_spec=auto needs it on a GPU: install hymba-train[gpu], or use precision.layer_spec=local"
+        findings.append(Finding("transformer engine", "not installed", WARN, advice))
+    for op, backends in BACKENDS.items():
+        findings.append(Finding(op, select(op, "auto", kind, needs={"backward"}, dtype=dtype).description))
+        reference = run(op, "torch", kind, torch.float32)
+        for backend in backends:
+            obstacles = backend.obstacles(kind, {"backward"}, dtype)
+            if obstacles:
+                findings.append(Finding(f"  {backend.name}", "not here: " + ", ".join(obstacles)))
+                continue
+            findings.append(_compare(op, backend.name, kind, dtype, reference))
+    return findings
+
+
+def _compare(op: str, name: str, kind: str, dtype: Any, reference: Any) -> Finding:
+    from hymba_train.ops.registry import DTYPE_NAMES
+
+    try:
+        out = run(op, name, kind, dtype)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Finding(f"  {name}", "fails", BAD, f"{reason}; choose another backend (precision.*_backend)")
+    error = float((out.double() - reference.double()).abs().max() / reference.double().abs().max())
+    limit = TOLERANCE[DTYPE_NAMES[dtype]]
+    if not error <= limit:
+        advice = f"allowed is {limit:g}; choose another backend (precision.*_backend)"
+        return Finding(f"  {name}", f"wrong: off by {error:.1e} of the largest value in {DTYPE_NAMES[dtype]}", BAD, advice)
+    return Finding(f"  {name}", f"agrees with torch to {error:.0e} in {DTYPE_NAMES[dtype]}")
+
+
+def run(op: str, name: str, kind: str, dtype: Any) -> Any:
+    """Output and gradient of one backend on small fixed inputs, flat, float32 on the CPU."""
+    import torch
+
+    from hymba_train.ops import select
+
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator).to(kind, dtype).requires_grad_()
+
+    function = select(op, name, kind, needs={"backward"}, dtype=dtype)
+    b, s, m, c, n, heads, width = 2, 64, 16, 64, 16, 4, 32
+    if op == "attention":
+        inputs = [make(b, s, heads, width) for _ in range(3)] + [make(m, heads, width) for _ in range(3)]
+        out = function(*inputs, window=24, scale=width**-0.5)[0]
+    elif op == "selective_scan":
+        inputs = [make(b, s, c), make(b, s, c)]
+        a_log = torch.rand(c, n, generator=generator).to(kind).requires_grad_()
+        inputs += [a_log, make(b, s, n), make(b, s, n)]
+        inputs += [torch.rand(c, generator=generator).to(kind).requires_grad_() for _ in range(2)]
+        out = function(*inputs, make(b, s, c))[0]
+    else:
+        inputs = [make(b, s, c), make(c, 4), make(c)]
+        out = function(*inputs)[0]
+    out.float().square().sum().backward()
+    return torch.cat([out.detach().float().cpu().flatten(), inputs[0].grad.float().cpu().flatten()])

@@ -1,0 +1,1 @@
+"""``hymba runs``: what the run directories say, without torch and without a running process."""

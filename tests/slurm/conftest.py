@@ -1,0 +1,156 @@
+"""Real Slurm daemons on loopback, and a tiny experiment to submit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.config import to_plain
+from hymba_train.runs.metrics import read_lines
+from tests.train.tiny_run import tiny_config, write_data
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
+PATIENCE_SECONDS = 400  # for anything a job does: this machine may be busy
+
+
+class Slurm:
+    """The cluster, and what a user does with it."""
+
+    def __init__(self, conf: str, directory: Path) -> None:
+        self.directory = directory  # data, recipes, runs
+        self.environment = {**os.environ, "SLURM_CONF": conf, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert not check or done.returncode == 0, f"{command} exited {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def hymba(self, *arguments: str) -> subprocess.CompletedProcess:
+        """``hymba ...`` in the directory of the data."""
+        command = [sys.executable, "-m", "hymba_train", *arguments]
+        return subprocess.run(
+            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=120
+        )
+
+    def launch(self, name: str, *overrides: str) -> Launched:
+        """Submit the tiny experiment under the run name ``name``."""
+        base = ["launch", "slurm", "experiment=slurm_tiny", "cluster=local_test", f"--config-dir={self.directory}"]
+        done = self.hymba(*base, f"run.name={name}", *overrides)
+        assert done.returncode == 0, done.stderr
+        return Launched(self, re.match(r"job ([\d >-]+):", done.stdout)[1].split(" -> "), self.directory / "runs" / name)
+
+
+class Launched:
+    """One submission."""
+
+    def __init__(self, slurm: Slurm, ids: list[str], directory: Path) -> None:
+        self.slurm, self.ids, self.directory = slurm, ids, directory
+
+    def state(self, job: str | None = None) -> str:
+        return self.field("JobState", job)
+
+    def field(self, name: str, job: str | None = None) -> str:
+        found = re.search(rf"\b{name}=(\S*)", self.slurm.run("scontrol", "-o", "show", "job", job or self.ids[0]))
+        return found[1] if found else ""
+
+    def messages(self) -> str:
+        """Everything that batch script and ranks have written."""
+        files = sorted(self.directory.glob("slurm/*/*.log")) + sorted(self.directory.glob("slurm/*/logs/*.log"))
+        return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')}" for file in files)
+
+    def wait_for(self, what: str, condition) -> None:
+        """Until ``condition()`` is true; fails with all messages, and at once if the job ends meanwhile."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            over = self.state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+            if time.monotonic() > end or (over and not condition()):
+                pytest.fail(f"{what}: not within {PATIENCE_SECONDS} s (job {self.state()})\n{self.messages()}")
+            time.sleep(0.2)
+
+    def wait_until_over(self, *expected: str) -> None:
+        """Until the job has left the queue, in one of the states ``expected``."""
+        self.wait_for("end of the job", lambda: self.state() in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"))
+        assert self.state() in expected, self.messages()
+
+    def lines(self, event: str) -> list[dict]:
+        return [line for line in read_lines(self.directory / "metrics.jsonl") if line["event"] == event]
+
+    def wait_for_steps(self, number: int, starts: int = 1) -> None:
+        """Until the process of start ``starts`` has logged ``number`` steps of its own."""
+
+        def reached() -> bool:
+            events = [line["event"] for line in read_lines(self.directory / "metrics.jsonl")]
+            positions = [i for i, event in enumerate(events) if event == "start"]
+            return len(positions) >= starts and events[positions[starts - 1] :].count("train") >= number
+
+        self.wait_for(f"{number} steps of start {starts}", reached)
+
+    def outcome(self):
+        return read_outcome(self.directory)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Processes that train this run now, in the order of their ranks."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                command = process.cmdline()
+                if "hymba_train" in command and "torch.distributed.run" not in command and "--frozen" in command:
+                    if command[-1] == str(self.directory / "resolved.yaml"):
+                        found[int(process.environ()["RANK"])] = process
+            except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+                continue
+        return [found[rank] for rank in sorted(found)]
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A cluster of three nodes, with the tiny experiment; skips, and says why, where there is no Slurm."""
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"Slurm: no {', '.join(missing)}; {INSTALL}")
+    base = tmp_path_factory.mktemp("slurm")
+    gpus = "2" if os.geteuid() == 0 else "0"
+    try:
+        done = subprocess.run(
+            ["bash", str(HERE / "minislurm.sh"), "start", str(base / "cluster"), "3", gpus],
+            capture_output=True, text=True, timeout=120, env={**os.environ, **_pyxis(base)},
+        )  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"Slurm: the daemons do not start here: {done.stderr.strip()[-500:]}")
+        write_data(base / "work")
+        write_experiment(base / "work")
+        yield Slurm(str(base / "cluster" / "slurm.conf"), base / "work")
+    finally:
+        subprocess.run(["bash", str(HERE / "minislurm.sh"), "stop", str(base / "cluster")], capture_output=True)
+
+
+def write_experiment(directory: Path) -> None:
+    """``experiment=slurm_tiny``: four layers, a line a step, 64 sequences of 16 tokens a phase unless told otherwise."""
+    plain = to_plain(tiny_config(directory))
+    plain["run"]["directory"] = str(directory / "runs")
+    plain["logging"]["eval_interval"] = 0
+    plain["data"]["validation_sequences"] = 1
+    (directory / "experiment").mkdir(parents=True)
+    text = "# @package _global_\n# A model for tests.\ndefaults:\n  - override /model: hymba_tiny\n  - _self_\n"
+    (directory / "experiment" / "slurm_tiny.yaml").write_text(text + yaml.safe_dump(plain, sort_keys=False))
+
+
+def _pyxis(base: Path) -> dict[str, str]:
+    """Environment that adds the stand-in for pyxis, where it can be built."""
+    if shutil.which("gcc") is None or not Path("/usr/include/slurm/spank.h").exists():
+        return {}
+    library = base / "pyxis_stub.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(HERE / "pyxis_stub.c"), "-o", str(library)], check=True)
+    return {"MINISLURM_PYXIS": str(library)}
