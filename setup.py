@@ -32,6 +32,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.14",
+        "xxhash>=3.4",  # checksums of checkpoint files
     ],
     extras_require={
         # CUDA packages; build them with --no-build-isolation after torch (README, "On a GPU").
@@ -43,7 +44,19 @@ setup(
             "triton>=3.2",
         ],
         "wandb": ["wandb>=0.18"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "wheel"],
+        "hf": ["transformers>=4.50,<6"],  # convert's checks, generate, eval
+        "eval": ["transformers>=4.50,<6", "lm-eval>=0.4.5"],
+        # zstd and Parquet input, near-duplicates, the fast tokenizer, object stores
+        "data": ["zstandard>=0.22", "pyarrow>=15", "rensa>=0.3", "gigatoken>=0.10", "fsspec>=2024.6"],
+        "dev": [
+            "hymba-train[hf,data]",
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "setuptools>=77",
+            "wheel",
+        ],
     },
     entry_points={"console_scripts": ["hymba=hymba_train.cli:main"]},
     classifiers=[

@@ -16,7 +16,6 @@ from pathlib import Path
 _RUN = """
 import resource, sys
 from hymba_train.convert.cli import run_convert
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run_convert(sys.argv[1:])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -28,13 +27,13 @@ def write_random_model(directory: Path) -> int:
 
     import torch
 
-    from hymba_train.config.recipes import load_model_recipe
+    from hymba_train.config import compose
     from hymba_train.convert.hf_config import TokenIds, hf_config
     from hymba_train.convert.names import hf_parts
     from hymba_train.convert.shards import PlannedTensor, write_shards
     from hymba_train.describe import model_tensors
 
-    model = load_model_recipe("hymba_1p5b")
+    model = compose(["model=hymba_1p5b"]).model
     tensors = [PlannedTensor(n, s, torch.bfloat16) for t in model_tensors(model) for n, s in hf_parts(t)]
     shapes = {t.name: t.shape for t in tensors}
     write_shards(directory, tensors, lambda name: torch.randn(shapes[name]) * 0.02, 5 * 10**9)

@@ -34,7 +34,8 @@ def main() -> int:
     say("4. The same command again resumes it, and trains to the end")
     hymba("train", *overrides, "--nproc", str(PROCESSES))
     say("5. What it has learnt: a prompt, continued")
-    hymba("generate", str(RUN), "--prompt", PROMPT, "--max-new-tokens", "60")
+    sampling = ["--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
+    hymba("generate", "--model", str(RUN), "--prompt", PROMPT, "--max-new-tokens", "60", *sampling)
     summary(time.monotonic() - started)
     return 0
 

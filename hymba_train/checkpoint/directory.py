@@ -6,8 +6,9 @@
     <run>/checkpoints/step_0002000.incomplete/ being written, or left by a process that died
     <run>/checkpoints/latest                   the name of the newest published directory, replaced atomically
 
-A checkpoint is published or it is not: everything is written into ``.incomplete``, fsynced, and renamed in one step;
-``latest`` follows. No rename, no checkpoint. One process (rank 0) changes the directory; all others only read.
+A checkpoint is published or it is not: everything is written into ``.incomplete``, described by a manifest of sizes and
+checksums, fsynced, and renamed in one step; ``latest`` follows. No rename, no checkpoint. One process (rank 0) changes
+the directory; all others only read.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import re
 import shutil
 from pathlib import Path
 
+from hymba_train.checkpoint import manifest
 from hymba_train.config.freeze import write_atomically
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-METADATA = "checkpoint.json"  # ours, the last file written into a step directory
+METADATA = "checkpoint.json"  # ours; after it only the manifest is written into a step directory
 _STEP = re.compile(r"step_(\d{7,})")
 _REQUIRED = (METADATA, "metadata.json", ".metadata")  # ours, Megatron-Core's, PyTorch's
 
@@ -72,6 +74,11 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return (steps[-1] if steps else None), remarks
 
 
+def older(path: Path) -> list[Path]:
+    """Complete step directories beside ``path`` of earlier steps, newest first."""
+    return [p for p in reversed(complete_steps(path.parent)) if step_of(p) < step_of(path)]
+
+
 def has_any(root: Path) -> bool:
     """Whether anything below ``root`` shows that a checkpoint was once published here, readable or not."""
     return root.is_dir() and any(p.name == LATEST or step_of(p) is not None for p in root.iterdir())
@@ -89,10 +96,12 @@ def start_step(root: Path, step: int) -> Path:
 def publish(incomplete: Path) -> Path:
     """fsync everything, rename ``.incomplete`` to its final name, then point ``latest`` to it. Returns the new path.
 
-    If the name is taken (a run that was taken back to an older checkpoint), the old directory makes way first.
+    A manifest is written first unless there is one already, of which the caller vouches that it is true. If the name is taken (a run that was taken back to an older checkpoint), the old directory makes way first.
     """
     final = incomplete.with_name(incomplete.name.removesuffix(".incomplete"))
     assert step_of(final) is not None and final != incomplete, incomplete
+    if not (incomplete / manifest.MANIFEST).exists():
+        manifest.write(incomplete, manifest.make(incomplete))
     for path in incomplete.rglob("*"):
         fsync(path)
     fsync(incomplete)
@@ -103,6 +112,7 @@ def publish(incomplete: Path) -> Path:
     os.rename(incomplete, final)
     fsync(final.parent)
     write_atomically(final.parent / LATEST, final.name + "\n")
+    manifest.remember(final)
     remove(replaced)
     return final
 
@@ -111,14 +121,21 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[Path]:
     """Delete published checkpoints that no rule keeps; returns those deleted.
 
     Kept: the ``keep_last`` newest complete ones, at least one; those of every ``keep_every``-th step; and what
-    ``latest`` names. Only complete directories count, so a torn one never pushes out a good one.
+    ``latest`` names. Only complete directories count, so a torn one never pushes out a good one. If none of these
+    agrees with its manifest, the newest one that does is kept as well: the last checkpoint that can be loaded stays.
+    Checkpoints that this process wrote or verified are not read again for that.
     """
     steps = complete_steps(root)
     keep = set(steps[-max(keep_last, 1) :])
     if keep_every:
         keep |= {p for p in steps if step_of(p) % keep_every == 0}
     current, _ = newest(root)
-    gone = [p for p in steps if p not in keep and p != current]
+    keep.add(current)
+    gone = [p for p in steps if p not in keep]
+    if gone:
+        good = next((p for p in sorted(keep - {None}, reverse=True) if not manifest.verify(p)), None)
+        good = good or next((p for p in reversed(gone) if not manifest.verify(p)), None)
+        gone = [p for p in gone if p != good]
     for path in gone:
         remove(path)
     return gone

@@ -11,13 +11,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hymba_train.checkpoint import directory, tree
+from hymba_train.checkpoint import directory, together, tree
 from hymba_train.checkpoint.metadata import Layout, changed_keys, check_model, read_metadata
 from hymba_train.checkpoint.optimizer_state import optimizer_state, sharded_tensors, weights_as_masters
+from hymba_train.checkpoint.restricted import nothing_runs
 from hymba_train.config.schema import Config
+from hymba_train.convert.dcp import read_index
 from hymba_train.errors import UserError
 
 logger = logging.getLogger(__name__)
+MOST_PROBLEMS = 5  # lines of a report; a lost directory can have thousands of damaged files
 
 
 @dataclass(frozen=True)
@@ -32,45 +35,58 @@ class Source:
 def find_source(config: Config, run_directory: Path) -> Source | None:
     """The run's own newest checkpoint; without one, what checkpoint.load names; else None (random initialisation).
 
-    Asked of rank 0 alone, so that all ranks start from the same. Raises UserError, on all ranks, if there are
-    checkpoints but none is complete: a run never starts from random weights because a file cannot be read.
+    Every rank calls it and gets the same. The checkpoint's files agree with its manifest; one that does not is passed
+    over for the next older one. Raises UserError, on all ranks, if there are checkpoints but none is whole: a run never
+    starts from random weights because a file cannot be read.
     """
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [_find(config, run_directory)]
-        except UserError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
+    candidates, weights_only, remarks = together.on_rank_0(lambda: _candidates(config, run_directory))
+    rejected: list[str] = []
+    for path in candidates:
+        problems = together.verify(path)
+        if not problems:
+            return Source(path, weights_only, tuple(remarks))
+        rejected += problems
+        if dist.get_rank() == 0:
+            for problem in problems[:MOST_PROBLEMS]:
+                logger.warning("%s; looking for an older checkpoint than %s", problem, path.name)
+    if rejected:
+        more = [f"... and {len(rejected) - MOST_PROBLEMS} more"] if len(rejected) > MOST_PROBLEMS else []
+        raise UserError(
+            f"{candidates[0].parent}: no checkpoint can be trusted; restore one from a copy, or start under another "
+            "run.name",
+            *rejected[:MOST_PROBLEMS],
+            *more,
+        )
+    return None
 
 
-def _find(config: Config, run_directory: Path) -> Source | None:
+def _candidates(config: Config, run_directory: Path) -> tuple[list[Path], bool, list[str]]:
+    """(step directories to try in turn, whether only weights are wanted, remarks)."""
     root = run_directory / directory.CHECKPOINTS
     path, remarks = directory.newest(root)
     if path is not None:
-        return Source(path, False, tuple(remarks))
+        return [path, *directory.older(path)], False, remarks
     if directory.has_any(root):
         raise UserError(
             f"{root}: there are checkpoints, but none is complete ({'; '.join(remarks) or 'no latest'}); repair one, "
             "or start under another run.name"
         )
     if config.checkpoint.load is None:
-        return None
-    path = resolve(Path(config.checkpoint.load), "checkpoint.load")
-    return Source(path, not config.checkpoint.load_optimizer)
+        return [], False, []
+    return resolve(Path(config.checkpoint.load), "checkpoint.load"), not config.checkpoint.load_optimizer, []
 
 
-def resolve(path: Path, key: str) -> Path:
-    """Step directory meant by ``path``: itself, or the newest one of a run. Raises UserError naming ``key``."""
+def resolve(path: Path, key: str) -> list[Path]:
+    """Step directories meant by ``path``: itself alone, or those of a run, the newest first and older ones after it.
+
+    Raises UserError naming ``key`` if there is none.
+    """
     if directory.is_complete(path):
-        return path
+        return [path]
     for root in (path / directory.CHECKPOINTS, path):
         newest, _ = directory.newest(root)
         if newest is not None:
-            return newest
+            return [newest, *directory.older(newest)]
     raise UserError(f"{key}={path}: neither a complete step directory (step_0001000) nor a run directory with one")
 
 
@@ -86,18 +102,20 @@ class Loaded:
 def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optimizer) -> Loaded:
     """Load weights and, unless ``weights_only``, optimizer, RNG and position.
 
-    Every rank calls it, with its model chunks in DistributedDataParallel. Raises UserError for another model, missing
-    tensors, or unreadable files.
+    Every rank calls it, with its model chunks in DistributedDataParallel. Nothing in the checkpoint is executed. Raises
+    UserError for another model, missing tensors, unreadable files, or pickled objects that no checkpoint needs.
     """
     metadata = read_metadata(source.path)
     remarks = [*source.remarks, *check_model(source.path, metadata, config, allow_context_change=True)]
     same_layout = metadata["layout"] == asdict(Layout.of(config, runtime))
+    read_index(source.path)  # before PyTorch or Megatron-Core look into the directory
     try:
-        state = _load(source, runtime, chunks, optimizer, same_layout)
+        with nothing_runs():
+            state = _load(source, runtime, chunks, optimizer, same_layout)
     except UserError:
         raise
     except (Exception, CheckpointException) as error:  # PyTorch's CheckpointException is no Exception
-        cause = next(iter(error.failures.values()))[0] if getattr(error, "failures", None) else error
+        cause = together.first_cause(error)
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise UserError(f"{source.path}: cannot be loaded ({reason}); move it away to take an older one") from error
     if not source.weights_only:

@@ -1,0 +1,77 @@
+"""Work on a step directory that ranks do together, or that one does for all: everybody gets the result or the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from hymba_train.checkpoint import manifest
+from hymba_train.errors import UserError
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on rank 0, on every rank. UserError and OSError are raised on every rank."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [work()]
+        except (UserError, OSError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError | OSError):
+        raise answer[0]
+    return answer[0]
+
+
+def write_manifest(directory: Path) -> None:
+    """manifest.make and manifest.write, every rank hashing its share of the files. Raises OSError on every rank."""
+    sizes = on_rank_0(lambda: {name: (directory / name).stat().st_size for name in manifest.file_names(directory)})
+    entries: dict[str, manifest.Entry] = {}
+    for part in _gather(lambda: {n: manifest.hash_file(directory / n) for n in _mine(sizes)}):
+        entries |= part
+    on_rank_0(lambda: manifest.write(directory, entries))
+
+
+def verify(directory: Path) -> list[str]:
+    """manifest.verify, every rank hashing its share of the files. Returns the same lines on every rank."""
+
+    def first_look() -> tuple[dict[str, manifest.Entry], list[str]]:
+        try:
+            entries = manifest.read(directory)
+        except ValueError as error:
+            return {}, [str(error)]
+        return entries, manifest.unexpected(directory, entries)
+
+    entries, problems = on_rank_0(first_look)
+    mine = _mine({name: entry.num_bytes for name, entry in entries.items()})
+    problems += [line for part in _gather(lambda: manifest.compare(directory, entries, mine)) for line in part]
+    if not problems:
+        manifest.remember(directory)
+    return problems
+
+
+def _mine(sizes: dict[str, int]) -> list[str]:
+    return manifest.share(sizes, dist.get_rank(), dist.get_world_size())
+
+
+def _gather(work: Callable[[], Any]) -> list[Any]:
+    """What ``work`` returns on each rank, on every rank. An OSError of any rank is raised on every rank."""
+    try:
+        mine = work()
+    except OSError as error:
+        mine = error
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    for part in parts:
+        if isinstance(part, OSError):
+            raise part
+    return parts
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What went wrong on some rank, out of PyTorch's CheckpointException; any other error is its own cause."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
