@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full lint wheel bench-data clean
+.PHONY: setup demo test test-full test-slurm lint wheel bench-data clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,7 +44,11 @@ demo: setup
 	$(BIN)/python -m launch.demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu and not multigpu" $(PYTEST_ARGS)
+
+# Against real Slurm daemons on this machine (root; Debian packages slurm-wlm and munge).
+test-slurm: setup
+	$(BIN)/python -m pytest -m "slurm and not slow" $(PYTEST_ARGS)
 
 test-full: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -29,6 +29,7 @@ setup(
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
         "safetensors>=0.4",
+        "xxhash>=3",
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.14",

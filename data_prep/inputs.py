@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _expand(item: str) -> list[InputFile]:
         found = sorted(Path(p) for p in glob.glob(item, recursive=True) if Path(p).is_file())
         if not found:
             raise UserError(f"no file matches {item}")
-        root = Path(item[: glob.magic_check.search(item).start()]).parent if "/" in item else Path()
+        root = os.path.dirname(item[: glob.magic_check.search(item).start()])  # what stands before the pattern
         return [_input(p, p.relative_to(root).as_posix()) for p in found]
     raise UserError(f"{item} does not exist")
 

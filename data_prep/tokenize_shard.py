@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
 MAX_BAD_LINES_SHOWN = 20
-CHECKED_CHARACTERS = 20_000
+CHECKED_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,12 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def versions(backend: str) -> dict[str, str]:
     """Of Python and the packages that made the tokens."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("numpy", backend)}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in ("numpy", backend)}}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return version(package)
 
 
 def finished(

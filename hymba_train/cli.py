@@ -196,6 +196,9 @@ def _torchrun(num_processes: int, resolved: str) -> int:
     """Replace this process by torchrun, so that signals reach it directly."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     command += ["-m", "hymba_train", "train", "--frozen", resolved]
+    # torchrun keeps one store for all restarts, in which a restarted rank finds the addresses of dead ones; this gives
+    # every restart a store of its own.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Left alone, torchrun gives every process one thread and warns about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     sys.stdout.flush()

@@ -51,7 +51,9 @@ def _local_parser() -> Parser:
     parser = Parser(prog="hymba launch local", description="Train on this machine through torchrun.")
     _add_common(parser, "experiment=demo optim.lr=1e-3")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: one a GPU, or 1)")
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="new starts after failures (default: 3)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=3, metavar="N", help="new starts after failures (default: 3)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the torchrun command, start nothing")
     return parser
 

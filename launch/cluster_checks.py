@@ -131,9 +131,11 @@ def _check_options(cluster: ClusterConfig) -> list[str]:
     problems = []
     for key, options in (("extra_sbatch", cluster.extra_sbatch), ("extra_srun", cluster.extra_srun)):
         for option in options:
-            name = option.split("=")[0].split()[0] if option.strip() else ""
+            if not option.strip():
+                continue  # _check_text has said it
+            name = option.split("=")[0].split()[0]
             if not name.startswith("-"):
-                problems.append(f"cluster.{key}: {option!r} is no option; write it as \"--constraint=h100\"")
+                problems.append(f'cluster.{key}: {option!r} is no option; write it as "--constraint=h100"')
             elif key == "extra_sbatch" and name in MANAGED:
                 by = f"cluster.{MANAGED[name]} sets it" if MANAGED[name] else "the script sets it"
                 problems.append(f"cluster.extra_sbatch: {option!r}: {by}; leave it out")

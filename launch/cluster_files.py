@@ -125,4 +125,4 @@ def _is_text(dotted: str) -> bool:
         annotation = field_types(annotation).get(part) if isinstance(annotation, type) else None
         if annotation is None:
             return False
-    return annotation is str or str in typing.get_args(annotation)
+    return annotation in (str, str | None)

@@ -42,7 +42,8 @@ newest_checkpoint() {
 ask_to_stop() {
   stop_asked=$1
   say "$1: asking training to save and stop"
-  printf '%s\n' "$1" > "$RUN_DIR/.stop_requested.$job" && mv -f "$RUN_DIR/.stop_requested.$job" "$RUN_DIR/stop_requested"
+  local temporary="$RUN_DIR/.stop_requested.$job"
+  printf '%s\n' "$1" > "$temporary" && mv -f "$temporary" "$RUN_DIR/stop_requested"
   # If training does not react, use the last seconds to requeue all the same: it then starts from an older checkpoint.
   (( SIGNAL_SECONDS > 60 )) && { sleep $((SIGNAL_SECONDS - 30)) && kill -USR2 $$; } 2>/dev/null &
 }
@@ -75,10 +76,8 @@ exclude_bad_nodes() {
   wanted=$((${#all_nodes[@]} - ${#bad_nodes[@]}))
   (( wanted < NODES )) && wanted=$NODES
   for _ in 1 2 3 4 5 6 7 8 9 10; do # possible once the job is pending again
-    scontrol update JobId="$job" ExcNodeList="$excluded" NumNodes="$wanted" NumTasks="$wanted" 2>/dev/null && {
-      say "excluded from now on: $excluded"
-      return
-    }
+    scontrol update JobId="$job" ExcNodeList="$excluded" NumNodes="$wanted" NumTasks="$wanted" 2>/dev/null \
+      && { say "excluded from now on: $excluded"; return; }
     sleep 0.5
   done
   say "could not exclude $excluded"
@@ -119,7 +118,7 @@ choose_nodes() {
     verdict='' clock=0 reason=''
     { read -r verdict clock reason < "$results/$node"; } 2>/dev/null
     if [[ -z $verdict ]]; then
-      verdict=bad reason="no answer within $HEALTH_CHECK_SECONDS s; see $results/$node.log"
+      verdict=bad reason="it gave no answer; see $results/$node.log"
     elif (( clock < before - MAX_CLOCK_SKEW || clock > after + MAX_CLOCK_SKEW )); then
       verdict=bad reason="its clock is more than $MAX_CLOCK_SKEW s away from that of $(hostname)"
     fi
@@ -143,7 +142,8 @@ head_address() {
   fi
   address=$(scontrol show node "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
   if [[ -z $address ]] || ! getent hosts "$address" > /dev/null; then
-    address=$(srun --nodes=1 --ntasks=1 --nodelist="$1" hostname --ip-address < /dev/null | tr ' ' '\n' | grep -v '^127\.' | head -n 1)
+    address=$(srun --nodes=1 --ntasks=1 --nodelist="$1" hostname --ip-address < /dev/null \
+      | tr ' ' '\n' | grep -v '^127\.' | head -n 1)
   fi
   echo "${address:-$1}"
 }

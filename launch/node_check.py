@@ -59,6 +59,9 @@ def check_gpus(expected: int) -> list[str]:
     if done.returncode:
         return [f"nvidia-smi exits with {done.returncode}: {_last_line(done.stdout + done.stderr)}"]
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if all(part.isdigit() for part in visible):  # on a shared node the others are not ours
+        rows = [row for row in rows if row[0] in visible]
     problems = []
     if len(rows) < expected:
         problems.append(f"{expected} GPUs expected, nvidia-smi shows {len(rows)}")

@@ -111,7 +111,7 @@ def _facts(job: Job) -> list[str]:
     cluster, health, restart = job.cluster, job.cluster.health_check, job.cluster.restart
     if job.is_sweep:
         runs = ["RUN_DIRS=( # one a point", *(f"  {_quote(directory)}" for directory in job.run_directories), ")"]
-        runs.append('RUN_DIR=${RUN_DIRS[$SLURM_ARRAY_TASK_ID]}')
+        runs.append("RUN_DIR=${RUN_DIRS[$SLURM_ARRAY_TASK_ID]}")
     else:
         runs = [f"RUN_DIR={_quote(job.run_directories[0])}"]
     node_check = [

@@ -96,7 +96,9 @@ def start_step(root: Path, step: int) -> Path:
 def publish(incomplete: Path) -> Path:
     """fsync everything, rename ``.incomplete`` to its final name, then point ``latest`` to it. Returns the new path.
 
-    A manifest is written first unless there is one already, of which the caller vouches that it is true. If the name is taken (a run that was taken back to an older checkpoint), the old directory makes way first.
+    A manifest is written first unless there is one already, of which the caller vouches that it is true. If the name is
+    taken (a run that was taken back to an older checkpoint), the old directory makes way first: nothing is ever written
+    into a published directory.
     """
     final = incomplete.with_name(incomplete.name.removesuffix(".incomplete"))
     assert step_of(final) is not None and final != incomplete, incomplete

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hymba_train.checkpoint import directory, together, tree
+from hymba_train.checkpoint.children import children_die_with_us
 from hymba_train.checkpoint.metadata import write_metadata
 from hymba_train.checkpoint.optimizer_state import SHARDING, optimizer_state, optimizer_step, sharded_tensors
 from hymba_train.checkpoint.together import first_cause
@@ -74,7 +75,7 @@ class CheckpointWriter:
         together.on_rank_0(lambda: self._start(step))
         metadata = self.metadata(state)
         in_background = self.asynchronous and not wait
-        with self._errors_named(path):
+        with self._errors_named(path), children_die_with_us():
             request = dist_checkpointing.save(
                 content, str(path), self._strategy, content_metadata=dict(SHARDING),
                 async_sharded_save=in_background, async_strategy="mcore",
@@ -84,7 +85,8 @@ class CheckpointWriter:
                 return
         self._under_way = path
         request.add_finalize_fn(lambda: self._publish(path, metadata))
-        self._queue.schedule_async_request(request)
+        with children_die_with_us():
+            self._queue.schedule_async_request(request)
 
     def poll(self, wait: bool = False) -> list[Path]:
         """Publish what has been written by now (``wait``: what is under way at all); returns the new directories.

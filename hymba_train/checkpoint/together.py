@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from hymba_train.checkpoint import manifest
+from hymba_train.checkpoint.run_lock import RunLock
 from hymba_train.errors import UserError
 
 
@@ -24,6 +29,18 @@ def on_rank_0(work: Callable[[], Any]) -> Any:
     if isinstance(answer[0], UserError | OSError):
         raise answer[0]
     return answer[0]
+
+
+@contextmanager
+def locked(run_directory: Path) -> Iterator[None]:
+    """Rank 0 holds the run's lock inside. Raises UserError on every rank if another training has it."""
+    held: list[RunLock] = []
+    on_rank_0(lambda: held.append(RunLock(run_directory)))
+    try:
+        yield
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def write_manifest(directory: Path) -> None:
@@ -75,3 +92,23 @@ def first_cause(error: BaseException) -> BaseException:
     """What went wrong on some rank, out of PyTorch's CheckpointException; any other error is its own cause."""
     failures = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if failures else error
+
+
+@contextmanager
+def failing_at_once() -> Iterator[None]:
+    """With several ranks, an exception other than UserError ends the process here, after its traceback.
+
+    Left to the interpreter, a rank whose peers have died waits for them in destructors until torchrun's 30 seconds are
+    over, and the restart waits as long.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        if dist.get_world_size() == 1:
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hymba_train.checkpoint import manifest
 from hymba_train.checkpoint.directory import CHECKPOINTS, LATEST, step_name
 from hymba_train.checkpoint.metadata import Layout, metadata_of, write_metadata
 from hymba_train.config.schema import Config, ModelConfig
@@ -54,6 +55,7 @@ def import_hf(model_directory: Path, output: Path) -> Path:
         state = dict.fromkeys(("step", "phase", "samples_in_phase", "samples", "tokens"), 0)
         metadata = metadata_of(config, Layout(1, 1, 1, 1, 1, "cpu"), state)
         write_metadata(step, metadata | {"weights_only": True, "imported": imported})
+        manifest.write(step, manifest.make(step))
         (directory / CHECKPOINTS / LATEST).write_text(step.name + "\n")
         _write_recipe(directory / RECIPE, model, imported["source"])
     return output

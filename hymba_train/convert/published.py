@@ -63,6 +63,7 @@ class PublishedWeights:
     def __init__(self, directory: Path, model: ModelConfig) -> None:
         self.directory = directory
         self._files = contextlib.ExitStack()
+        self._paths: dict[str, Path] = {}
         try:
             self._where = self._open()
             self._check(model)
@@ -81,7 +82,11 @@ class PublishedWeights:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's type."""
-        return self._where[name].get_tensor(name)
+        from safetensors import safe_open
+
+        # Opened anew and copied: an open file keeps every page that was ever read in this process's memory.
+        with safe_open(self._paths[name], framework="pt") as file:
+            return file.get_tensor(name).clone()
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._where[name].get_slice(name).get_dtype()]
@@ -95,7 +100,7 @@ class PublishedWeights:
                 if mapped is not None and mapped.get(name) != file:
                     index, said = self.directory / INDEX, mapped.get(name)
                     raise UserError(f"{index}: {name} lies in {file}, the index says {said}")
-                where[name] = opened
+                where[name], self._paths[name] = opened, self.directory / file
         absent = sorted(set(mapped or {}) - set(where))
         if absent:
             raise UserError(f"{self.directory / INDEX}: {absent[0]} is not in {mapped[absent[0]]}")

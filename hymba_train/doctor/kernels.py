@@ -21,7 +21,9 @@ def kernels() -> list[Finding]:
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     findings = []
     if kind == "cuda" and importlib.util.find_spec("transformer_engine") is None:
-        advice = "precision.layer_spec=auto needs it on a GPU: install hymba-train[gpu], or use precision.layer_spec=local"
+        advice = (
+            "precision.layer_spec=auto needs it on a GPU: install hymba-train[gpu], or use precision.layer_spec=local"
+        )
         findings.append(Finding("transformer engine", "not installed", WARN, advice))
     for op, backends in BACKENDS.items():
         findings.append(Finding(op, select(op, "auto", kind, needs={"backward"}, dtype=dtype).description))
@@ -47,7 +49,9 @@ def _compare(op: str, name: str, kind: str, dtype: Any, reference: Any) -> Findi
     limit = TOLERANCE[DTYPE_NAMES[dtype]]
     if not error <= limit:
         advice = f"allowed is {limit:g}; choose another backend (precision.*_backend)"
-        return Finding(f"  {name}", f"wrong: off by {error:.1e} of the largest value in {DTYPE_NAMES[dtype]}", BAD, advice)
+        return Finding(
+            f"  {name}", f"wrong: off by {error:.1e} of the largest value in {DTYPE_NAMES[dtype]}", BAD, advice
+        )
     return Finding(f"  {name}", f"agrees with torch to {error:.0e} in {DTYPE_NAMES[dtype]}")
 
 

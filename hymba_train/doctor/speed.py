@@ -110,7 +110,7 @@ def disk(directory: Path, quick: bool) -> list[Finding]:
     size = 2**25 if quick else 2**28
     path = directory / f".doctor.{secrets.token_hex(8)}"
     block = secrets.token_bytes(2**22)
-    label = f"write to {directory.absolute()}"
+    label = "disk"
     try:
         start = time.monotonic()
         with open(path, "wb") as file:
@@ -120,11 +120,15 @@ def disk(directory: Path, quick: bool) -> list[Finding]:
             os.fsync(file.fileno())
         speed = size / (time.monotonic() - start)
     except OSError as error:
-        return [Finding(label, "fails", BAD, f"{error.strerror}; give another --directory")]
+        return [
+            Finding(
+                label, f"{directory.absolute()} cannot be written", BAD, f"{error.strerror}; give another --directory"
+            )
+        ]
     finally:
         path.unlink(missing_ok=True)
     free = os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize
-    text = f"{speed / 1e6:,.0f} MB/s, {free / 2**30:,.0f} GiB free"
+    text = f"{speed / 1e6:,.0f} MB/s written, {free / 2**30:,.0f} GiB free in {directory.absolute()}"
     if speed < LOW_DISK_BYTES:
         return [Finding(label, text, WARN, "slow: checkpoints will take long")]
     return [Finding(label, text)]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_hymba import HymbaConfig
@@ -133,15 +133,6 @@ def _compiled_flex():
     return torch.compile(flex_attention)
 
 
-def convolve(padded, conv):
-    """Causal depthwise convolution and SiLU: padded [B, K-1+S, E] (the first K-1 are the taps before) -> [B, S, E]."""
-    weight, num_tokens = wide(conv.weight[:, 0]), padded.shape[1] - conv.weight.shape[-1] + 1
-    total = wide(conv.bias)
-    for tap in range(weight.shape[-1]):
-        total = torch.addcmul(total, wide(padded[:, tap : tap + num_tokens]), weight[:, tap])
-    return F.silu(total).to(padded.dtype)
-
-
 def scan(delta, du, A, B, C, state, lanes=None):
     """h_t = exp(delta_t A) h_{t-1} + du_t B_t; y_t = C_t . h_t. All float32 or wider, plain torch.
 
@@ -212,7 +203,7 @@ class Rows:
         return replace(self, visible={w: t.to(device) for w, t in self.visible.items()}, **moved)
 
 
-class HymbaCache:
+class HymbaCache(Cache):
     """What decoding needs of the past. Its size is constant but for the keys of global layers.
 
     kv: per layer that computes keys: [k [B, G, L, dk], v [B, G, L, dv], meta_k [G, M, dk], meta_v [G, M, dv]], after
@@ -225,12 +216,16 @@ class HymbaCache:
     they fit, so that a captured CUDA graph remains valid.
     """
 
+    layers = ()  # of transformers' own caches: we have none of these
     is_compileable = False  # not by transformers: the model captures its own steps
 
-    def __init__(self, config, max_length=None):
+    def __init__(self, config, max_length=None):  # without transformers' own, which is about its layers
         self.config, self.capacity, self.seen = config, max_length or 0, 0
         self.kv, self.conv, self.ssm = {}, {}, {}
         self.lengths, self.graph = None, None
+
+    def __repr__(self):
+        return f"HymbaCache({self.seen} tokens)"
 
     def __getstate__(self):
         return {**vars(self), "graph": None}  # copies capture their own
@@ -277,7 +272,8 @@ class HymbaCache:
         if entry is None:
             used = k, v, meta_k, meta_v
             empty = [t.new_zeros(rows.batch, t.shape[1], num_slots, t.shape[3]) for t in (k, v)]
-            entry = self.kv[i] = [*empty, meta_k.detach(), meta_v.detach()]
+            # Copies: views would keep the keys of the whole pass.
+            entry = self.kv[i] = [*empty, meta_k.detach().clone(), meta_v.detach().clone()]
         else:
             used = torch.cat((entry[0], k), 2), torch.cat((entry[1], v), 2), entry[2], entry[3]
         start = rows.positions[:, :1]
@@ -338,6 +334,35 @@ class DecodeGraph:
 # -- layers ---------------------------------------------------------------------------------------------------------
 
 
+class HymbaConvolution(nn.Conv1d):
+    """Causal depthwise convolution and SiLU: [B, K-1+S, E], of which the first K-1 are the taps before -> [B, S, E]."""
+
+    def forward(self, padded):
+        weight, num_tokens = wide(self.weight[:, 0]), padded.shape[1] - self.weight.shape[-1] + 1
+        total = wide(self.bias)
+        for tap in range(weight.shape[-1]):
+            total = torch.addcmul(total, wide(padded[:, tap : tap + num_tokens]), weight[:, tap])
+        return F.silu(total).to(padded.dtype)
+
+
+class HymbaTimeStep(nn.Linear):
+    """The raw time step without bias, in the type of x, and the bias, which is added in float32."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype)), wide(self.bias)
+
+
+class HymbaParameter(nn.Module):
+    """One parameter, named "0" as published, and given by forward(), which is where accelerate loads offloaded ones."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.register_parameter("0", nn.Parameter(value))
+
+    def forward(self):
+        return wide(getattr(self, "0"))
+
+
 class HymbaMixer(nn.Module):
     """in_proj -> attention and SSM -> mean of the normed branches -> out_proj."""
 
@@ -354,11 +379,11 @@ class HymbaMixer(nn.Module):
         if self.has_ssm:
             self.sizes |= {"x": e, "z": e}
             rank = config.mamba_dt_rank
-            self.conv1d = nn.Conv1d(e, e, config.mamba_d_conv, groups=e, padding=config.mamba_d_conv - 1)
+            self.conv1d = HymbaConvolution(e, e, config.mamba_d_conv, groups=e)
             self.x_proj = nn.ModuleList([nn.Linear(e, rank + 2 * n, bias=False)])
-            self.dt_proj = nn.ModuleList([nn.Linear(rank, e)])
-            self.A_log = nn.ParameterList([torch.arange(1.0, n + 1).log().repeat(e, 1)])
-            self.D = nn.ParameterList([torch.ones(e)])
+            self.dt_proj = nn.ModuleList([HymbaTimeStep(rank, e)])
+            self.A_log = HymbaParameter(torch.arange(1.0, n + 1).log().repeat(e, 1))
+            self.D = HymbaParameter(torch.ones(e))
             self.dt_layernorm = HymbaRMSNorm(rank, config.rms_norm_eps)
             self.B_layernorm = HymbaRMSNorm(n, config.rms_norm_eps)
             self.C_layernorm = HymbaRMSNorm(n, config.rms_norm_eps)
@@ -397,7 +422,7 @@ class HymbaMixer(nn.Module):
             attention = softmax_attention(q[:, :, None], k, v, visible, *meta).flatten(1)
         if self.has_ssm:
             padded = torch.cat((taps, parts["x"][:, None]), 1)
-            u = convolve(padded, self.conv1d)[:, 0]
+            u = self.conv1d(padded)[:, 0]
             taps.copy_(padded[:, 1:])
             ssm = self._scan_step(u, *self._scan_inputs(u), parts["z"], state)
         return self._fuse(attention, ssm)
@@ -437,9 +462,9 @@ class HymbaMixer(nn.Module):
         meta_u = None
         if rows.num_meta:
             padded = torch.cat((taps, meta_x[None]), 1)
-            meta_u, taps = convolve(padded, self.conv1d)[0], padded[:, rows.num_meta :]
+            meta_u, taps = self.conv1d(padded)[0], padded[:, rows.num_meta :]
         padded = torch.cat((taps.expand(rows.batch, -1, -1), text_x), 1)
-        u = rows.join(meta_u, convolve(padded, self.conv1d))
+        u = rows.join(meta_u, self.conv1d(padded))
         state = cache.ssm[i] if past else None
         y, state = self._scan(u, *self._scan_inputs(u), z, state, rows)
         if cache is not None:
@@ -449,15 +474,15 @@ class HymbaMixer(nn.Module):
         return y
 
     def _scan_inputs(self, u):
-        """u [..., E] after the convolution -> raw time step [..., E], B and C [..., N]."""
+        """u [..., E] after the convolution -> raw time step [..., E] and its bias [E], B and C [..., N]."""
         n = self.config.mamba_d_state
         dt, B, C = self.x_proj[0](u).split([self.config.mamba_dt_rank, n, n], dim=-1)
-        dt = F.linear(self.dt_layernorm(dt), self.dt_proj[0].weight.to(u.dtype))
-        return dt, self.B_layernorm(B), self.C_layernorm(C)
+        dt, bias = self.dt_proj[0](self.dt_layernorm(dt))
+        return dt, bias, self.B_layernorm(B), self.C_layernorm(C)
 
-    def _scan(self, u, dt, B, C, z, state, rows):
+    def _scan(self, u, dt, bias, B, C, z, state, rows):
         """Scan of all rows, with skip and gate: [N, E]; last state of the text rows [B, E, N]."""
-        bias, A, D = wide(self.dt_proj[0].bias), -torch.exp(wide(self.A_log[0])), wide(self.D[0])
+        A, D = -torch.exp(self.A_log()), self.D()
         if self._use_kernels(u) and state is None:
             return self._scan_kernel(u, dt, B, C, z, rows, bias, A, D)
         delta = F.softplus(wide(dt) + bias)
@@ -490,9 +515,9 @@ class HymbaMixer(nn.Module):
         y = y.transpose(1, 2)
         return rows.join(y[0, : rows.num_meta], y[:, rows.num_meta :]), state
 
-    def _scan_step(self, u, dt, B, C, z, state):
+    def _scan_step(self, u, dt, bias, B, C, z, state):
         """One step of every row, u [B, E]; state is updated in place."""
-        bias, A, D = wide(self.dt_proj[0].bias), -torch.exp(wide(self.A_log[0])), wide(self.D[0])
+        A, D = -torch.exp(self.A_log()), self.D()
         if self._use_kernels(u):
             return selective_state_update(state, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
         delta = F.softplus(wide(dt) + bias)
@@ -581,12 +606,10 @@ class HymbaPreTrainedModel(PreTrainedModel):
                 module.bias.copy_(step + torch.log(-torch.expm1(-step)))
         elif isinstance(module, HymbaRMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, nn.ParameterList):
-            for parameter in module:
-                if getattr(parameter, "_is_hf_initialized", False):
-                    continue
-                numbers = torch.arange(1.0, parameter.shape[-1] + 1, device=parameter.device)
-                parameter.copy_(numbers.log().expand_as(parameter) if parameter.dim() == 2 else parameter.new_ones(()))
+        elif isinstance(module, HymbaParameter) and not getattr(module._parameters["0"], "_is_hf_initialized", False):
+            parameter = module._parameters["0"]
+            numbers = torch.arange(1.0, parameter.shape[-1] + 1, device=parameter.device)
+            parameter.copy_(numbers.log().expand_as(parameter) if parameter.dim() == 2 else parameter.new_ones(()))
         elif isinstance(module, HymbaModel) and module.memory_tokens is not None:
             nn.init.normal_(module.memory_tokens, std=std)
 
@@ -802,10 +825,9 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     # -- generate() -------------------------------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Called by generate() with, last, the length to make room for."""
+        """Called by generate(), in every version with other arguments behind these two."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            max_length = kwargs.get("max_cache_length", args[-1] if args else None)
-            model_kwargs["past_key_values"] = HymbaCache(self.config, max_length)
+            model_kwargs["past_key_values"] = HymbaCache(self.config, generation_config.max_length)
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, use_cache=True,

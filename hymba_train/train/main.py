@@ -16,6 +16,7 @@ from hymba_train.checkpoint.directory import CHECKPOINTS
 from hymba_train.checkpoint.load import find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
+from hymba_train.checkpoint.together import failing_at_once, locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
@@ -42,10 +43,15 @@ def train(config: Config, plan: Plan) -> int:
     """Train a run to its end, from its newest checkpoint if it has one. Returns the exit code: 0, or STOPPED_EARLY.
 
     Called by every rank, with a configuration that ``plan`` has checked. Raises UserError for what only shows here:
-    missing data, a checkpoint that cannot be read, a backend this machine does not have.
+    missing data, a checkpoint that cannot be read, a backend this machine does not have, a run directory in use.
     """
     directory = run_directory(config)
     runtime = initialize(config)
+    with failing_at_once(), locked(directory):
+        return _train(config, plan, directory, runtime)
+
+
+def _train(config: Config, plan: Plan, directory: Path, runtime) -> int:
     seed_everything(config.run.seed, config.run.deterministic)
     order = Order(config, plan.steps)
     data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)

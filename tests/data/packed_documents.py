@@ -25,7 +25,7 @@ STACKS = {
     "attention": dict(layer_pattern=["attention"]),
     "ssm": dict(layer_pattern=["ssm"], global_layers=[], kv_groups=[]),
     "no_meta_tokens": dict(num_meta_tokens=0),
-    "sequential": dict(layer_pattern=["ssm:no_ffn", "attention"], global_layers=[1], kv_groups=[[1, 3]]),
+    "sequential": dict(layer_pattern=["ssm:no_ffn", "attention"], global_layers=[], kv_groups=[[1, 3]]),
 }
 
 

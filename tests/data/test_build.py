@@ -158,3 +158,48 @@ def test_unknown_validation_domain(copied):
     built = data.build_training_data(make_config(copied), seed=1, vocab_size=4096)
     with pytest.raises(UserError, match="no validation domain web; there are books"):
         built.num_validation_samples("web", 64)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_replaced_file_of_the_same_size_is_named_with_its_offset(copied, suffix):
+    path = copied / f"books.{suffix}"
+    content = bytearray(path.read_bytes())
+    offset = 0
+    if suffix == "idx":
+        content[34 + 8] ^= 1  # length of the third document
+    else:
+        content[-3:] = b"???"
+        offset = len(content) - 65536  # the last of the blocks of 64 kB that are looked at
+    path.write_bytes(content)
+    (line,) = problems(make_config(copied))
+    assert line == (
+        f"{path} differs from its manifest in the 65536 bytes from offset {offset}: it was replaced or damaged; copy "
+        "or tokenise it again"
+    )
+
+
+def test_the_index_of_another_source_is_named(copied):
+    shutil.copy(copied / "code.idx", copied / "books.idx")
+    (line,) = problems(make_config(copied))
+    assert line.startswith(f"{copied}/books.bin has 309070 bytes, but {copied}/books.idx describes ")
+
+
+def test_a_file_cut_short_under_a_running_job_is_one_line_not_a_crash(copied):
+    built = data.build_training_data(make_config(copied), seed=1, vocab_size=4096)
+    os.truncate(copied / "books.bin", 5000)
+    with pytest.raises(UserError, match=r"books.bin ends at byte \d+, \d+ bytes before the end of what its index desc"):
+        for n in range(50):
+            built.sample(0, n)
+
+
+def test_sources_without_a_manifest_are_told_apart_by_their_content(copied):
+    def fingerprint() -> str:
+        return data.build_training_data(make_config(copied), seed=1, vocab_size=4096).fingerprint()
+
+    (copied / "books.json").unlink()
+    before = fingerprint()
+    assert fingerprint() == before
+    content = bytearray((copied / "books.bin").read_bytes())
+    content[0] ^= 1
+    (copied / "books.bin").write_bytes(content)
+    assert fingerprint() != before

@@ -2,19 +2,25 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hymba_train.config import compose
 from hymba_train.config.schema import ModelConfig
 from hymba_train.convert.hf_config import TokenIds, hf_config
-from hymba_train.convert.names import model_config_from_hf, to_hf_state_dict
+from hymba_train.convert.names import hf_parts, model_config_from_hf, to_hf_state_dict
+from hymba_train.describe import model_tensors
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM
 from hymba_train.reference import ReferenceHymba
+from tests.convert.test_hf_names import HYMBA_1_5B
 from tests.hf_models import make_model
 
 E, D, R, N, F = 3200, 1600, 100, 16, 5504
@@ -66,9 +72,18 @@ def test_our_configuration_of_the_published_model_is_its_config_json():
     written = hf_config(model, "bfloat16", TokenIds())
     config = HymbaConfig(**{k: v for k, v in written.items() if k not in ("torch_dtype", "dtype")})
     for key, value in HymbaConfig().to_dict().items():
-        if key in written and key not in ("dtype", "architectures", "auto_map"):
+        if key in written and key not in ("dtype", "torch_dtype", "architectures", "auto_map"):
             assert getattr(config, key) == value == written[key], key
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+
+
+def test_an_export_of_the_recipe_is_the_published_model():
+    """Names and shapes of every tensor, and config.json."""
+    model = compose(["model=hymba_1p5b"]).model
+    assert {name: shape for t in model_tensors(model) for name, shape in hf_parts(t)} == PUBLISHED
+    written = hf_config(model, "bfloat16", TokenIds())
+    assert {key: written[key] for key in HYMBA_1_5B} == HYMBA_1_5B
+    assert model_config_from_hf(written) == replace(model_config_from_hf(HYMBA_1_5B), init_method_std=0.02)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,8 @@ def test_save_and_load_round_trip(tmp_path, tied):
 def test_time_step_parameters_stay_float32_in_bf16(tmp_path):
     model = make_model(dtype=torch.float32)
     model.save_pretrained(tmp_path)
-    half = HymbaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    spelling = "torch_dtype" if version.parse(transformers.__version__) < version.parse("4.56") else "dtype"
+    half = HymbaForCausalLM.from_pretrained(tmp_path, **{spelling: torch.bfloat16}).eval()
     kept = {name for name, p in half.named_parameters() if p.dtype is torch.float32}
     assert kept == {n for n, _ in half.named_parameters() if any(part in n for part in ("A_log", ".D.", "dt_proj"))}
     for name in kept:
@@ -135,8 +151,8 @@ def test_a_fresh_model_starts_as_mamba_does():
     config.initializer_range = 0.02
     model = HymbaForCausalLM(config).requires_grad_(False)
     mixer = model.model.layers[1].mamba
-    torch.testing.assert_close(torch.exp(mixer.A_log[0]), torch.arange(1.0, 5).expand(64, 4))
-    assert (mixer.D[0] == 1).all() and (mixer.pre_avg_layernorm1.weight == 1).all()
+    torch.testing.assert_close(torch.exp(mixer.A_log()), torch.arange(1.0, 5).expand(64, 4))
+    assert (mixer.D() == 1).all() and (mixer.pre_avg_layernorm1.weight == 1).all()
     step = nn.functional.softplus(mixer.dt_proj[0].bias)
     assert 1e-3 * 0.99 <= step.min() < 5e-3 and 2e-2 < step.max() <= 1e-1 * 1.01
     assert model.model.memory_tokens.std() == pytest.approx(0.02, rel=0.3)
@@ -195,3 +211,25 @@ def test_auto_classes_know_the_model_once_registered(tmp_path, small):
     saved.pop("auto_map")
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), HymbaForCausalLM)
+
+
+def test_a_model_spread_over_memory_and_disk(tmp_path):
+    """accelerate's hooks load offloaded weights when a module is called: no weight may be read past that."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed (extra 'eval')")
+    whole = make_model(dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "model")
+    places = {
+        "model.embed_tokens": "cpu",
+        "lm_head": "cpu",
+        "model.final_layernorm": "cpu",
+        "model.memory_tokens": "cpu",
+    }
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(6)}
+    spread = HymbaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert spread.model.layers[1].mamba.in_proj.weight.is_meta
+    ids, mask = torch.randint(3, 61, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :9] = 0
+    settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(spread.generate(ids, **settings), whole.generate(ids, **settings))

@@ -22,15 +22,16 @@ from tests.train.tiny_run import tiny_config, write_data
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
+OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 PATIENCE_SECONDS = 400  # for anything a job does: this machine may be busy
 
 
 class Slurm:
     """The cluster, and what a user does with it."""
 
-    def __init__(self, conf: str, directory: Path) -> None:
-        self.directory = directory  # data, recipes, runs
-        self.environment = {**os.environ, "SLURM_CONF": conf, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    def __init__(self, conf: Path, directory: Path) -> None:
+        self.conf, self.directory = conf, directory  # the latter holds data, recipes, runs
+        self.environment = {**os.environ, "SLURM_CONF": str(conf), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
@@ -49,7 +50,27 @@ class Slurm:
         base = ["launch", "slurm", "experiment=slurm_tiny", "cluster=local_test", f"--config-dir={self.directory}"]
         done = self.hymba(*base, f"run.name={name}", *overrides)
         assert done.returncode == 0, done.stderr
-        return Launched(self, re.match(r"job ([\d >-]+):", done.stdout)[1].split(" -> "), self.directory / "runs" / name)
+        return Launched(
+            self, re.match(r"job ([\d >-]+):", done.stdout)[1].split(" -> "), self.directory / "runs" / name
+        )
+
+    def power_off(self, node: str, job: str) -> None:
+        """Kill a node's daemon and all its processes of one job, and let the controller know."""
+        pid_file = self.conf.parent / f"slurmd.{node}.pid"
+        psutil.Process(int(pid_file.read_text())).kill()
+        for process in psutil.process_iter():
+            try:
+                environment, command = process.environ(), " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            is_task = environment.get("SLURM_JOB_ID") == job and environment.get("SLURMD_NODENAME") == node
+            if is_task or command.startswith(f"slurmstepd: [{job}.") and f"slurmd.{node}.pid" in command:
+                process.kill()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def power_on(self, node: str) -> None:
+        self.run("slurmd", "-f", str(self.conf), "-N", node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may have come back alone
 
 
 class Launched:
@@ -71,17 +92,18 @@ class Launched:
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')}" for file in files)
 
     def wait_for(self, what: str, condition) -> None:
-        """Until ``condition()`` is true; fails with all messages, and at once if the job ends meanwhile."""
+        """Until ``condition()`` is true; fails with all messages, at once if every job ends before that."""
         end = time.monotonic() + PATIENCE_SECONDS
         while not condition():
-            over = self.state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+            over = all(self.state(job) in OVER for job in self.ids)
             if time.monotonic() > end or (over and not condition()):
-                pytest.fail(f"{what}: not within {PATIENCE_SECONDS} s (job {self.state()})\n{self.messages()}")
+                states = " ".join(map(self.state, self.ids))
+                pytest.fail(f"{what}: not within {PATIENCE_SECONDS} s (jobs {states})\n{self.messages()}")
             time.sleep(0.2)
 
     def wait_until_over(self, *expected: str) -> None:
-        """Until the job has left the queue, in one of the states ``expected``."""
-        self.wait_for("end of the job", lambda: self.state() in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"))
+        """Until the (first) job has left the queue, in one of the states ``expected``."""
+        self.wait_for("end of the job", lambda: self.state() in OVER)
         assert self.state() in expected, self.messages()
 
     def lines(self, event: str) -> list[dict]:
@@ -131,7 +153,7 @@ def slurm(tmp_path_factory):
             pytest.skip(f"Slurm: the daemons do not start here: {done.stderr.strip()[-500:]}")
         write_data(base / "work")
         write_experiment(base / "work")
-        yield Slurm(str(base / "cluster" / "slurm.conf"), base / "work")
+        yield Slurm(base / "cluster" / "slurm.conf", base / "work")
     finally:
         subprocess.run(["bash", str(HERE / "minislurm.sh"), "stop", str(base / "cluster")], capture_output=True)
 

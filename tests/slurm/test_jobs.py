@@ -120,15 +120,9 @@ def test_the_real_time_limit_and_a_chain(slurm):
     job.wait_until_over("FAILED")
     assert job.field("ExitCode") == "75:0" and job.outcome().reason == "time limit"
     stopped = job.outcome().step
-    _wait_for_second(job)
+    job.wait_for("the second job", lambda: len(job.lines("start")) == 2)
     assert job.lines("start")[1]["step"] == stopped
     slurm.run("scancel", job.ids[1])
-
-
-def _wait_for_second(job) -> None:
-    job.ids = job.ids[1:]
-    job.wait_for("the second job", lambda: len(job.lines("start")) == 2)
-    job.ids.insert(0, job.ids[0])
 
 
 @pytest.mark.slow
@@ -152,7 +146,7 @@ def test_requeues_end(slurm):
 @pytest.mark.slow
 def test_a_training_that_does_not_react_is_requeued_all_the_same(slurm):
     limits = ["cluster.restart.signal_seconds_before_limit=64", "cluster.restart.max_requeues=1"]
-    job = slurm.launch("hung", STEPS, *ONE_NODE, *limits, "run.train_steps=200")
+    job = slurm.launch("hung", STEPS, *ONE_NODE, *limits, "run.train_steps=40")
     job.wait_for_steps(1)
     os.kill(job.ranks()[0].pid, signal.SIGSTOP)
     slurm.run("scancel", "--batch", "--signal=USR1", job.ids[0])
@@ -171,7 +165,10 @@ def test_a_sweep_is_one_array(slurm):
     array = re.match(r"job (\d+):", done.stdout)[1]
     from tests.slurm.conftest import Launched
 
-    points = [Launched(slurm, [f"{array}_{i}"], slurm.directory / "runs" / f"grid-lr={v}") for i, v in enumerate((0.01, 0.005))]
+    points = [
+        Launched(slurm, [f"{array}_{i}"], slurm.directory / "runs" / f"grid-lr={v}")
+        for i, v in enumerate((0.01, 0.005))
+    ]
     for point in points:
         point.wait_until_over("COMPLETED")
         assert point.outcome().step == 4
@@ -192,3 +189,18 @@ def test_a_container_is_asked_for_on_every_step(slurm):
     job.wait_until_over("COMPLETED")
     environment = job.slurm.run("grep", "-c", "container-env", str(job.directory / "slurm" / "0001" / "job.sh"))
     assert int(environment) >= 1 and job.outcome().finished
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_replaced_by_the_spare(slurm):
+    """The daemon and every process of n2 are killed, as by a power cut."""
+    options = ["cluster.nodes=2", "cluster.processes_per_node=1", "cluster.spare_nodes=1", "run.train_steps=80"]
+    job = slurm.launch("power_cut", STEPS, *options, "checkpoint.save_interval=10", "cluster.time_limit=00:10:00")
+    job.wait_for("a checkpoint", lambda: job.lines("checkpoint"))
+    try:
+        slurm.power_off("n2", job.ids[0])
+        job.wait_until_over("COMPLETED")
+    finally:
+        slurm.power_on("n2")
+    assert "training on n1,n3" in job.messages() and job.field("Restarts") == "0"
+    assert sorted(losses(job)) == list(range(1, 81))

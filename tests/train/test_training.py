@@ -164,13 +164,14 @@ def test_a_position_that_no_step_starts_at_is_refused(directory):
 def damaged(directory) -> str:
     """Copies of a run with damage, each started again; returns the output."""
     runs = directory / "runs"
-    for name in ("torn_pointer", "truncated", "none_complete", "other_model", "missing_tensor"):
+    for name in ("torn_pointer", "truncated", "all_truncated", "none_complete", "other_model", "missing_tensor"):
         shutil.copytree(runs / "whole", runs / name)
     (runs / "torn_pointer" / "checkpoints" / "latest").write_text("")
     shutil.rmtree(step_directory(directory, "torn_pointer", 10) / ".metadata", ignore_errors=True)
     (step_directory(directory, "torn_pointer", 10) / ".metadata").unlink()
-    data = next(step_directory(directory, "truncated", 10).glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    for name, step in (("truncated", 10), ("all_truncated", 5), ("all_truncated", 10)):
+        data = next(step_directory(directory, name, step).glob("*.distcp"))
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     for step in (5, 10):
         (step_directory(directory, "none_complete", step) / "checkpoint.json").unlink()
     (runs / "not_a_run").mkdir()
@@ -178,6 +179,7 @@ def damaged(directory) -> str:
         directory,
         run("torn_pointer"),
         run("truncated"),
+        run("all_truncated"),
         run("none_complete"),
         run("other_model", "model.window_size=9"),
         run("missing_tensor", "model.untie_embeddings_and_output_weights=true"),
@@ -195,10 +197,15 @@ def test_a_torn_pointer_falls_back_and_trains_the_same(directory, damaged):
     assert "latest is empty: taking the newest complete one, step_0000005" in damaged
 
 
+def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(directory, damaged):
+    assert exact(directory, "truncated", 6) == exact(directory, "whole", 6)
+    assert "looking for an older checkpoint than step_0000010" in damaged
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("truncated", "step_0000010: cannot be loaded"),
+        ("all_truncated", "no checkpoint can be trusted"),
         ("none_complete", "none is complete"),
         ("other_model", "model.window_size=8, the configuration 9"),
         ("missing_tensor", "model.untie_embeddings_and_output_weights"),

@@ -1,0 +1,162 @@
+"""Measure the data path and write benchmarks/data.md. Takes about ten minutes on an idle machine.
+
+python -m benchmarks.data.run [--quick] [--corpus DIR] [--output FILE]
+
+``--corpus`` holds books.jsonl, speeches.jsonl, docs.jsonl and code.jsonl; without it the bundled ones are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.data.index_speed import build_times
+from benchmarks.data.loader_speed import BATCH_TOKENS, rates
+from benchmarks.data.tokenize_speed import BACKENDS, scaling, speeds
+from data_prep.demo import CORPUS, DOMAINS
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 32_000
+GOALS = {"tokenizers": 2.0, "gigatoken": 6.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the data path.")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, a tenth of the documents")
+    parser.add_argument("--corpus", type=Path, default=CORPUS)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "data.md")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="length of the training step that is simulated")
+    args = parser.parse_args()
+    domains = {domain: args.corpus / f"{domain}.jsonl" for domain in DOMAINS}
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = _tokenizer(Path(scratch) / "tokenizer", domains)
+        say("tokenising, one core")
+        table = speeds(domains, tokenizer, 1 if args.quick else 5)
+        say("tokenising, several workers")
+        workers = scaling(domains, tokenizer, (1, 2), 4 if args.quick else 32)
+        say("building packings")
+        builds = build_times(Path(scratch), 10**6 if args.quick else 10**7)
+        say("loading")
+        loads = rates(Path(scratch), 20_000 if args.quick else 200_000, args.step_ms / 1e3)
+    lines = [
+        *_head(load_before, args), *_tokenize_table(table), *_worker_table(workers), *_loader_table(loads),
+        *_index_table(builds),
+    ]  # fmt: skip
+    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _tokenizer(directory: Path, domains: dict[str, Path]) -> Path:
+    """A Llama-form tokenizer of 32,000 pieces, trained on the text itself."""
+    from data_prep.train_tokenizer import train_tokenizer
+
+    train_tokenizer(list(domains.values()), directory, VOCAB_SIZE)
+    return directory
+
+
+def _head(load_before: float, args: argparse.Namespace) -> list[str]:
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].strip() if names else cpu
+    packages = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "sentencepiece", "gigatoken", "numpy"))
+    busy = load_before / (os.cpu_count() or 1)
+    state = "idle" if busy < 0.3 else f"busy: load average {load_before:.1f} when it began, so clock times are too long"
+    return [
+        "# Speed of the data path", "",
+        "Written by `python -m benchmarks.data.run`; run it again on your own machine.", "",
+        f"- {datetime.date.today().isoformat()}, {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{packages}",
+        f"- the machine was {state}; \"a CPU second\" counts the time this process had a core, whatever else ran",
+        f"- text: {'the bundled corpus' if args.corpus == CORPUS else 'another corpus'} "
+        f"({sum((args.corpus / f'{d}.jsonl').stat().st_size for d in DOMAINS) / 1e6:.1f} MB), tokenizer of "
+        f"{VOCAB_SIZE:,} pieces in Llama's form, trained on it"
+        + ("; a quick run (one repeat, a tenth of the documents)" if args.quick else ""),
+    ]  # fmt: skip
+
+
+def _tokenize_table(table: dict) -> list[str]:
+    lines = [
+        "", "## Tokenising: MB of text a CPU second, one core", "",
+        "*bare*: the library's own call on texts in memory. *ours*: from the JSONL file to the published, fsynced pair "
+        "with manifest: hashing, reading, parsing, encoding, checking, writing. Every figure is the median of fresh "
+        "processes, so caches start cold; loading the tokenizer is in neither.", "",
+        f"| library | {' | '.join(f'{domain} bare / ours' for domain in DOMAINS)} | mean ours | ours / bare | goal |",
+        "|---|" + "---:|" * (len(DOMAINS) + 3),
+    ]  # fmt: skip
+    for library in BACKENDS:
+        cells = [f"{table[library][d]['bare']:.1f} / {table[library][d]['ours']:.1f}" for d in DOMAINS]
+        mean = statistics.mean(table[library][d]["ours"] for d in DOMAINS)
+        share = statistics.mean(table[library][d]["ours"] / table[library][d]["bare"] for d in DOMAINS)
+        goal = f"{GOALS[library]:.0f} MB/s, 85 %" if library in GOALS else "85 %"
+        lines.append(f"| {library} | {' | '.join(cells)} | **{mean:.1f}** | {share:.0%} | {goal} |")
+    return [
+        *lines, "",
+        "Megatron-LM publishes (docs/user-guide/data-preparation.md, August 2026; Qwen3 tokenizer, number of cores not "
+        "stated) 7,246 documents/s for preprocess_data.py and 61,728 for preprocess_data_fast.py, which is gigatoken. "
+        "At 4 kB a document that is 29 and 247 MB/s by all cores of that machine; the figures above are of one core.",
+    ]  # fmt: skip
+
+
+def _worker_table(rows: list[dict]) -> list[str]:
+    one, two = rows
+    possible = two["workers"] * one["cpu_seconds"] / two["cpu_seconds"]
+    return [
+        "", "## Two workers against one", "",
+        "Whole shards, backend tokenizers, start-up of the processes included (goal: 1.8x by the clock, on an idle "
+        "machine with two free cores). Processes share nothing, so what two free cores can give follows from the CPU "
+        "time of all processes together: the last column.", "",
+        "| workers | MB/s by the clock | | CPU s, all processes | 2 x CPU ratio |", "|---|---:|---:|---:|---:|",
+        f"| 1 | {one['rate']:.2f} | | {one['cpu_seconds']:.1f} | |",
+        f"| 2 | {two['rate']:.2f} | {two['rate'] / one['rate']:.2f}x | {two['cpu_seconds']:.1f} | {possible:.2f}x |",
+    ]  # fmt: skip
+
+
+def _loader_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "", "## Loader", "",
+        "One thread, document mask on (tokens, labels, positions, segment ids as tensors). *Waits*: what a step of "
+        f"{rows[0]['step_ms']:.0f} ms over {BATCH_TOKENS:,} tokens still waits for its batch, with two prepared ahead "
+        "(goal: under 1 %).", "",
+        "| packing | sequence | samples/s a core | M tokens/s a core | waits |", "|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['packing']} | {row['seq_length']} | {row['samples_per_cpu_second']:,.0f} | "
+            f"{row['tokens_per_cpu_second'] / 1e6:.1f} | {row['exposed_share']:.2%} |"
+        )
+    return lines
+
+
+def _index_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "", "## Packing index", "",
+        f"`hymba data pack` on {rows[0]['num_documents']:,} synthetic documents (log-normal lengths, mean about 1,000 "
+        "tokens). Plain windows and shuffling need no index at all.", "",
+        "| packing | sequence | CPU s | clock s | peak memory MB | file MB | opens in ms | sequences | full |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['packing']} | {row['seq_length']} | {row['cpu_seconds']:.1f} | {row['seconds']:.1f} | "
+            f"{row['peak_mb']:,.0f} | {row['file_mb']:,.0f} | {row['open_ms']:.1f} | {row['num_sequences']:,} | "
+            f"{row['fill']:.3%} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Tokenising speed: our whole path from file to published pair against the bare library on texts in memory.
+
+One measurement is one fresh process (no library has seen the text before), so a library's cache of words starts cold
+on both sides. Loading the tokenizer and a first call on one short sentence, which builds tables in some libraries and
+loads modules in ours, are counted on neither side: a shard of a real corpus is a thousand times longer.
+
+python -m benchmarks.data.tokenize_speed bare|ours BACKEND FILE.jsonl TOKENIZER      prints one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARM_UP = ["One sentence that stands in none of the texts, to get things going."]
+BACKENDS = {
+    "tokenizers": ("tokenizer.json", "default"),
+    "sentencepiece": ("tokenizer.model", "default"),
+    "gigatoken": ("tokenizer.json", "gigatoken"),
+}
+"""Library -> (file of the tokenizer's directory, --backend)."""
+
+
+def texts_of(path: Path) -> list[str]:
+    with open(path, encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
+
+
+def bare(library: str, path: Path, tokenizer: Path) -> Callable[[], Any]:
+    """The library's own fastest call for a batch of documents on one thread."""
+    texts = texts_of(path)
+    if library == "tokenizers":
+        from tokenizers import Tokenizer
+
+        fast = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+        fast.encode_batch_fast(WARM_UP)
+        return lambda: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
+    if library == "sentencepiece":
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
+        processor.encode(WARM_UP)
+        return lambda: processor.encode(texts, num_threads=1)
+    from gigatoken import Tokenizer as GigaTokenizer
+
+    giga = GigaTokenizer.from_sentencepiece(tokenizer / "tokenizer.model")
+    giga.encode_batch(WARM_UP, parallel=False)
+    return lambda: giga.encode_batch(texts, parallel=False)
+
+
+def ours(library: str, path: Path, tokenizer: Path, out: Path) -> Callable[[], Any]:
+    """What a worker does with a shard: hash, read, parse, encode, check, write, fsync, publish."""
+    from data_prep.inputs import find_inputs
+    from data_prep.tokenize_shard import ChunkTokenizer, Settings, tokenize_shard
+
+    name, backend = BACKENDS[library]
+    worker = ChunkTokenizer(Settings(str(tokenizer / name), backend=backend))
+    (out / "warm_up.jsonl").write_text(json.dumps({"text": WARM_UP[0]}))
+    warm_up, file = (find_inputs([path])[0] for path in (out / "warm_up.jsonl", path))
+    tokenize_shard(warm_up, out / "warm_up", worker.settings, worker.tokenizer, worker.map)
+    return lambda: tokenize_shard(file, out / "out", worker.settings, worker.tokenizer, worker.map)
+
+
+def main(what: str, library: str, path: str, tokenizer: str) -> None:
+    text_bytes = sum(len(text.encode()) for text in texts_of(Path(path)))
+    with tempfile.TemporaryDirectory() as out:
+        make = (Path(path), Path(tokenizer))
+        act = bare(library, *make) if what == "bare" else ours(library, *make, Path(out))
+        start_cpu, start = time.process_time(), time.perf_counter()
+        act()
+        cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
+    print(json.dumps({"text_bytes": text_bytes, "cpu_seconds": cpu, "wall_seconds": wall}))
+
+
+def measure(what: str, library: str, path: Path, tokenizer: Path) -> float:
+    """MB of text per CPU second, in a fresh process."""
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.data.tokenize_speed", what, library, str(path), str(tokenizer)]
+    found = json.loads(subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout)
+    return found["text_bytes"] / 1e6 / found["cpu_seconds"]
+
+
+def speeds(domains: dict[str, Path], tokenizer: Path, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """library -> domain -> {"bare": MB/s, "ours": MB/s}: medians, the two sides measured in turn."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for library in BACKENDS:
+        for domain, path in domains.items():
+            runs = [(measure("bare", library, path, tokenizer), measure("ours", library, path, tokenizer))
+                    for _ in range(repeats)]  # fmt: skip
+            table.setdefault(library, {})[domain] = {
+                "bare": statistics.median(run[0] for run in runs),
+                "ours": statistics.median(run[1] for run in runs),
+            }
+            print(f"  {library:14s} {domain:10s} bare {table[library][domain]['bare']:6.2f}, "
+                  f"ours {table[library][domain]['ours']:6.2f} MB/s a CPU second", file=sys.stderr)  # fmt: skip
+    return table
+
+
+def scaling(domains: dict[str, Path], tokenizer: Path, workers: tuple[int, ...], copies: int) -> list[dict[str, float]]:
+    """Speed over copies of all domains as shards, start-up of the processes included: a row a number of workers, with
+    MB/s by the clock and CPU seconds of all processes together."""
+    from data_prep.inputs import find_inputs
+    from data_prep.tokenize_corpus import tokenize_shards
+    from data_prep.tokenize_shard import Settings
+
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        files = []
+        for number in range(copies):
+            for domain, path in domains.items():
+                shard = Path(directory, "in", f"{number:02}-{domain}.jsonl")
+                shard.parent.mkdir(exist_ok=True)
+                shard.write_bytes(path.read_bytes())
+                files.append(shard)
+        for count in workers:
+            start, start_cpu = time.perf_counter(), _cpu_seconds()
+            manifests, _ = tokenize_shards(
+                find_inputs([Path(directory, "in")]), Path(directory, f"out{count}"),
+                Settings(str(tokenizer / "tokenizer.json")), num_workers=count,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            megabytes = sum(m.inputs[0]["text_bytes"] for m in manifests) / 1e6
+            rows.append({"workers": count, "rate": megabytes / seconds, "cpu_seconds": _cpu_seconds() - start_cpu})
+            print(f"  {rows[-1]}", file=sys.stderr)
+    return rows
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Forked writers that do not outlive the process they write for.
+
+A rank that is killed while a fork of it writes a checkpoint would leave that fork writing into the directory which the
+restarted rank writes anew. Linux only; elsewhere forks live on. Free of torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_parents: list[int] = []  # pids inside the context manager: this process, and none of its forks
+
+
+@contextmanager
+def children_die_with_us() -> Iterator[None]:
+    """Processes forked inside by this thread are killed when it ends, however it does."""
+    _parents.append(os.getpid())
+    try:
+        yield
+    finally:
+        _parents.pop()
+
+
+def _after_fork() -> None:
+    if _parents and _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != _parents[-1]:  # it died before we had asked
+            os._exit(1)
+        _parents[-1] = os.getpid()  # for forks of this fork
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,140 @@
+"""R2, R3: a death or a full disk anywhere in a save costs at most the steps since the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hymba_train.checkpoint import directory, manifest
+from tests.reliability.conftest import call
+from tests.train.test_training import ROOT, exact, run, start
+
+pytestmark = pytest.mark.reliability
+
+# What rank 0 does around a save, without torch, so that a death at every call can be tried in little time.
+PUBLISHER = """
+import os, sys
+from pathlib import Path
+from tests.checkpoint.test_directory import published
+from hymba_train.checkpoint import directory
+calls, last, root = 0, int(sys.argv[2]), Path(sys.argv[1])
+def counted(name, original):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == last:
+            os._exit(9)
+        return original(*args, **kwargs)
+    return call
+directory.remove_leftovers(root)
+for name in ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "write"):
+    setattr(os, name, counted(name, getattr(os, name)))
+Path.write_text = counted("write_text", Path.write_text)
+published(root, 30)
+directory.prune(root, keep_last=1, keep_every=0)
+print(calls)
+"""
+
+
+def publish(root: Path, last_call: int) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", PUBLISHER, str(root), str(last_call)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def hold_to_promise(root: Path, call: int) -> str:
+    newest, _ = directory.newest(root)
+    assert newest is not None and newest.name in ("step_0000020", "step_0000030"), call
+    assert manifest.verify(newest) == [], call
+    name = (root / "latest").read_text()
+    assert name.strip() in ("step_0000020", "step_0000030") and name.endswith("\n"), "a torn pointer"
+    return newest.name
+
+
+def sweep(tmp_path: Path, every: int) -> None:
+    from tests.checkpoint.test_directory import published
+
+    published(tmp_path / "count", 10, 20)
+    num_calls = int(publish(tmp_path / "count", 0).stdout)
+    assert num_calls > 20
+    seen = set()
+    for call in range(1, num_calls + 1, every):
+        root = tmp_path / str(call)
+        published(root, 10, 20)
+        assert publish(root, call).returncode == 9
+        seen.add(hold_to_promise(root, call))
+        assert publish(root, 0).returncode == 0, "the next start saves as if nothing had been"
+        assert hold_to_promise(root, call) == "step_0000030"
+    assert seen == {"step_0000020", "step_0000030"}, "the sweep did not pass the point of publication"
+
+
+def test_a_death_at_some_calls_of_a_publication(tmp_path):
+    sweep(tmp_path, every=6)
+
+
+@pytest.mark.slow
+def test_a_death_at_every_call_of_a_publication(tmp_path):
+    sweep(tmp_path, every=1)
+
+
+def faulty(path: Path, *settings: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "tests.reliability.faulty_run", str(path), *settings]
+    return call(command, {**os.environ, "OMP_NUM_THREADS": "1"}, timeout_seconds=120)
+
+
+def kill_in_saves(finished: Path, touches: tuple[int, ...], name: str) -> None:
+    """A run that is killed in the middle of a save at every start but the last."""
+    root, last = finished / "runs" / name / "checkpoints", 0
+    for touch in touches:
+        code, output = faulty(finished, *run(name, "checkpoint.save_interval=2"), f"fault.touch={touch}")
+        assert code == -9, output
+        newest, _ = directory.newest(root)
+        step = directory.step_of(newest) if newest else 0
+        assert step >= last and (newest is None or manifest.verify(newest) == [])
+        last = step
+    start(finished, run(name, "checkpoint.save_interval=2"))
+    assert exact(finished, name) == exact(finished, "whole")
+
+
+def test_a_training_killed_inside_saves(finished):
+    kill_in_saves(finished, (7, 31), "killed_in_saves")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_training_killed_inside_many_saves(finished):
+    for round_ in range(4):
+        kill_in_saves(finished, (3 + round_, 11 + round_, 19 + 2 * round_, 29 + 3 * round_), f"killed_{round_}")
+
+
+@pytest.fixture
+def small_disk(tmp_path, finished):
+    """A file system with room for the data of one checkpoint and a half."""
+    size = sum(p.stat().st_size for p in (finished / "runs/whole/checkpoints/step_0000010").iterdir())
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.7)}", "none", str(path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("lie", [False, True], ids=["seen_before", "seen_while_writing"])
+def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_loads(finished, small_disk, lie):
+    name = f"full_{lie}".lower()
+    settings = run(name, "checkpoint.save_interval=5", f'run.directory="{small_disk}"')
+    _, output = faulty(finished, *settings, *(["fault.lie_about_room=true"] if lie else []))
+    (line,) = [li for li in output.splitlines() if "UserError" in li]
+    assert "step_0000010" in line and "bytes are needed" in line and "are free" in line and str(small_disk) in line
+    older = small_disk / name / "checkpoints" / "step_0000005"
+    assert manifest.verify(older) == []
+    start(finished, run(f"after_{name}", load=str(older)))
+    assert exact(finished, f"after_{name}") == exact(finished, "whole", 6)

@@ -1,0 +1,114 @@
+"""R14: a checkpoint from a stranger, its manifest rewritten to fit, does not run anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from hymba_train.checkpoint import manifest
+from hymba_train.checkpoint.restricted import nothing_runs
+from hymba_train.convert.dcp import read_index
+from hymba_train.errors import UserError
+from tests.train.test_training import run, start
+
+pytestmark = pytest.mark.reliability
+COMMON = "common_state/shard_0_1"
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def poison_index(step: Path, canary: Path) -> None:
+    (step / ".metadata").write_bytes(pickle.dumps(Payload(canary)))
+
+
+def poison_index_inside(step: Path, canary: Path) -> None:
+    """A true index with the payload where planners keep their data."""
+    index = read_index(step)
+    index.planner_data = Payload(canary)
+    (step / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def poison_common_state(step: Path, canary: Path) -> None:
+    """What is no tensor lies in a data file, which PyTorch loads with weights_only=False."""
+    index, content = read_index(step), io.BytesIO()
+    torch.save([Payload(canary)], content)
+    stored = index.storage_data[MetadataIndex(COMMON)]
+    data = step / stored.relative_path
+    stored.offset, stored.length = data.stat().st_size, len(content.getvalue())
+    data.write_bytes(data.read_bytes() + content.getvalue())
+    (step / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def poison_common_file(step: Path, canary: Path) -> None:
+    """Older Megatron-Core's file for what is no tensor; newer ones still read it."""
+    torch.save({"train_state": Payload(canary)}, step / "common.pt")
+
+
+def leave_the_directory(step: Path, canary: Path) -> None:
+    index = read_index(step)
+    index.storage_data[MetadataIndex(COMMON)].relative_path = "../../secret"
+    (step / ".metadata").write_bytes(pickle.dumps(index))
+
+
+POISONS = [poison_index, poison_index_inside, poison_common_state, poison_common_file, leave_the_directory]
+
+
+@pytest.fixture(scope="module")
+def poisoned(finished) -> tuple[Path, str]:
+    """(directory with canaries, output) of a start from every poisoned copy, in the environment that is worst."""
+    for poison in POISONS:
+        copy = finished / "runs" / poison.__name__
+        shutil.copytree(finished / "runs" / "whole", copy)
+        for step in copy.glob("checkpoints/step_*"):
+            poison(step, finished / f"canary_{poison.__name__}")
+            manifest.write(step, manifest.make(step))
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        return finished, start(finished, *(run(poison.__name__) for poison in POISONS))
+    finally:
+        del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_it_is_refused_in_one_line_and_nothing_has_run(poisoned, poison):
+    path, output = poisoned
+    assert not (path / f"canary_{poison.__name__}").exists()
+    (line,) = [li for li in output.splitlines() if "UserError" in li and f"/{poison.__name__}/" in li]
+    assert "step_0000010" in line and "cannot be" in line
+
+
+def test_without_the_guard_they_do_run(checkpoints, tmp_path, lone_runtime):
+    """The poisons are real, so the tests above can fail."""
+    step = checkpoints / "step_0000010"
+    shutil.copytree(step, clean := tmp_path / "clean")
+    poison_common_state(step, tmp_path / "in_common_state")
+    with nothing_runs(), pytest.raises(BaseException):  # noqa: B017  PyTorch's exception is no Exception
+        dist_checkpointing.load_common_state_dict(str(step))
+    assert not (tmp_path / "in_common_state").exists()
+    dist_checkpointing.load_common_state_dict(str(step))
+    assert (tmp_path / "in_common_state").exists()
+
+    poison_index(clean, tmp_path / "in_index")
+    with nothing_runs(), pytest.raises(UserError):
+        FileSystemReader(clean).read_metadata()
+    assert not (tmp_path / "in_index").exists()
+    with pytest.raises(AttributeError):
+        FileSystemReader(clean).read_metadata()
+    assert (tmp_path / "in_index").exists()
