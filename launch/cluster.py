@@ -74,7 +74,8 @@ class ClusterConfig:
     nodes: int | None = None
     """Nodes that train; --nodes overrides. None: as many as parallel.world_size needs."""
     spare_nodes: int = 0
-    """Nodes asked for beyond these, to take the place of bad ones. A requeued job asks for as many nodes less as it has excluded."""
+    """Nodes asked for beyond these, to take the place of bad ones. A requeued job asks for as many nodes less as it has
+    excluded."""
     cpus_per_process: int | None = None
     """Processor cores to ask for per rank. None: the site's default."""
     memory_per_node: str | None = None

@@ -112,8 +112,7 @@ def _kill(pid: int) -> None:
 
 def _run(command: list[str], run_directory: Path, say: Callable[[str], None]) -> tuple[int, int]:
     """(exit code, number of signals that came meanwhile)."""
-    # In a session of its own: Ctrl-C goes to every process in the terminal's group, and torchrun would just die of it.
-    child = subprocess.Popen(command, start_new_session=True)
+    child: subprocess.Popen | None = None
     caught = 0
 
     def on_signal(number: int, frame: object) -> None:
@@ -122,15 +121,17 @@ def _run(command: list[str], run_directory: Path, say: Callable[[str], None]) ->
         if caught == 1:
             say(f"{signal.Signals(number).name}: training saves and stops after this step; once more ends it at once")
             request_stop(run_directory, f"signal {signal.Signals(number).name}")
-        else:
+        elif child is not None:
             _kill(child.pid)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
+        # In a session of its own: Ctrl-C goes to every process in the terminal's group, and torchrun would die of it.
+        child = subprocess.Popen(command, start_new_session=True)
         return child.wait(), caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if child.poll() is None:
+        if child is not None and child.poll() is None:
             _kill(child.pid)

@@ -21,6 +21,7 @@ class Point:
     config: Config
     plan: Plan
     num_nodes: int
+    base_name: str  # run.name without what the sweep adds
 
     @property
     def directory(self) -> Path:
@@ -51,6 +52,7 @@ def make_points(
 
 def _point(overrides, suffix, cluster, num_nodes, config_dir, check_paths) -> Point:
     config = compose(overrides, config_dir=config_dir)
+    base_name = config.run.name
     if suffix:  # composed again, because other keys may be made from the name
         config = compose([*overrides, f"run.name='{config.run.name}-{suffix}'"], config_dir=config_dir)
     if not all(re.fullmatch(r"[\w.=+-]*[\w=+-][\w.=+-]*", part) for part in config.run.name.split("/")):
@@ -58,7 +60,7 @@ def _point(overrides, suffix, cluster, num_nodes, config_dir, check_paths) -> Po
     nodes = num_nodes or cluster.nodes or _nodes_of_layout(config, cluster)
     plan = make_plan(config, nodes * cluster.ranks_per_node, check_paths=check_paths)
     plan.require_complete()
-    return Point(config, plan, nodes)
+    return Point(config, plan, nodes, base_name)
 
 
 def _nodes_of_layout(config: Config, cluster: ClusterConfig) -> int:

@@ -1,4 +1,4 @@
-"""The batch script: a head with this job's facts, which a person can read and check, and the fixed part launch/job.sh."""
+"""The batch script: a head with this job's facts, which a person can read, and the fixed part launch/job.sh."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -53,23 +52,19 @@ def run_slurm(args: argparse.Namespace) -> int:
 def make_job(points: Sequence[Point], cluster_name: str, cluster: ClusterConfig, command: str) -> Job:
     """The job that trains ``points``; reserves nothing and writes nothing."""
     directories = tuple(point.directory for point in points)
-    launch = f"{1 + max(_last_launch(directory) for directory in directories):04d}"
-    name = points[0].config.run.name
-    if len(points) == 1:
-        directory = directories[0] / SLURM / launch
-    else:  # the script of a sweep belongs to no single point
-        name = os.path.commonprefix([point.config.run.name for point in points]).rstrip("-=.")
-        name = name.rpartition("-")[0] or name
-        directory = directories[0].parent / f"{Path(name).name}.sweep" / launch
+    name = points[0].base_name
+    sweep = directories[0].parent / f"{Path(name).name}.sweep"  # holds the script, which belongs to no single point
+    used = [_last_number(directory / SLURM) for directory in directories]
+    launch = f"{1 + max(used if len(points) == 1 else [*used, _last_number(sweep)]):04d}"
+    directory = directories[0] / SLURM / launch if len(points) == 1 else sweep / launch
     return Job(
         name=name, cluster_name=cluster_name, cluster=cluster, num_nodes=points[0].num_nodes,
         run_directories=directories, launch=launch, directory=directory, working_directory=Path.cwd(), command=command,
     )  # fmt: skip
 
 
-def _last_launch(directory: Path) -> int:
-    numbers = [int(p.name) for p in (directory / SLURM).glob("[0-9]*") if p.name.isdigit()]
-    return max(numbers, default=0)
+def _last_number(directory: Path) -> int:
+    return max((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), default=0)
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -159,9 +154,9 @@ def _unreachable(points: Sequence[Point], cluster: ClusterConfig, check_paths: b
         problems.append(f"cluster.venv={cluster.venv}: no bin/activate there; give a virtual environment")
     if not cluster.container.image:
         return problems
-    if "/" in cluster.container.image and cluster.container.image.endswith(".sqsh") and check_paths:
-        if not Path(cluster.container.image).is_file():
-            problems.append(f"cluster.container.image={cluster.container.image}: no such file")
+    image = cluster.container.image
+    if image.endswith(".sqsh") and check_paths and not Path(image).is_file():
+        problems.append(f"cluster.container.image={image}: no such file")
     same = [Path(m.split(":")[0]) for m in cluster.container.mounts if m.split(":")[0] == m.split(":")[1]]
     for point in points:
         needed = {"the working directory": Path.cwd(), "run.directory": point.directory}

@@ -48,6 +48,9 @@ def test_wheel_finds_recipes_corpus_and_launchers(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     done = run(installed, tmp_path, "plan", "experiment=demo")
     assert done.returncode == 0 and "hymba_tiny" in done.stdout, done.stderr
+    slurm = ["launch", "slurm", "experiment=demo", "parallel=dp2", "cluster=local_test", "--nodes=1", "--dry-run"]
+    done = run(installed, tmp_path, *slurm)
+    assert done.returncode == 0 and "torch.distributed.run" in done.stdout, done.stderr
     assert not list(installed.glob("tests*"))
 
 

@@ -1,7 +1,7 @@
 """Tokenising speed: our whole path from file to published pair against the bare library on texts in memory.
 
 One measurement is one fresh process (no library has seen the text before), so a library's cache of words starts cold
-on both sides. Loading the tokenizer and a first call on one short sentence, which builds tables in some libraries and
+on both sides. Loading the tokenizer and a first call on some short texts, which builds tables in some libraries and
 loads modules in ours, are counted on neither side: a shard of a real corpus is a thousand times longer.
 
 python -m benchmarks.data.tokenize_speed bare|ours BACKEND FILE.jsonl TOKENIZER      prints one JSON object
@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WARM_UP = ["One sentence that stands in none of the texts, to get things going."]
+from hymba_train.data.tokenizer import SAMPLE_TEXTS
+
+WARM_UP = list(SAMPLE_TEXTS)  # which our loading encodes to compare libraries
 BACKENDS = {
     "tokenizers": ("tokenizer.json", "default"),
     "sentencepiece": ("tokenizer.model", "default"),
@@ -35,6 +37,11 @@ def texts_of(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in stream]
 
 
+def warm_up(act: Callable[[], Any]) -> None:
+    for _ in range(5):
+        act()
+
+
 def bare(library: str, path: Path, tokenizer: Path) -> Callable[[], Any]:
     """The library's own fastest call for a batch of documents on one thread."""
     texts = texts_of(path)
@@ -42,18 +49,19 @@ def bare(library: str, path: Path, tokenizer: Path) -> Callable[[], Any]:
         from tokenizers import Tokenizer
 
         fast = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-        fast.encode_batch_fast(WARM_UP)
+        warm_up(lambda: fast.encode_batch_fast(WARM_UP))
         return lambda: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
     if library == "sentencepiece":
         from sentencepiece import SentencePieceProcessor
 
         processor = SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
-        processor.encode(WARM_UP)
+        warm_up(lambda: processor.encode(WARM_UP))
         return lambda: processor.encode(texts, num_threads=1)
-    from gigatoken import Tokenizer as GigaTokenizer
+    from hymba_train.data.tokenizer_backends import GigaToken
 
-    giga = GigaTokenizer.from_sentencepiece(tokenizer / "tokenizer.model")
-    giga.encode_batch(WARM_UP, parallel=False)
+    # From the same tokenizer.json, special tokens taken out: from the .model it is slower, and would flatter us.
+    giga = GigaToken((tokenizer / "tokenizer.json").read_bytes(), is_sentencepiece=False)._fast
+    warm_up(lambda: giga.encode_batch(WARM_UP, parallel=False))
     return lambda: giga.encode_batch(texts, parallel=False)
 
 
@@ -64,9 +72,10 @@ def ours(library: str, path: Path, tokenizer: Path, out: Path) -> Callable[[], A
 
     name, backend = BACKENDS[library]
     worker = ChunkTokenizer(Settings(str(tokenizer / name), backend=backend))
-    (out / "warm_up.jsonl").write_text(json.dumps({"text": WARM_UP[0]}))
-    warm_up, file = (find_inputs([path])[0] for path in (out / "warm_up.jsonl", path))
-    tokenize_shard(warm_up, out / "warm_up", worker.settings, worker.tokenizer, worker.map)
+    (out / "first.jsonl").write_text(json.dumps({"text": "one line"}))
+    first, file = (find_inputs([path])[0] for path in (out / "first.jsonl", path))
+    warm_up(lambda: worker.tokenizer.encode_documents(WARM_UP, worker.dtype, True))
+    tokenize_shard(first, out / "first", worker.settings, worker.tokenizer, worker.map)
     return lambda: tokenize_shard(file, out / "out", worker.settings, worker.tokenizer, worker.map)
 
 

@@ -120,7 +120,7 @@ def run_tasks(
     data in the Hub's cache and HF_HUB_OFFLINE=1 set. Raises UserError if the package or a task is not there.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks: lm-evaluation-harness is not installed: pip install 'hymba_train[eval]'")
+        raise UserError("--tasks: lm-evaluation-harness is not installed: pip install 'hymba-train[eval]'")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

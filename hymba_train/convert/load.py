@@ -60,7 +60,7 @@ class LoadedModel:
 
 def require_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
-        raise UserError("transformers is not installed: pip install 'hymba_train[hf]'")
+        raise UserError("transformers is not installed: pip install 'hymba-train[hf]'")
 
 
 def load_model(

@@ -131,8 +131,14 @@ class Tokenizer:
             flat = np.fromiter(chain.from_iterable(encoded), dtype, int(lengths.sum()))
         lengths = lengths[lengths > 0]
         if not append_eod:
-            return flat.astype(dtype), lengths.astype(np.int32)
-        return np.insert(flat.astype(dtype), np.cumsum(lengths), self.eod_id), (lengths + 1).astype(np.int32)
+            return flat.astype(dtype, copy=False), lengths.astype(np.int32)
+        lengths += 1
+        tokens = np.empty(flat.size + lengths.size, dtype)
+        is_end = np.zeros(tokens.size, dtype=bool)
+        is_end[np.cumsum(lengths) - 1] = True
+        tokens[is_end] = self.eod_id
+        tokens[~is_end] = flat
+        return tokens, lengths.astype(np.int32)
 
     def compare_backends(self, texts: Sequence[str]) -> None:
         """Encode ``texts`` with the chosen backend and with the file's own library. Raises UserError if ids differ."""

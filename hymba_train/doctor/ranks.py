@@ -60,8 +60,8 @@ def all_reduce(quick: bool) -> list[Finding]:
     speed = 4 * size / float(seconds)
     bus = speed * 2 * (world_size - 1) / world_size
     backend = "nccl" if on_gpu else "gloo"
-    text = f"{speed / 1e9:.2f} GB/s (bus {bus / 1e9:.2f} GB/s), {4 * size / 2**20:.0f} MiB over {world_size} ranks, {backend}"
-    return [Finding("all-reduce", text)]
+    what = f"{4 * size / 2**20:.0f} MiB over {world_size} ranks, {backend}"
+    return [Finding("all-reduce", f"{speed / 1e9:.2f} GB/s (bus {bus / 1e9:.2f} GB/s), {what}")]
 
 
 def _wait(on_gpu: bool) -> None:

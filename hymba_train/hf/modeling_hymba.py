@@ -346,10 +346,10 @@ class HymbaConvolution(nn.Conv1d):
 
 
 class HymbaTimeStep(nn.Linear):
-    """The raw time step without bias, in the type of x, and the bias, which is added in float32."""
+    """The time step before softplus: the product in the type of x, the bias added in float32."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype)), wide(self.bias)
+        return wide(F.linear(x, self.weight.to(x.dtype))) + wide(self.bias)
 
 
 class HymbaParameter(nn.Module):
@@ -474,18 +474,17 @@ class HymbaMixer(nn.Module):
         return y
 
     def _scan_inputs(self, u):
-        """u [..., E] after the convolution -> raw time step [..., E] and its bias [E], B and C [..., N]."""
+        """u [..., E] after the convolution -> time step before softplus [..., E] (float32), B and C [..., N]."""
         n = self.config.mamba_d_state
         dt, B, C = self.x_proj[0](u).split([self.config.mamba_dt_rank, n, n], dim=-1)
-        dt, bias = self.dt_proj[0](self.dt_layernorm(dt))
-        return dt, bias, self.B_layernorm(B), self.C_layernorm(C)
+        return wide(self.dt_proj[0](self.dt_layernorm(dt))), self.B_layernorm(B), self.C_layernorm(C)
 
-    def _scan(self, u, dt, bias, B, C, z, state, rows):
+    def _scan(self, u, dt, B, C, z, state, rows):
         """Scan of all rows, with skip and gate: [N, E]; last state of the text rows [B, E, N]."""
         A, D = -torch.exp(self.A_log()), self.D()
         if self._use_kernels(u) and state is None:
-            return self._scan_kernel(u, dt, B, C, z, rows, bias, A, D)
-        delta = F.softplus(wide(dt) + bias)
+            return self._scan_kernel(u, dt, B, C, z, rows, A, D)
+        delta = F.softplus(dt)
         du = delta * wide(u)
         (meta_delta, delta), (meta_du, du) = rows.split(delta), rows.split(du)
         (meta_B, B), (meta_C, C) = rows.split(wide(B)), rows.split(wide(C))
@@ -499,8 +498,9 @@ class HymbaMixer(nn.Module):
         y = rows.join(meta_y[0] if rows.num_meta else None, y)
         return (torch.addcmul(y, D, wide(u)) * F.silu(wide(z))).to(u.dtype), state
 
-    def _scan_kernel(self, u, dt, B, C, z, rows, bias, A, D):
+    def _scan_kernel(self, u, dt, B, C, z, rows, A, D):
         """The same with mamba-ssm, which takes no first state: meta tokens are put before every row."""
+        dt, bias = self._without_bias(dt, u)
         if rows.valid is not None:
             held = rows.join(rows.valid.new_ones(rows.num_meta), rows.valid)
             dt = dt.masked_fill(~held[:, None], -1e4)  # softplus of it is 0
@@ -515,19 +515,26 @@ class HymbaMixer(nn.Module):
         y = y.transpose(1, 2)
         return rows.join(y[0, : rows.num_meta], y[:, rows.num_meta :]), state
 
-    def _scan_step(self, u, dt, bias, B, C, z, state):
+    def _scan_step(self, u, dt, B, C, z, state):
         """One step of every row, u [B, E]; state is updated in place."""
         A, D = -torch.exp(self.A_log()), self.D()
         if self._use_kernels(u):
+            dt, bias = self._without_bias(dt, u)
             return selective_state_update(state, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
-        delta = F.softplus(wide(dt) + bias)
+        delta = F.softplus(dt)
         new = torch.exp(delta[:, :, None] * A) * state + (delta * wide(u))[:, :, None] * wide(B)[:, None]
         state.copy_(new)
         y = (new * wide(C)[:, None]).sum(-1) + D * wide(u)
         return (y * F.silu(wide(z))).to(u.dtype)
 
+    def _without_bias(self, dt, u):
+        """The kernels take the product in u's type and the bias in float32."""
+        bias = wide(self.dt_proj[0].bias)
+        return (dt - bias).to(u.dtype), bias
+
     def _use_kernels(self, x):
-        return selective_scan_fn is not None and x.is_cuda and self.config.use_mamba_kernels
+        offloaded = self.has_ssm and self.dt_proj[0].bias.is_meta and not x.is_meta
+        return selective_scan_fn is not None and x.is_cuda and self.config.use_mamba_kernels and not offloaded
 
     def _fuse(self, attention, ssm):
         if attention is None or ssm is None:
@@ -589,7 +596,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("HymbaDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("A_log", "D", "dt_proj")
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ("A_log", "D", "dt_proj")
     _is_stateful = True  # a state cannot go back: no assisted decoding
     _supports_sdpa = _supports_flex_attn = True  # accepted; what runs is chosen by attn_implementation_new
 

@@ -31,7 +31,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def test_without_the_harness_it_is_said_how_to_get_it(runs, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
-    with pytest.raises(UserError, match=r"pip install 'hymba_train\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'hymba-train\[eval\]'"):
         run_eval(["--model", str(runs.path("whole")), "--tasks", "paper", "--device", "cpu"])
 
 

@@ -161,7 +161,8 @@ def test_under_torchrun_one_page_for_all(tmp_path):
 def test_one_broken_rank_breaks_all(tmp_path):
     program = tmp_path / "half_broken.py"
     program.write_text(
-        "import os\nfrom pathlib import Path\nfrom hymba_train.cli import main\nfrom hymba_train.doctor import software\n"
+        "import os\nfrom pathlib import Path\n"
+        "from hymba_train.cli import main\nfrom hymba_train.doctor import software\n"
         "from hymba_train.doctor.report import BAD, Finding\n"
         "if os.environ['RANK'] == '1':\n    software.packages = lambda: [Finding('torch', 'gone', BAD, 'mend it')]\n"
         f"code = main(['doctor', '--quick', '--directory', {str(tmp_path)!r}])\n"

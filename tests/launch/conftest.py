@@ -26,7 +26,8 @@ def job_of():
             name=config.run.name, cluster_name=name, cluster=loaded, num_nodes=num_nodes or loaded.nodes or 1,
             run_directories=directories, launch="0001",
             directory=base / "slurm" / "0001" if points == 1 else Path(f"{base}.sweep/0001"),
-            working_directory=Path("/work/me"), command=f"hymba launch slurm experiment=pretrain_1p5b cluster={cluster}",
+            working_directory=Path("/work/me"),
+            command=f"hymba launch slurm experiment=pretrain_1p5b cluster={cluster}",
         )  # fmt: skip
 
     return make

@@ -154,7 +154,7 @@ def test_ranks_that_slurm_signalled_themselves_come_back(script):
 
 
 def test_the_users_stop_does_not_come_back(script):
-    code, output = script('train() { echo "stopped 12 stop_requested" > "$RUN_DIR/outcome"; }')
+    code, _ = script('train() { echo "stopped 12 stop_requested" > "$RUN_DIR/outcome"; }')
     assert code == 0 and not script.requeues()
 
 
@@ -174,7 +174,7 @@ def test_the_count_outlives_a_requeue(script):
 
 
 def test_failures_with_progress_requeue_in_the_end(script):
-    code, output = script('train() { publish "step_000000$attempt"; return 1; }')
+    code, _ = script('train() { publish "step_000000$attempt"; return 1; }')
     assert code == 75 and len(script.trainings()) == 4 and "scontrol requeue 7" in script.calls  # max_restarts=3
 
 

@@ -52,9 +52,8 @@ def test_bash_reads_it(job_of, cluster, points):
 def variables(job, *names: str) -> list[str]:
     """Values that the head of the script gives to shell variables."""
     code = head_of(render(job)) + "".join(f'printf "%s\\0" "${{{name}[@]}}"\n' for name in names)
-    done = subprocess.run(
-        ["bash"], input=code, capture_output=True, text=True, check=True, env={"SLURM_ARRAY_TASK_ID": "1", "PATH": os.environ["PATH"]}
-    )  # fmt: skip
+    environment = {"SLURM_ARRAY_TASK_ID": "1", "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash"], input=code, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
     return done.stdout.split("\0")[:-1]
 

@@ -63,13 +63,13 @@ def sweep(tmp_path: Path, every: int) -> None:
     num_calls = int(publish(tmp_path / "count", 0).stdout)
     assert num_calls > 20
     seen = set()
-    for call in range(1, num_calls + 1, every):
-        root = tmp_path / str(call)
+    for last_call in range(1, num_calls + 1, every):
+        root = tmp_path / str(last_call)
         published(root, 10, 20)
-        assert publish(root, call).returncode == 9
-        seen.add(hold_to_promise(root, call))
+        assert publish(root, last_call).returncode == 9
+        seen.add(hold_to_promise(root, last_call))
         assert publish(root, 0).returncode == 0, "the next start saves as if nothing had been"
-        assert hold_to_promise(root, call) == "step_0000030"
+        assert hold_to_promise(root, last_call) == "step_0000030"
     assert seen == {"step_0000020", "step_0000030"}, "the sweep did not pass the point of publication"
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_loads(finished, 
     name = f"full_{lie}".lower()
     settings = run(name, "checkpoint.save_interval=5", f'run.directory="{small_disk}"')
     _, output = faulty(finished, *settings, *(["fault.lie_about_room=true"] if lie else []))
-    (line,) = [li for li in output.splitlines() if "UserError" in li]
+    (line,) = [li for li in output.splitlines() if li.startswith("UserError")]
     assert "step_0000010" in line and "bytes are needed" in line and "are free" in line and str(small_disk) in line
     older = small_disk / name / "checkpoints" / "step_0000005"
     assert manifest.verify(older) == []

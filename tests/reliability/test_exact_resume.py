@@ -69,6 +69,7 @@ def hold_to_unkilled(directory: Path, seeds: range) -> None:
         assert not list((directory / "runs" / name / "checkpoints").glob("*.incomplete"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_three_kills(tmp_path, lone_runtime):
     run_killed(tmp_path, range(3), timeout_seconds=560)

@@ -55,16 +55,15 @@ class Slurm:
         )
 
     def power_off(self, node: str, job: str) -> None:
-        """Kill a node's daemon and all its processes of one job, and let the controller know."""
+        """Kill a node's daemon and its tasks of one job, and tell the controller, which else is slow to notice."""
         pid_file = self.conf.parent / f"slurmd.{node}.pid"
         psutil.Process(int(pid_file.read_text())).kill()
         for process in psutil.process_iter():
             try:
-                environment, command = process.environ(), " ".join(process.cmdline())
+                environment = process.environ()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            is_task = environment.get("SLURM_JOB_ID") == job and environment.get("SLURMD_NODENAME") == node
-            if is_task or command.startswith(f"slurmstepd: [{job}.") and f"slurmd.{node}.pid" in command:
+            if environment.get("SLURM_JOB_ID") == job and environment.get("SLURMD_NODENAME") == node:
                 process.kill()
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
@@ -128,9 +127,9 @@ class Launched:
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
-                if "hymba_train" in command and "torch.distributed.run" not in command and "--frozen" in command:
-                    if command[-1] == str(self.directory / "resolved.yaml"):
-                        found[int(process.environ()["RANK"])] = process
+                is_rank = "hymba_train" in command and "torch.distributed.run" not in command
+                if is_rank and command[-1] == str(self.directory / "resolved.yaml"):
+                    found[int(process.environ()["RANK"])] = process
             except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
                 continue
         return [found[rank] for rank in sorted(found)]
@@ -159,7 +158,7 @@ def slurm(tmp_path_factory):
 
 
 def write_experiment(directory: Path) -> None:
-    """``experiment=slurm_tiny``: four layers, a line a step, 64 sequences of 16 tokens a phase unless told otherwise."""
+    """``experiment=slurm_tiny``: a model of four layers, and a line a step."""
     plain = to_plain(tiny_config(directory))
     plain["run"]["directory"] = str(directory / "runs")
     plain["logging"]["eval_interval"] = 0

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import signal
+import sys
 
 import pytest
+
+from tests.slurm.conftest import Launched
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -163,7 +166,6 @@ def test_a_sweep_is_one_array(slurm):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     array = re.match(r"job (\d+):", done.stdout)[1]
-    from tests.slurm.conftest import Launched
 
     points = [
         Launched(slurm, [f"{array}_{i}"], slurm.directory / "runs" / f"grid-lr={v}")
@@ -179,11 +181,11 @@ def test_a_sweep_is_one_array(slurm):
 def test_a_container_is_asked_for_on_every_step(slurm):
     if not (slurm.directory.parent / "pyxis_stub.so").exists():
         pytest.skip("pyxis stand-in: needs gcc and libslurm-dev")
-    import sys
 
     mounts = f"cluster.container.mounts=[{slurm.directory}:{slurm.directory}]"
     job = slurm.launch(
-        "container", *ONE_NODE, *QUICK, "cluster.container.image=site#hymba:1", mounts, f"cluster.python={sys.executable}",
+        "container", *ONE_NODE, *QUICK, "cluster.container.image=site#hymba:1", mounts,
+        f"cluster.python={sys.executable}",
         'cluster.health_check.command=test "$PYXIS_STUB_CONTAINER_IMAGE" = "site#hymba:1"',
     )  # fmt: skip
     job.wait_until_over("COMPLETED")
