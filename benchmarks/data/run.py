@@ -110,8 +110,8 @@ def _tokenize_table(table: dict) -> list[str]:
         "*bare*: the library's own call on texts in memory. *ours*: from the JSONL file to the published, fsynced pair "
         "with manifest: hashing, reading, parsing, encoding, checking, writing. Every figure is the median of fresh "
         "processes, so caches start cold; loading the tokenizer is in neither. The four domains are shards of 0.3 to "
-        "0.5 MB, in which publishing three files takes a share that it does not have in a real one; *large* is 60 MB of "
-        "installed Python sources.", "",
+        "0.5 MB, in which publishing three files takes a share that it does not have in a real one; *large* is 60 MB "
+        "of installed Python sources.", "",
         f"| library | {' | '.join(f'{domain} bare / ours' for domain in (*DOMAINS, LARGE))} | mean of the four, ours | "
         "ours / bare, large | goal |",
         "|---|" + "---:|" * (len(DOMAINS) + 4),

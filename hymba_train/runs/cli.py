@@ -42,18 +42,22 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument("--png", metavar="FILE", help="draw into a PNG file instead of the terminal")
     else:
         parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument(
+            "--verify", action="store_true", help="read every newest checkpoint and hold it to its checksums"
+        )
     parser.add_argument("--directory", default="runs", metavar="DIR", help="run.directory of the runs (default: runs)")
     args = parser.parse_args(argv)
     root = Path(args.directory)
-    return show(root, args.name, args.png) if command == "show" else list_runs(root, args.json)
+    return show(root, args.name, args.png) if command == "show" else list_runs(root, args.json, args.verify)
 
 
-def list_runs(root: Path, as_json: bool) -> int:
-    """Print every run below ``root``."""
-    summaries = [summarize(run, root) for run in find_runs(root)]
+def list_runs(root: Path, as_json: bool, verify: bool = False) -> int:
+    """Print every run below ``root``. Returns 1 if ``verify`` found a damaged checkpoint, else 0."""
+    summaries = [summarize(run, root, verify=verify) for run in find_runs(root)]
+    code = int(any(summary.verified is False for summary in summaries))
     if as_json:
         print(json.dumps([dataclasses.asdict(summary) for summary in summaries], indent=1))
-        return 0
+        return code
     if not summaries:
         print(f"no runs in {root}")
         return 0
@@ -70,12 +74,13 @@ def list_runs(root: Path, as_json: bool) -> int:
     for summary in summaries:
         for remark in summary.remarks:
             print(f"{summary.name}: {remark}", file=sys.stderr)
-    return 0
+    return code
 
 
 def _cells(s: RunSummary) -> list[str]:
     step = f"{s.step}" if s.num_steps is None else f"{s.step}/{s.num_steps}"
-    checkpoint = "-" if s.checkpoint is None else f"{s.checkpoint}{' (damaged)' if s.remarks else ''}"
+    quality = " (damaged)" if s.remarks else " (verified)" if s.verified else ""
+    checkpoint = "-" if s.checkpoint is None else f"{s.checkpoint}{quality}"
     loss = "-" if s.loss is None else f"{s.loss:.4f}"
     share = "-" if s.goodput is None else f"{s.goodput:.0%}"
     return [s.name, s.state, step, format_count(s.tokens), loss, checkpoint, str(s.restarts), share]

@@ -13,6 +13,7 @@ from typing import Any
 from hymba_train.callbacks.progress import format_seconds
 from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.checkpoint import directory as checkpoints
+from hymba_train.checkpoint import manifest
 from hymba_train.config import FROZEN_NAME, load_frozen
 from hymba_train.errors import UserError
 from hymba_train.plan import plan_steps
@@ -34,6 +35,7 @@ class RunSummary:
     tokens: int
     loss: float | None  # training loss of the last logged step
     checkpoint: int | None  # step of the newest complete checkpoint
+    verified: bool | None  # whether every file of it has the checksum it was published with; None: not looked
     remarks: tuple[str, ...]  # what is wrong with the checkpoints
     restarts: int
     goodput: float | None  # 0..1
@@ -47,19 +49,21 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{FROZEN_NAME}"))
 
 
-def summarize(run: Path, root: Path, now: float | None = None) -> RunSummary:
-    """Read a run directory; ``now`` in seconds since 1970."""
+def summarize(run: Path, root: Path, now: float | None = None, verify: bool = False) -> RunSummary:
+    """Read a run directory; ``now`` in seconds since 1970. ``verify`` reads all of the newest checkpoint."""
     now = time.time() if now is None else now
     lines = read_lines(run / METRICS)
     last_sign = (run / METRICS).stat().st_mtime if lines else 0.0
     train = counting(lines, "train")
     newest, remarks = checkpoints.newest(run / checkpoints.CHECKPOINTS)
+    damage = manifest.verify(newest) if newest and verify else []
     starts = [line for line in lines if line["event"] == "start"]
     last = train[-1] if train else starts[-1] if starts else {"step": 0, "tokens": 0}
     return RunSummary(
         name=str(run.relative_to(root)), state=state_of(run, lines, last_sign, now), step=last["step"],
         num_steps=_num_steps(run), tokens=last["tokens"], loss=last.get("loss"),
-        checkpoint=checkpoints.step_of(newest) if newest else None, remarks=tuple(remarks),
+        checkpoint=checkpoints.step_of(newest) if newest else None,
+        verified=not damage if newest and verify else None, remarks=(*remarks, *damage),
         restarts=max(len(starts) - 1, 0), goodput=goodput(lines, last_sign),
     )  # fmt: skip
 

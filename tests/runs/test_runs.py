@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hymba_train.checkpoint import manifest
 from hymba_train.checkpoint.directory import LATEST
 from hymba_train.cli import main
 from hymba_train.config import compose, freeze
@@ -142,6 +143,20 @@ def test_the_table(run, tmp_path, capsys):
     assert rows[0][-5:] == ["100", "3.0000", "10", "0", "20%"]
     assert main(["runs", "list", "--json", "--directory", str(tmp_path / "runs")]) == 0
     assert [r["name"] for r in json.loads(capsys.readouterr().out)] == ["b", "group/a"]
+
+
+def test_checkpoints_are_held_to_their_checksums(run, tmp_path, capsys):
+    directory = run([start(0, NOW - 100), train(10, 2.0)])
+    checkpoint(directory, 10)
+    newest = directory / "checkpoints" / "step_0000010"
+    manifest.write(newest, manifest.make(newest))
+    base = ["runs", "--directory", str(tmp_path / "runs")]
+    assert main([*base, "--verify"]) == 0 and "10 (verified)" in capsys.readouterr().out
+    (newest / "metadata.json").write_text("x")
+    assert main(base) == 0 and "10  " in capsys.readouterr().out  # not looked
+    assert main([*base, "--verify"]) == 1
+    out, err = capsys.readouterr()
+    assert "10 (damaged)" in out and str(newest / "metadata.json") in err
 
 
 def test_show(run, tmp_path, capsys):
