@@ -22,7 +22,8 @@ PROMPT = "It is a truth universally acknowledged, that a"
 
 def main() -> int:
     started = time.monotonic()
-    overrides = ["experiment=demo", *sys.argv[1:]]
+    # On the CPU: two processes may find one GPU, and `make setup` installs no GPU packages.
+    overrides = ["experiment=demo", "run.device=cpu", *sys.argv[1:]]
     if (RUN / "metrics.jsonl").exists():
         say(f"{RUN} is there already: the demo goes on from its last checkpoint (to start anew: rm -r {RUN})")
     say("1. The bundled text (novels, speeches, manuals, source code) becomes tokens")

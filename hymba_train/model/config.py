@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -32,12 +31,6 @@ class HymbaConfig(TransformerConfig):
     def kv_replicated(self) -> bool:
         """K/V projections are held whole by every rank: the KV heads do not divide by the tensor-parallel size."""
         return kv_is_replicated(self.dims.num_kv_heads, self.tensor_model_parallel_size)
-
-    def without_sequence_parallel(self) -> HymbaConfig:
-        """For modules between in_proj and out_proj, which see every token."""
-        config = copy.copy(self)
-        config.sequence_parallel = False
-        return config
 
 
 def hymba_config(config: Config, device: torch.device) -> HymbaConfig:

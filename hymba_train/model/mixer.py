@@ -109,7 +109,7 @@ class HybridMixer(MegatronModule):
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        k, v = self.kv_proj.weight.split([d.num_kv_heads * d.head_dim, d.num_kv_heads * d.value_head_dim])
+        k, v = self.kv_proj().weight.split([d.num_kv_heads * d.head_dim, d.num_kv_heads * d.value_head_dim])
         need = self.kv_heads
         return (
             nn.functional.linear(hidden, k[need.start * d.head_dim : need.stop * d.head_dim]),
@@ -125,7 +125,7 @@ class HybridMixer(MegatronModule):
             sums = copy_to_tensor_model_parallel_region(sums, group=self.tp_group)
         scale = torch.rsqrt(sums / self.config.dims.inner_size + self.config.layernorm_epsilon)
         normed = [
-            (t * scale[..., i : i + 1]).to(attention.dtype) * norm.weight.to(attention.dtype)
+            (t * scale[..., i : i + 1]).to(attention.dtype) * norm().weight.to(attention.dtype)
             for i, (t, norm) in enumerate(zip(wide, (self.attention_norm, self.ssm_norm), strict=True))
         ]
         return (normed[0] + normed[1]) / 2

@@ -58,6 +58,7 @@ class HymbaModel(LanguageModule):
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
                 tp_group=self.tp_group,
             )  # fmt: skip
+            self.vocab_part = local_tensor(model_tensors(model)[0], self.tp_group.size(), self.tp_group.rank())["vocab"]
         self.input_tensor: Tensor | None = None
         self.message_width = message_width(config, chunk_starts, self.tp_group.size(), self.tp_group.rank())
         self._mark_parameters()
@@ -116,7 +117,7 @@ class HymbaModel(LanguageModule):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(self.final_norm(hidden), weight=weight)
         logits = rows.split(logits[:, 0])[1]
-        true = self._vocab_part().count
+        true = self.vocab_part.count
         if true == logits.shape[-1]:
             return logits
         padding = torch.arange(logits.shape[-1], device=logits.device) >= true
@@ -135,10 +136,6 @@ class HymbaModel(LanguageModule):
         return gathered[..., : self.config.dims.vocab_size]
 
     # -- parameters as described ------------------------------------------------------------------------------------
-
-    def _vocab_part(self):
-        description = model_tensors(self.config.model)[0]
-        return local_tensor(description, self.tp_group.size(), self.tp_group.rank())["vocab"]
 
     def described_parameters(self) -> list[tuple[str, torch.nn.Parameter, TensorDescription, LocalTensor]]:
         """(our name, parameter, description with full name, this rank's part) of every parameter of this chunk."""

@@ -49,10 +49,6 @@ class TokenRows:
             parts.append(text.new_zeros(padding, *text.shape[2:]))
         return torch.cat(parts)
 
-    def text_logits(self, rows: Tensor) -> Tensor:
-        """[N, ...] -> [B, S, ...]."""
-        return self.split(rows)[1]
-
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -16,12 +16,19 @@ from hymba_train.model.rows import MicroBatch
 
 
 class Weights(nn.Module):
-    """Bare parameters of a step that is an op rather than a module."""
+    """Bare parameters of a step that is an op rather than a module.
+
+    Take them by calling it: with overlap_param_gather Megatron-Core waits for a parameter in the forward hook of the
+    module that owns it, and what is read without a call may not have arrived.
+    """
 
     def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor))
+
+    def forward(self) -> Weights:
+        return self
 
 
 class SsmBranch(nn.Module):
@@ -52,18 +59,19 @@ class SsmBranch(nn.Module):
         """x, z [N, 1, channels] -> gated scan output [N, 1, channels]."""
         rows = batch.rows
         u = self._convolve(x[:, 0], batch)
-        s = reduce_from_tensor_model_parallel_region(F.linear(u, self.x_proj.weight), group=self.tp_group)
+        s = reduce_from_tensor_model_parallel_region(F.linear(u, self.x_proj().weight), group=self.tp_group)
         dt, B, C = s.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         normed = torch.cat((self.dt_norm(dt), self.B_norm(B), self.C_norm(C)), dim=-1)
         # Every rank's channels send a partial gradient back through dt, B and C. Summed here, after the norms, it is
         # whole when it reaches their weights, which therefore need no reduction of their own.
         normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
         dt, B, C = normed.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        y = self._scan(u, F.linear(dt, self.dt_proj.weight), B, C, z[:, 0], batch)
+        y = self._scan(u, F.linear(dt, self.dt_proj().weight), B, C, z[:, 0], batch)
         return rows.join(*y).unsqueeze(1)
 
     def _convolve(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        rows, weights = batch.rows, (self.conv.weight, self.conv.bias)
+        conv, rows = self.conv(), batch.rows
+        weights = (conv.weight, conv.bias)
         meta, text = rows.split(x)
         meta, taps = self.conv_op(meta.unsqueeze(0), *weights, initial_taps=None, segment_ids=None)
         text, _ = self.conv_op(text, *weights, initial_taps=taps[0], segment_ids=batch.segment_ids)

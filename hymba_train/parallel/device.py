@@ -34,7 +34,13 @@ def resolve_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch sees no GPU: use run.device=cpu, or check the driver")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine has {num_gpus} GPU(s): start at most {num_gpus} processes, "
+            "or use run.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def activate(wanted: str = "auto", skip: tuple[str, ...] = ()) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -50,7 +49,7 @@ class Runtime:
 
     @property
     def is_logging_rank(self) -> bool:
-        """Rank 0 speaks; the loss is broadcast to it from the last pipeline stage."""
+        """Rank 0 speaks."""
         return self.rank == 0
 
     @property
@@ -93,7 +92,6 @@ def create_groups(parallel: ParallelConfig, device: torch.device) -> Runtime:
 def destroy_groups() -> None:
     """Forget the parallel groups; the default process group lives on."""
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import _CUDA_RNG_STATE_TRACKER  # noqa: F401  (import proves the module)
 
     parallel_state.destroy_model_parallel()
 
@@ -106,13 +104,12 @@ def shutdown() -> None:
 
 
 def _init_process_group(device: torch.device) -> None:
-    if "RANK" not in os.environ:  # not under torchrun or srun: a lone process is a group of one
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(
-        device_module.backend(device),
+    common = dict(
+        backend=device_module.backend(device),
         timeout=timedelta(minutes=10),
         device_id=device if device.type == "cuda" else None,
     )
+    if "RANK" in os.environ:
+        dist.init_process_group(**common)
+    else:  # not under torchrun or srun: a lone process is a group of one, and needs neither port nor environment
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)

@@ -1,0 +1,82 @@
+"""The pages in docs/: complete, linked, and true to the code where that can be checked."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hymba_train.cli import VERBS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def nav_files(entry) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [file for item in (entry.values() if isinstance(entry, dict) else entry) for file in nav_files(item)]
+
+
+def test_navigation_names_every_page_once():
+    assert sorted(nav_files(SITE["nav"])) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_list_of_keys_is_that_of_the_schema():
+    sys.path.insert(0, str(DOCS))
+    try:
+        import make_keys
+    finally:
+        sys.path.remove(str(DOCS))
+    assert (DOCS / "keys.md").read_text() == make_keys.page(), "run: python docs/make_keys.py"
+
+
+def source_texts() -> str:
+    """All text in the program that a user can come to see, literals joined as Python joins them."""
+    parts = [(ROOT / "launch" / "job.sh").read_text()]
+    for directory in ("hymba_train", "launch", "data_prep"):
+        for file in (ROOT / directory).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    parts.append(node.value)
+    return "\n".join(parts)
+
+
+def test_every_message_that_is_explained_exists():
+    said = source_texts()
+    headings = re.findall(r"^### (.*)", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
+    assert len(messages) > 20
+    assert [message for message in messages if message not in said] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_in_the_pages_exist(page):
+    code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.strip(), comments=True) if line.strip().startswith("hymba ") else []
+        if words:
+            assert words[1] in VERBS, line
+
+
+def test_kubernetes_example_is_yaml():
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "kubernetes.md").read_text(), re.MULTILINE | re.DOTALL)
+    worker = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    mounted = {mount["name"] for mount in worker["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in worker["volumes"]}
