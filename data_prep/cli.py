@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep import inspect_data
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code: 0, or 2 after an error of the user (printed to standard error)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        RUN[args.command](args)
+        with _terminated_like_interrupted():
+            RUN[args.command](args)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
@@ -41,6 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: unfinished output was removed, finished shards stay", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, by which a scheduler ends a job, cleans up as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_tokenize(args: argparse.Namespace) -> None:
@@ -201,13 +222,15 @@ def run_prepare_demo(args: argparse.Namespace) -> None:
 
 
 def _config(overrides: list[str], args: argparse.Namespace):
-    from hymba_train.config import compose, load_frozen
+    from hymba_train.config import compose, load_frozen, to_be_given
 
-    if args.frozen is None:
-        return compose(overrides, config_dir=args.config_dir)
-    if overrides or args.config_dir:
+    if args.frozen is not None and (overrides or args.config_dir):
         raise UserError("--frozen: a frozen configuration takes no overrides and no --config-dir; leave them out")
-    return load_frozen(args.frozen)
+    config = load_frozen(args.frozen) if args.frozen is not None else compose(overrides, config_dir=args.config_dir)
+    missing = [key for key in to_be_given(config) if key.startswith("data.") or key == "model.vocab_size"]
+    if missing:
+        raise UserError(*(f"{key}: to be given, e.g. {key}=..." for key in missing))
+    return config
 
 
 RUN = {

@@ -224,7 +224,8 @@ class _Stopped(Exception):
 
 def _start_worker(settings: Settings, counters: Any) -> None:
     global _worker, _counters
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: one message, not one a worker
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle: one message, and time to clean up
+        signal.signal(number, signal.SIG_IGN)
     _worker, _counters = ChunkTokenizer(settings), counters
 
 

@@ -56,9 +56,7 @@ def train_sentencepiece(texts: Iterator[str] | Sequence[str], vocab_size: int) -
     return model.getvalue()
 
 
-def train_tokenizer(
-    inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text"
-) -> None:
+def train_tokenizer(inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text") -> None:
     """Train on JSON lines or Parquet and write tokenizer.model and tokenizer.json (same ids) into directory ``output``.
 
     Raises UserError for missing files, bad lines or too little text.

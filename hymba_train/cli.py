@@ -11,10 +11,11 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,19 +104,44 @@ def run_plan(argv: list[str]) -> int:
     parser.add_argument("--world-size", type=int, metavar="N", help="plan for N processes")
     parser.add_argument("--skip-paths", action="store_true", help="do not look whether the data is there")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--png", metavar="FILE", help="draw the stack of layers instead")
+    parser.add_argument("--suggest", metavar="gpus=N[,memory=GIB]", help="layouts that fit, ranked by estimate")
     args = parser.parse_intermixed_args(argv)
     if _print_and_stop(args):
         return 0
     from hymba_train.plan import make_plan
     from hymba_train.plan.render import plan_to_json, print_plan
 
+    if args.suggest is not None:
+        return _suggest(args)
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size {args.world_size}: give at least 1")
     plan = make_plan(_read_config(args), args.world_size, check_paths=not args.skip_paths)
-    if args.json:
+    if args.png:
+        from hymba_train.plan.picture import draw_stack
+
+        draw_stack(plan, Path(args.png))
+        print(args.png)
+    elif args.json:
         print(json.dumps(plan_to_json(plan), indent=1))
     else:
         print_plan(plan)
+    return 0
+
+
+def _suggest(args: argparse.Namespace) -> int:
+    from hymba_train.plan.render import print_suggestions
+    from hymba_train.plan.suggest import DEFAULT_MEMORY_GIB, suggest
+
+    match = re.fullmatch(r"gpus=([1-9]\d*)(?:,memory=(\d+(?:\.\d+)?))?", args.suggest)
+    if match is None:
+        raise UserError(f"--suggest {args.suggest}: write gpus=64, or gpus=64,memory=141 (GiB of a GPU)")
+    num_gpus, memory_gib = int(match[1]), float(match[2] or DEFAULT_MEMORY_GIB)
+    suggestions = suggest(_read_config(args), num_gpus, memory_gib)
+    if args.json:
+        print(json.dumps([{**asdict(s), "overrides": s.overrides} for s in suggestions], indent=1))
+    else:
+        print_suggestions(suggestions, num_gpus, memory_gib)
     return 0
 
 

@@ -160,7 +160,7 @@ def _unreachable(points: Sequence[Point], cluster: ClusterConfig, check_paths: b
     same = [Path(m.split(":")[0]) for m in cluster.container.mounts if m.split(":")[0] == m.split(":")[1]]
     for point in points:
         needed = {"the working directory": Path.cwd(), "run.directory": point.directory}
-        if point.config.data.path:
+        if point.config.data.path and "://" not in point.config.data.path:
             needed["data.path"] = Path(point.config.data.path).absolute()
         for key, path in needed.items():
             if not any(path.is_relative_to(mount) for mount in same):

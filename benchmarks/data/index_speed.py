@@ -28,7 +28,7 @@ def main(prefix: str, packing: str, seq_length: str) -> None:
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    opened = Packs(part, path, packing, int(seq_length), 0, None, 2)
+    opened = Packs(part, path, packing, int(seq_length), 0, 2)
     len(opened)
     print(json.dumps({
         "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak / 1024, "before_mb": before / 1024,

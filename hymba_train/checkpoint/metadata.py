@@ -118,5 +118,3 @@ def changed_keys(metadata: dict[str, Any], config: Config) -> list[str]:
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key) and key.split(".")[0] in ("data", "optim", "schedule", "precision")
     ]
-
-

@@ -188,9 +188,7 @@ def open_packs(config: DataConfig, phase: PhaseConfig, source: Source, pad_id: i
                 "(a job never builds it)"
             )
         path = str(_cache(config, path).file(path, verify_packs))
-    return Packs(
-        source.training, path, phase.packing, phase.seq_length, phase.min_document_tokens, source.manifest, pad_id
-    )
+    return Packs(source.training, path, phase.packing, phase.seq_length, phase.min_document_tokens, pad_id)
 
 
 def pack_location(config: DataConfig, phase: PhaseConfig, source: Source) -> str:

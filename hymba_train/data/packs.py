@@ -21,7 +21,7 @@ import numpy as np
 
 from hymba_train.data.indexed import BLOCK_ITEMS, idx_path
 from hymba_train.data.indexed_writer import sync_and_close, sync_directory, temporary_path
-from hymba_train.data.manifest import Manifest, file_sha256
+from hymba_train.data.manifest import file_sha256, spot_hashes
 from hymba_train.data.packing import assign, cut_documents, pack_lengths
 from hymba_train.data.windows import TokenRange
 from hymba_train.errors import UserError
@@ -38,21 +38,18 @@ class Packs:
         part: the training part for which the index was built.
         path: the .pack file.
         packing, seq_length, min_document_tokens: what the phase asks for.
-        manifest: of the source, if it has one.
         pad_id: token that fills up a sequence (never a label; a document of its own under a document mask).
 
     Raises UserError: no such file, a damaged one, or one that was built for other data.
     """
 
     def __init__(
-        self, part: TokenRange, path: str | Path, packing: str, seq_length: int, min_document_tokens: int,
-        manifest: Manifest | None, pad_id: int,
-    ) -> None:  # fmt: skip
+        self, part: TokenRange, path: str | Path, packing: str, seq_length: int, min_document_tokens: int, pad_id: int
+    ) -> None:
         self.part, self.seq_length, self.pad_id = part, seq_length, pad_id
         path = Path(path)
         self.facts = _read_trailer(path)
         expected = _facts_of(part, packing, seq_length, min_document_tokens)
-        expected["idx_sha256"] = manifest.file(".idx")["sha256"] if manifest else self.facts.get("idx_sha256")
         for key, value in expected.items():
             if self.facts.get(key) != value:
                 raise UserError(
@@ -144,6 +141,7 @@ def _facts_of(part: TokenRange, packing: str, seq_length: int, min_document_toke
         "num_source_tokens": part.tokens.num_tokens,
         "begin_document": part.begin_document,
         "end_document": part.end_document,
+        "idx_spots": hashlib.sha256(repr(spot_hashes(idx_path(part.tokens.prefix))).encode()).hexdigest()[:16],
     }
 
 

@@ -52,7 +52,10 @@ class Cache:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache={directory}: cannot be made ({error.strerror}): choose another") from error
 
     def source(self, url: str) -> str:
         """Local prefix of the .bin, .idx and .json of a source at the prefix ``url``."""

@@ -107,9 +107,7 @@ class Tokenizer:
         """Token ids of ``text``; names of special tokens inside it are plain text. "" gives []."""
         return self.encode_batch([text], add_bos=add_bos, add_eod=add_eod)[0]
 
-    def encode_batch(
-        self, texts: Sequence[str], *, add_bos: bool = False, add_eod: bool = False
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_bos: bool = False, add_eod: bool = False) -> list[list[int]]:
         """Ids of several texts, each as :meth:`encode` gives them."""
         if add_bos and self.bos_id is None:
             raise UserError(f"{self.path} has no token that begins a text ({', '.join(BOS_NAMES)})")
@@ -132,13 +130,12 @@ class Tokenizer:
         lengths = lengths[lengths > 0]
         if not append_eod:
             return flat.astype(dtype, copy=False), lengths.astype(np.int32)
-        lengths += 1
-        tokens = np.empty(flat.size + lengths.size, dtype)
-        is_end = np.zeros(tokens.size, dtype=bool)
-        is_end[np.cumsum(lengths) - 1] = True
-        tokens[is_end] = self.eod_id
-        tokens[~is_end] = flat
-        return tokens, lengths.astype(np.int32)
+        tokens = np.full(flat.size + lengths.size, self.eod_id, dtype)
+        begin = 0
+        for document, end in enumerate(np.cumsum(lengths).tolist()):  # a copy a document: faster than np.insert
+            tokens[begin + document : end + document] = flat[begin:end]
+            begin = end
+        return tokens, (lengths + 1).astype(np.int32)
 
     def compare_backends(self, texts: Sequence[str]) -> None:
         """Encode ``texts`` with the chosen backend and with the file's own library. Raises UserError if ids differ."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +18,8 @@ from hymba_train.config.document import meaning_of
 from hymba_train.describe import LayerDescription
 from hymba_train.describe.flops import BACKWARD_FACTOR
 from hymba_train.plan.plan import Plan
+from hymba_train.plan.sizes import checkpoint_sizes, inference_cache
+from hymba_train.plan.suggest import Suggestion
 
 MIN_WIDTH = 150
 """Tables are never squeezed below what they need; a narrower terminal breaks the lines itself."""
@@ -50,6 +54,8 @@ def _print(plan: Plan, console: Console) -> None:
     if plan.phases:
         console.print(_phase_table(plan))
     console.print(_flops_table(plan))
+    for line in _size_lines(plan):
+        console.print(line, markup=False)
     for key in plan.to_be_given:
         console.print(f"[yellow]to be given:[/yellow] {key} ({escape(meaning_of(key).rstrip('.'))})")
     for note in plan.notes:
@@ -144,10 +150,65 @@ def _flops_table(plan: Plan) -> Table:
     return table
 
 
+def _size_lines(plan: Plan) -> list[str]:
+    """Cache at inference, checkpoints, interval between saves."""
+    config, lines = plan.config, []
+    layers = [row.description for row in plan.layers]
+    for num_tokens in sorted({config.model.rope_original_max_positions, config.model.max_position_embeddings}):
+        cache = inference_cache(config.model, layers, num_tokens)
+        lines.append(
+            f"inference: a sequence of {num_tokens:,} tokens keeps {_mib(cache.total_bytes)} "
+            f"(keys and values {_mib(cache.kv_bytes)}, SSM state {_mib(cache.state_bytes)})"
+        )
+    if config.checkpoint.enabled:
+        c = checkpoint_sizes(config, plan.num_parameters, plan.world_size)
+        kept = f"{config.checkpoint.keep_last} kept: {_gib(config.checkpoint.keep_last * c.num_bytes)} GiB"
+        lines.append(
+            f"checkpoints: {_gib(c.num_bytes)} GiB each, {kept}. Saving about every "
+            f"{format_minutes(c.best_interval_seconds)} loses least, if writing takes {c.save_seconds:.0f} s (1 GB/s) "
+            f"and something fails every {c.hours_between_failures:,.0f} h (as often per GPU as in the Llama 3 report)"
+        )
+    return lines
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def format_minutes(seconds: float) -> str:
+    """
+    >>> [format_minutes(s) for s in (90, 3540, 12600, 360000)]
+    ['2 min', '59 min', '3.5 h', '100 h']
+    """
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
+
+
+def print_suggestions(suggestions: Sequence[Suggestion], num_gpus: int, memory_gib: float) -> None:
+    """Layouts, best first."""
+    title = f"Layouts of {num_gpus} GPUs with {memory_gib:g} GiB, by estimated time (1 is perfectly parallel)"
+    columns = ("time", "tensor", "pipeline", "data", "micro-batches", "recompute|left", "GiB", "overrides|left")
+    table = _table(title, *columns)
+    for s in suggestions:
+        table.add_row(
+            f"{s.relative_time:.2f}", str(s.tensor), str(s.pipeline), str(s.data),
+            ", ".join(map(str, s.micro_batch_sizes)), s.recompute, f"{s.memory_gib:.1f}", s.overrides,
+        )  # fmt: skip
+    console = Console(highlight=False, width=max(shutil.get_terminal_size().columns, MIN_WIDTH))
+    console.print(table)
+    console.print(
+        "Counted: FLOPs, balance and bubble of the stages, padded heads, recomputation. By rule of thumb: tensor "
+        "parallelism\n(10 % a doubling), small micro-batches. Not counted: your network. Try the first few."
+    )
+
+
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain data: everything but the configuration, which ``resolved.yaml`` holds."""
     data = {f.name: _plain(getattr(plan, f.name)) for f in dataclasses.fields(plan) if f.name != "config"}
     data["model"] = plan.config.model.name
+    layers = [row.description for row in plan.layers]
+    longest = plan.config.model.max_position_embeddings
+    data["inference_cache"] = _plain(inference_cache(plan.config.model, layers, longest))
+    data["checkpoint"] = _plain(checkpoint_sizes(plan.config, plan.num_parameters, plan.world_size))
     if plan.steps is not None:
         data["num_steps"], data["num_tokens"] = plan.steps.num_steps, plan.steps.num_tokens
     return data

@@ -1,6 +1,6 @@
 """The leak tests under parallel layouts, on gradients as the optimizer gets them: every rank compares its own part.
 
-    torchrun --nproc-per-node 2 -m tests.data.leak_worker OUT_DIR
+torchrun --nproc-per-node 2 -m tests.data.leak_worker OUT_DIR
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import torch
 
 from hymba_train.model import build_model_chunks
 from hymba_train.ops.registry import BACKENDS
+from hymba_train.parallel import initialize
 from tests.data.packed_documents import STACKS, alone, config_of, documents, of_unchanged, pack
 from tests.distributed.conftest import torchrun
 
@@ -19,17 +20,23 @@ EVERY_BACKEND = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def gpu_runtime():
+    """As in tests/gpu: a process is for the CPU or for a GPU, so these run apart, with -m gpu."""
+    config = config_of()
+    config.run.device = "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return initialize(config)
+
+
 @pytest.fixture
-def make(lone_runtime):
+def make(request):
     """make(stack, device, **precision) -> the model, with parameters away from their initial ones and zeros."""
 
     def build(stack: str = "hybrid", device: str = "cpu", **precision: str):
         config = config_of(stack)
-        runtime = lone_runtime
-        if device == "cuda":
-            from hymba_train.parallel import create_groups
-
-            runtime = create_groups(config.parallel, torch.device("cuda"))
+        config.run.device = device
+        runtime = request.getfixturevalue("lone_runtime" if device == "cpu" else "gpu_runtime")
         for key, value in precision.items():
             setattr(config.precision, key, value)
         (model,) = build_model_chunks(config, runtime, [range(config.model.num_layers)])
@@ -37,7 +44,7 @@ def make(lone_runtime):
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator) * 0.3
-                parameter.copy_(noise + (0.5 if parameter.dim() == 1 else 0))
+                parameter.copy_(noise + (0.5 if parameter.dim() == 1 else 0))  # from the CPU: the same on every device
         return model, device
 
     return build
@@ -73,7 +80,7 @@ def assert_equals_one_by_one(made):
             if len(document) > 1:
                 single, single_gradients = losses_and_gradients(made, alone(document))
                 packed = losses[row, begin : begin + len(document) - 1]
-                assert torch.allclose(packed, single[0], rtol=1e-6, atol=1e-5)
+                assert torch.allclose(packed, single[0], rtol=1e-6, atol=1e-6)
                 for name, gradient in single_gradients.items():
                     sums[name] += gradient
             begin += len(document)

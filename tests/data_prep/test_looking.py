@@ -132,3 +132,11 @@ def test_an_id_outside_the_vocabulary_is_found_by_validate(demo, tmp_path, capsy
     err = capsys.readouterr().err
     assert err.startswith(f"error: {tmp_path}/docs.bin: token {place} (byte {2 * place}) is ")
     assert "outside the vocabulary of 300" in err
+
+
+def test_what_only_the_user_knows_is_asked_for(capsys):
+    assert main(["pack", "experiment=pretrain_1p5b"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {key}: to be given, e.g. {key}=..."
+        for key in ("data.tokenizer", "data.sources.dclm.path", "data.sources.smollm.path")
+    ]

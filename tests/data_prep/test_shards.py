@@ -347,8 +347,9 @@ def test_a_limit_on_file_size_is_one_line(demo, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path):
-    """Ctrl-C in the middle of whole-shard work: exit code 130, one line, no temporary file, and a rerun completes."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path, signum):
+    """Ctrl-C, or a scheduler, in the middle of whole shards: exit code 130, one line, no temporary file."""
     (tmp_path / "in").mkdir()
     lines = (CORPUS / "books.jsonl").read_bytes()
     for number in range(12):
@@ -361,7 +362,7 @@ def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path):
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == "interrupted: unfinished output was removed, finished shards stay\n"
@@ -373,7 +374,8 @@ def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path):
 
 
 def test_a_document_of_a_megabyte_and_invalid_utf8(run, tmp_path, demo):
-    text = (CORPUS / "books.jsonl").read_text("utf-8")[: 2**20]
+    text = "".join((CORPUS / f"{domain}.jsonl").read_text("utf-8") for domain in ("books", "code", "docs"))[: 2**20]
+    assert len(text) == 2**20
     lines = [json.dumps({"text": text}).encode(), b'{"text": "\xe9"}', json.dumps({"text": ""}).encode()]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     code, out, _ = run("--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--skip-bad-lines", "1")

@@ -82,10 +82,13 @@ def test_batched_generation_equals_one_by_one_beyond_the_window(small, side, set
     rows = tokens(1, 4, 9, 23)
     ids, mask = padded(rows, side)
     common = dict(max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0, **settings)
+    common |= dict(output_logits="num_beams" not in settings, return_dict_in_generate=True)
     batch = small.generate(ids, attention_mask=mask, **common)
     for i, row in enumerate(rows):
         one = small.generate(row[None], attention_mask=torch.ones(1, len(row), dtype=torch.int64), **common)
-        assert torch.equal(batch[i, ids.shape[1] :], one[0, len(row) :])
+        assert torch.equal(batch.sequences[i, ids.shape[1] :], one.sequences[0, len(row) :])
+        for step in range(15 if common["output_logits"] else 0):
+            torch.testing.assert_close(batch.logits[step][i], one.logits[step][0], rtol=0, atol=1e-5)  # kept in float32
 
 
 def test_sampling_with_a_seed_is_the_same_with_and_without_a_cache(small):

@@ -68,7 +68,7 @@ class Slurm:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def power_on(self, node: str) -> None:
-        self.run("slurmd", "-f", str(self.conf), "-N", node)
+        self.run("/usr/sbin/slurmd", "-f", str(self.conf), "-N", node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may have come back alone
 
 
@@ -138,7 +138,10 @@ class Launched:
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
     """A cluster of three nodes, with the tiny experiment; skips, and says why, where there is no Slurm."""
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    path = (
+        f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"  # where the daemons are, and a user's PATH ends before
+    )
+    missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
         pytest.skip(f"Slurm: no {', '.join(missing)}; {INSTALL}")
     base = tmp_path_factory.mktemp("slurm")
@@ -146,7 +149,7 @@ def slurm(tmp_path_factory):
     try:
         done = subprocess.run(
             ["bash", str(HERE / "minislurm.sh"), "start", str(base / "cluster"), "3", gpus],
-            capture_output=True, text=True, timeout=120, env={**os.environ, **_pyxis(base)},
+            capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path, **_pyxis(base)},
         )  # fmt: skip
         if done.returncode:
             pytest.skip(f"Slurm: the daemons do not start here: {done.stderr.strip()[-500:]}")

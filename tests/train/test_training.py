@@ -17,7 +17,7 @@ from hymba_train.callbacks.jsonl import read_events
 from tests.train.tiny_run import write_data
 
 ROOT = Path(__file__).parents[2]
-BF16 = ["precision.params=\"bf16\"", "checkpoint.async_save=true"]
+BF16 = ['precision.params="bf16"', "checkpoint.async_save=true"]
 OVERLAP = [f"parallel.{key}=true" for key in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")]
 ONE_PHASE = (
     'data.phases={"only":{"tokens":1280,"seq_length":16,"global_batch_size":8,"micro_batch_size":4,'
