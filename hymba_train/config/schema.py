@@ -105,7 +105,7 @@ class PrecisionConfig:
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in float32."""
     layer_spec: str = "auto"
-    """local | transformer_engine | auto (transformer_engine on a GPU, local on a CPU)."""
+    """local | transformer_engine | auto (transformer_engine for bf16 on a GPU, else local)."""
     attention_backend: str = "auto"
     """Backend of hymba_train.ops.attention; auto takes the fastest one this machine has, and prints it."""
     scan_backend: str = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
 
@@ -14,13 +15,14 @@ from hymba_train.model.norm import RMSNorm
 LAYER_SPECS = ("local", "transformer_engine")
 
 
-def layer_spec(name: str, device_type: str) -> ModuleSpec:
-    """Spec of a HymbaLayer. ``auto`` is transformer_engine on a GPU and local on a CPU.
+def layer_spec(name: str, device_type: str, dtype: torch.dtype) -> ModuleSpec:
+    """Spec of a HymbaLayer. ``auto`` is transformer_engine for bf16 on a GPU, else local: Transformer Engine computes
+    float32 products in TF32.
 
     Raises UserError where Transformer Engine is asked for and is not installed.
     """
     if name == "auto":
-        name = "transformer_engine" if device_type == "cuda" else "local"
+        name = "transformer_engine" if device_type == "cuda" and dtype is torch.bfloat16 else "local"
     if name == "local":
         return _spec(ColumnParallelLinear, RowParallelLinear)
     if name == "transformer_engine":
