@@ -1,4 +1,4 @@
-"""The Megatron-Core model on a GPU: golden data in float32 and bf16, local and Transformer Engine specs, every backend."""
+"""The Megatron-Core model on a GPU: golden data in float32 and bf16, by either layer spec and every backend."""
 
 import pytest
 import torch
