@@ -49,6 +49,7 @@ class AttentionBranch(nn.Module):
         text, meta = self.attention_op(
             text_q, text_k, text_v, meta_q, meta_k, meta_v,
             window=self.window, scale=1 / math.sqrt(d.head_dim), kv_index=self.kv_index, segment_ids=batch.segment_ids,
+            document_ends=batch.document_ends,
         )  # fmt: skip
         out = rows.join(meta, text).flatten(1).unsqueeze(1)
         return F.pad(out, (0, (self.head_capacity - self.num_heads) * d.value_head_dim))

@@ -10,10 +10,11 @@ from megatron.core.transformer import TransformerConfig
 
 from hymba_train.config.schema import Config, ModelConfig
 from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
-from hymba_train.errors import UserError
 from hymba_train.parallel.cut import kv_is_replicated
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+# precision.fp8 -> Megatron-Core's name of the recipe.
+FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
 
 
 @dataclass
@@ -36,18 +37,22 @@ class HymbaConfig(TransformerConfig):
 def hymba_config(config: Config, device: torch.device) -> HymbaConfig:
     """TransformerConfig of a run. Every fusion is off that would need Transformer Engine, Apex or a GPU.
 
-    Raises UserError for FP8.
+    With precision.fp8, Transformer Engine computes the four large products of a layer in FP8 (E4M3 forward, E5M2 for
+    gradients); everything else stays in bf16. The plan has checked that it can.
     """
-    if config.precision.fp8:
-        raise UserError(
-            f"precision.fp8={config.precision.fp8}: FP8 is planned, but cannot be trained yet; use precision=bf16"
-        )
     model, parallel = config.model, config.parallel
     dims = ModelDims.of(model)
     dtype = DTYPES[config.precision.params]
     padded_heads = -(-dims.num_heads // parallel.tensor) * parallel.tensor
     padded_ffn = -(-dims.ffn_hidden_size // parallel.tensor) * parallel.tensor
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    fp8 = {}
+    if config.precision.fp8:
+        # A long history and its maximum: the setting of Transformer Engine's own default (used by delayed only).
+        fp8 = dict(
+            fp8="hybrid", fp8_recipe=FP8_RECIPES[config.precision.fp8], fp8_amax_history_len=1024,
+            fp8_amax_compute_algo="max",
+        )  # fmt: skip
     return HymbaConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -80,8 +85,9 @@ def hymba_config(config: Config, device: torch.device) -> HymbaConfig:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # wrap_model turns it on where the linears are Transformer Engine's
         persist_layer_norm=False,
+        **fp8,
         model=model,
         dims=dims,
         layers=tuple(resolve_stack(model)),

@@ -83,7 +83,7 @@ class HymbaModel(LanguageModule):
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None, document_ends: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """One micro-batch through this chunk.
 
@@ -92,6 +92,7 @@ class HymbaModel(LanguageModule):
             labels: int64 [B, S], shifted already; -100 is not predicted.
             positions: int64 [B, S], position within the document; None: one document a row.
             segment_ids: int64 [B, S], document number in the row; None: one document a row.
+            document_ends: int32, :func:`hymba_train.ops.segments.document_ends` of segment_ids; optional.
 
         Returns:
             Last chunk: loss per token [B, S] float32, zero where the label is -100; without labels, logits
@@ -101,7 +102,9 @@ class HymbaModel(LanguageModule):
         b, s = tokens.shape
         dims = self.config.dims
         rows = TokenRows(dims.num_meta_tokens, b, s, self.num_token_rows(b, s))
-        batch = MicroBatch.of(rows, positions, segment_ids, dims.head_dim, self.rotary_base, tokens.device)
+        batch = MicroBatch.of(
+            rows, positions, segment_ids, document_ends, dims.head_dim, self.rotary_base, tokens.device
+        )
         if self.pre_process:
             hidden, shared = self.embedding(tokens, rows), {}
         else:

@@ -58,15 +58,16 @@ class MicroBatch:
     cos: Tensor  # [N, dk] float32
     sin: Tensor
     segment_ids: Tensor | None  # [B, S]
+    document_ends: Tensor | None  # see hymba_train.ops.segments
 
     @classmethod
     def of(
-        cls, rows: TokenRows, positions: Tensor | None, segment_ids: Tensor | None, head_dim: int, rotary_base: float,
-        device: torch.device,
+        cls, rows: TokenRows, positions: Tensor | None, segment_ids: Tensor | None, document_ends: Tensor | None,
+        head_dim: int, rotary_base: float, device: torch.device,
     ) -> MicroBatch:  # fmt: skip
         """RoPE positions: 0..M-1 for meta tokens, M + position for text (in its document; None: in its sequence)."""
         if positions is None:
             positions = torch.arange(rows.seq, device=device).expand(rows.batch, -1)
         meta = torch.arange(rows.num_meta, device=device)
         cos, sin = rope_tables(rows.join(meta, positions + rows.num_meta), head_dim, rotary_base)
-        return cls(rows, cos, sin, segment_ids)
+        return cls(rows, cos, sin, segment_ids, document_ends)

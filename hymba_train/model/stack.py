@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -31,7 +32,7 @@ class HymbaStack(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.range, self.recompute = layer_range, recompute
-        self.tp_size = pg_collection.tp.size()
+        self.tp_group, self.tp_size = pg_collection.tp, pg_collection.tp.size()
         self.kv_widths = kv_columns(config, self.tp_size, pg_collection.tp.rank())
         self.layers = nn.ModuleList(
             build_module(spec, config, layer=config.layers[i], ops=ops, pg_collection=pg_collection)
@@ -41,17 +42,31 @@ class HymbaStack(MegatronModule):
     def forward(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, SharedKv]:
         """hidden [N(/TP), 1, D]; shared: K/V of producers before this chunk. -> both, after it."""
         shared = dict(shared)
+        with get_fp8_context(self.config):
+            hidden = self._layers(hidden, batch, shared)
+        return hidden, shared
+
+    def _layers(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> Tensor:
+        """Adds the K/V of this chunk's producers to ``shared``."""
         for layer in self.layers:
             description = layer.layer
             kv = shared[description.kv_source] if description.kv_role == "consumer" else ()
             if self.recompute and self.training:
-                out = tensor_parallel.checkpoint(lambda h, *kv, layer=layer: layer(h, batch, *kv), False, hidden, *kv)
+                out = self._recomputed(lambda h, *kv, layer=layer: layer(h, batch, *kv), hidden, *kv)
             else:
                 out = layer(hidden, batch, *kv)
             hidden = out[0]
             if description.kv_role == "producer":
                 shared[description.index] = tuple(out[1:])
-        return hidden, shared
+        return hidden
+
+    def _recomputed(self, layer, *args: Tensor) -> tuple[Tensor, ...]:
+        """Keeps ``args`` alone. FP8 scales must not move in the second forward pass: Transformer Engine sees to it."""
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(layer, False, *args)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(layer, False, tensor_parallel.random.get_cuda_rng_tracker, self.tp_group, *args)
 
     def pack(self, hidden: Tensor, shared: SharedKv, width: int) -> Tensor:
         """Message to the next chunk: [N(/TP), 1, width] = residual stream | K, V of producers still needed | zeros."""

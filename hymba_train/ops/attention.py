@@ -25,6 +25,7 @@ def attention(
     scale: float,
     kv_index: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    document_ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of text and meta tokens; backend ``torch`` (any device, any floating dtype).
 
@@ -37,6 +38,8 @@ def attention(
         scale: factor of the scores, before the softmax.
         kv_index: int64 [H], KV head of each query head. None: h // (H // G).
         segment_ids: int64 [B, S], non-decreasing in a row, one number per document. None: one document a row.
+        document_ends: int32, :func:`hymba_train.ops.segments.document_ends` of segment_ids, for backends that would
+            else have to count them on the device; may end in empty documents.
 
     Returns:
         out [B, S, H, dv] and meta_out [M, H, dv], in q.dtype. Scores are accumulated and normalised in float32

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hymba_train.ops import segments
+
 ROWS = 64
 """Query rows of a block in the kernels of the meta prefix."""
 BLOCKS = 8
@@ -39,7 +41,7 @@ def attention_cudnn(
     Documents are packed sequences to cuDNN. Without ``document_ends`` the host waits for the device to count them.
     """
     if segment_ids is not None and document_ends is None:
-        document_ends = ends_of(segment_ids)
+        document_ends = segments.document_ends(segment_ids)
     if kv_index is not None:
         k, v, meta_k, meta_v = (x.index_select(-2, kv_index) for x in (k, v, meta_k, meta_v))
     num_meta = meta_k.shape[0]
@@ -52,14 +54,6 @@ def attention_cudnn(
     if num_meta == 0:
         return out, meta_q.new_zeros(*meta_q.shape[:-1], v.shape[-1])
     return out, _Causal.apply(meta_q[None], meta_k[None], meta_v[None], None, scale, None)[0]
-
-
-def ends_of(segment_ids: Tensor) -> Tensor:
-    """int32 [documents + 1]: 0 and the end of every document in the flat row order of segment_ids [B, S]."""
-    begins = torch.ones_like(segment_ids, dtype=torch.bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    begins = begins.flatten().nonzero()[:, 0]
-    return torch.cat((begins, begins.new_tensor([segment_ids.numel()]))).int()
 
 
 class _Causal(torch.autograd.Function):

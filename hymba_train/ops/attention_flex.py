@@ -29,6 +29,7 @@ def attention_flex(
     scale: float,
     kv_index: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    document_ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`hymba_train.ops.attention.attention`; backend ``flex``. On a CPU it runs forward only, uncompiled.
 

@@ -100,6 +100,10 @@ _HERE = "hymba_train.ops"
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
         Backend("attention", "flex", f"{_HERE}.attention_flex:attention_flex", _CUDA, _ATTENTION, _HALF_AND_SINGLE),
+        Backend(
+            "attention", "cudnn", f"{_HERE}.attention_cudnn:attention_cudnn", _CUDA, _ATTENTION,
+            frozenset({torch.bfloat16, torch.float16}), requires=("transformer_engine", "triton"),
+        ),
         Backend("attention", "torch", f"{_HERE}.attention:attention", _ANY, _ATTENTION | {"deterministic"}),
     ),
     "selective_scan": (

@@ -13,6 +13,17 @@ def document_starts(segment_ids: Tensor) -> Tensor:
     return starts
 
 
+def document_ends(segment_ids: Tensor, multiple: int = 1) -> Tensor:
+    """int32 [D + 1]: 0, and the end of every document in the flat row order of segment_ids [B, S].
+
+    Repeats the last end until D is a multiple of ``multiple``: empty documents, so that few sizes D occur. On a GPU the
+    host waits for the count; of a batch that is still on the host it costs nothing.
+    """
+    begins = document_starts(segment_ids).flatten().nonzero()[:, 0]
+    last = begins.new_full((1 + -begins.numel() % multiple,), segment_ids.numel())
+    return torch.cat((begins, last)).int()
+
+
 def document_offsets(segment_ids: Tensor) -> Tensor:
     """int64 [B, S]: 0 at the first token of each document of segment_ids [B, S], counting up within it."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)

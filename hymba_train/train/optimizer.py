@@ -31,6 +31,8 @@ def wrap_model(config: Config, runtime, chunks: list) -> list[DistributedDataPar
     """
     parallel = config.parallel
     settings = chunks[0].pipeline_config()
+    if config.precision.grad_reduce_in_fp32:
+        _accumulate_in_the_product(chunks)
     # Interleaved chunks start their parameter gathers at one point of the schedule, and their reductions too, so that
     # no pipeline rank waits for another inside a data-parallel collective.
     aligned = len(chunks) > 1
@@ -58,6 +60,15 @@ def wrap_model(config: Config, runtime, chunks: list) -> list[DistributedDataPar
     if parallel.overlap_param_gather and aligned:
         settings.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def _accumulate_in_the_product(chunks: list) -> None:
+    """Let Transformer Engine's linears add their weight gradients to the float32 buffer themselves, where the matrix
+    product ends: no bf16 gradient is written, read and added. Only wrapped models have that buffer."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(config: Config, runtime, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:

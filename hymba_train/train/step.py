@@ -12,9 +12,13 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from hymba_train.ops.segments import document_ends
 from hymba_train.train.optimizer import gathered_parameters
 
 MicroBatch = dict[str, torch.Tensor | None]  # tokens, labels, positions, segment_ids: int64 [B, S] or None
+
+DOCUMENT_COUNT_MULTIPLE = 32
+"""Document counts of micro-batches are rounded up to this with empty ones: kernels are planned per count."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,7 @@ class Stepper:
         return loss_sum, int(num_tokens)
 
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> list[dict[str, torch.Tensor]]:
-        on_device = [
-            {k: None if v is None else v.to(self.runtime.device, non_blocking=True) for k, v in batch.items()}
-            for batch in micro_batches
-        ]
+        on_device = [self._on_device(batch) for batch in micro_batches]
         batch, seq = micro_batches[0]["tokens"].shape
         groups = self.runtime.groups
         config = self.chunks[0].config
@@ -89,6 +90,12 @@ class Stepper:
             pg_collection=groups,
             p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config) if pipeline else None,
         )
+
+    def _on_device(self, batch: MicroBatch) -> MicroBatch:
+        ids = batch.get("segment_ids")
+        if ids is not None:  # counted while it is on the host
+            batch = {**batch, "document_ends": document_ends(ids, DOCUMENT_COUNT_MULTIPLE)}
+        return {k: None if v is None else v.to(self.runtime.device, non_blocking=True) for k, v in batch.items()}
 
     def _reduce(self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...]) -> torch.Tensor:
         """float64 [2 + requests]: loss sum, labelled tokens and requests over all ranks, in one collective."""

@@ -8,6 +8,7 @@ import torch
 
 from hymba_train.ops import attention_cudnn as module
 from hymba_train.ops.attention import attention, visible_text
+from hymba_train.ops.segments import document_ends
 from tests.ops.test_op_attention import UNEVEN, inputs, outputs_and_gradients, segments
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,7 +78,9 @@ def test_meta_keys_join_the_text(monkeypatch, heads, kv_index, num_meta, packed)
 
 def test_ends_of_documents():
     ids = torch.tensor([[0, 0, 1, 1], [1, 2, 2, 5]])
-    assert module.ends_of(ids).tolist() == [0, 2, 4, 5, 7, 8]
+    assert document_ends(ids).tolist() == [0, 2, 4, 5, 7, 8]
+    assert document_ends(ids, 4).tolist() == [0, 2, 4, 5, 7, 8, 8, 8, 8]
+    assert document_ends(ids, 5).tolist() == [0, 2, 4, 5, 7, 8]
 
 
 @pytest.mark.gpu
@@ -103,8 +106,7 @@ def test_empty_documents_at_the_end_change_nothing_on_gpu():
     """What lets a batch's document count be rounded up, so that cuDNN plans few sizes."""
     tensors = inputs(B=2, S=512, M=128, H=10, G=2, dk=64, dv=128, dtype=torch.bfloat16, device="cuda")
     ids = segments(2, 512, every=60).cuda()
-    ends = module.ends_of(ids)
-    padded = torch.cat((ends, ends[-1:].expand(13)))
+    ends, padded = document_ends(ids), document_ends(ids, 32)
     kwargs = dict(window=100, scale=0.125, segment_ids=ids)
     exact, rounded = (
         outputs_and_gradients(module.attention_cudnn, tensors, document_ends=e, **kwargs) for e in (ends, padded)
