@@ -20,4 +20,5 @@ for batch in ${BATCHES:-4 8}; do
   echo "micro-batch $batch: exit code $?"; tail -6 "$OUT/b$batch.log"
   cp "runs/b$batch/metrics.jsonl" "$OUT/b$batch.jsonl" 2>/dev/null
   cp runs/b"$batch"/profile/*.txt "$OUT/b$batch.profile.txt" 2>/dev/null
+  cat runs/b"$batch"/profile/*.parts.json | tr -d '\n'; echo
 done

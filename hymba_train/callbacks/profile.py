@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -10,8 +12,34 @@ from hymba_train.callbacks.base import Callback
 from hymba_train.errors import UserError
 
 
+# Part of a training step -> names of its GPU kernels; the first match counts. What none matches is "elementwise".
+PARTS: tuple[tuple[str, str], ...] = (
+    ("communication", r"nccl"),
+    ("scan", r"scan_|selective_scan"),
+    ("attention", r"flex_attention|fmha|flash|cudnn.*sdpa|cudnn_generated|merge_meta|meta_backward"),
+    ("conv", r"conv"),
+    ("matrix products", r"nvjet|gemm|cutlass|xmma|splitK|s16816"),
+    ("FP8 casts", r"cast_|transpose_|quantize|amax"),
+    ("norms", r"norm(?!al)"),
+    ("swiglu", r"swiglu"),
+    ("rope", r"rope|rotary"),
+    ("cross entropy", r"cross_entropy|softmax"),
+    ("optimizer", r"adam|multi_tensor|l2norm"),
+    ("copies", r"^Memcpy|^Memset|copy|CatArray|FillFunctor"),
+)
+
+
+def part_of(kernel: str) -> str:
+    """
+    >>> part_of("nvjet_sm90_tst_192x192_64x3"), part_of("scan_backward"), part_of("vectorized_elementwise_kernel")
+    ('matrix products', 'scan', 'elementwise')
+    """
+    return next((part for part, names in PARTS if re.search(names, kernel, re.IGNORECASE)), "elementwise")
+
+
 class Profile(Callback):
-    """Profiles steps first..last (1-based, both included) of this process: a Chrome trace and a table of parts.
+    """Profiles steps first..last (1-based, both included) of this process: a Chrome trace, a table of operations and, on a GPU,
+    the milliseconds of a step by part.
 
     Runs on the rank it is given to. Steps that are not reached give a profile of those that were.
     """
@@ -46,6 +74,20 @@ class Profile(Callback):
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=60)
         (self.directory / f"{name}.txt").write_text(table, encoding="utf-8")
+        parts = device_milliseconds(profiler, step - self.first + 1)
+        if parts:
+            (self.directory / f"{name}.parts.json").write_text(json.dumps(parts, indent=1), encoding="utf-8")
+
+
+def device_milliseconds(profiler: torch.profiler.profile, num_steps: int) -> dict[str, float]:
+    """GPU time of a step by part (:data:`PARTS`), the largest first; empty where no kernel ran on a GPU."""
+    parts: dict[str, float] = {}
+    for event in profiler.key_averages():
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_gpu and not event.is_user_annotation:
+            part = part_of(event.key)
+            parts[part] = parts.get(part, 0.0) + event.self_device_time_total / 1000 / num_steps
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
 def parse_range(text: str) -> tuple[int, int]:
