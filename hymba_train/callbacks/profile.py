@@ -11,7 +11,6 @@ import torch
 from hymba_train.callbacks.base import Callback
 from hymba_train.errors import UserError
 
-
 # Part of a training step -> names of its GPU kernels; the first match counts. What none matches is "elementwise".
 PARTS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl"),
@@ -38,8 +37,8 @@ def part_of(kernel: str) -> str:
 
 
 class Profile(Callback):
-    """Profiles steps first..last (1-based, both included) of this process: a Chrome trace, a table of operations and, on a GPU,
-    the milliseconds of a step by part.
+    """Profiles steps first..last (1-based, both included) of this process: a Chrome trace, a table of operations and,
+    on a GPU, the milliseconds of a step by part.
 
     Runs on the rank it is given to. Steps that are not reached give a profile of those that were.
     """
@@ -82,11 +81,11 @@ class Profile(Callback):
 def device_milliseconds(profiler: torch.profiler.profile, num_steps: int) -> dict[str, float]:
     """GPU time of a step by part (:data:`PARTS`), the largest first; empty where no kernel ran on a GPU."""
     parts: dict[str, float] = {}
-    for event in profiler.key_averages():
+    for event in profiler.events():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
         if on_gpu and not event.is_user_annotation:
-            part = part_of(event.key)
-            parts[part] = parts.get(part, 0.0) + event.self_device_time_total / 1000 / num_steps
+            part = part_of(event.name)
+            parts[part] = parts.get(part, 0.0) + event.time_range.elapsed_us() / 1000 / num_steps
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
