@@ -23,8 +23,10 @@ from hymba_train.train.adam import install_adam
 from hymba_train.train.norm import install_norm
 
 
-def wrap_model(config: Config, runtime, chunks: list) -> list[DistributedDataParallel]:
+def wrap_model(config: Config, runtime, chunks: list, bucket_size: int | None = None) -> list[DistributedDataParallel]:
     """Model chunks with gradient buffers; bf16 weights get float32 gradients if precision.grad_reduce_in_fp32.
+
+    bucket_size: parameters that are reduced together, where reductions overlap; None: Megatron-Core's choice.
 
     Also tells the schedules how gradients are finished and when communication overlaps. All chunks share one
     configuration object, as the interleaved schedule reads that of the first.
@@ -42,6 +44,7 @@ def wrap_model(config: Config, runtime, chunks: list) -> list[DistributedDataPar
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=aligned and parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        bucket_size=bucket_size,
     )
     wrapped = [
         # Only the first chunk is on the critical path: the others reduce in one bucket.

@@ -1,4 +1,4 @@
-"""Layouts that must train as one process does, and the two models that they train."""
+"""Layouts that must train as one process does, and the models that they train."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ MODELS = {
         global_layers=[0, 5], kv_groups=[[1, 2], [3, 4]], window_size=8, num_meta_tokens=5,
         make_vocab_size_divisible_by=16,
     ),
+    # Layers of one branch, no meta tokens, an output layer of its own.
+    "sequential": dict(
+        num_layers=6, hidden_size=96, ffn_hidden_size=200, num_attention_heads=6, num_query_groups=2, vocab_size=101,
+        layer_pattern=["ssm:no_ffn", "attention", "hybrid"], global_layers=[2], kv_groups=[[1, 4]], window_size=8,
+        num_meta_tokens=0, untie_embeddings_and_output_weights=True, make_vocab_size_divisible_by=16,
+    ),
 }  # fmt: skip
 
 
@@ -36,6 +42,8 @@ class Layout:
     chunks: dict[str, list[int]] | None = None
     micro_batch_size: int = 1
     document_mask: bool = False
+    bucket_size: int | None = None
+    """Parameters in a bucket of gradients; None: Megatron-Core's own, which holds any of these models whole."""
 
 
 SINGLE = Layout("single", 1)
@@ -51,19 +59,29 @@ LAYOUTS = [
     Layout("dp2", 2, micro_batch_size=2),
     Layout(
         "dp2_distributed_optimizer_overlap", 2,
-        dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+        dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True), bucket_size=30_000,
     ),
     Layout("tp4", 4, dict(tensor=4)),
     Layout("pp4_kv_across_borders", 4, dict(pipeline=4), {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2]}),
     Layout("tp2_pp2", 4, dict(tensor=2, pipeline=2)),
-    Layout("tp2_pp2_sp", 4, dict(tensor=2, pipeline=2, sequence=True), {"demo": [5, 3], "heads25": [2, 4]}),
+    Layout(
+        "tp2_pp2_sp", 4, dict(tensor=2, pipeline=2, sequence=True),
+        {"demo": [5, 3], "heads25": [2, 4], "sequential": [2, 4]},
+    ),
     Layout("pp2_dp2_recompute", 4, dict(pipeline=2, recompute="full"), {"demo": [2, 6], "heads25": [4, 2]}),
     Layout("tp5_sp", 5, dict(tensor=5, sequence=True)),
 ]  # fmt: skip
 
 
+SEQUENTIAL_LAYOUTS = {
+    "single", "single_documents", "tp2_sp_documents", "pp2", "dp2_distributed_optimizer_overlap", "tp2_pp2_sp",
+}  # fmt: skip
+
+
 def fits(model: str, layout: Layout) -> bool:
-    """Four heads cannot run on five ranks."""
+    """Four heads cannot run on five ranks; the sequential model runs what its parts do not share with the others."""
+    if model == "sequential":
+        return layout.name in SEQUENTIAL_LAYOUTS
     return layout.parallel.get("tensor", 1) <= MODELS[model]["num_attention_heads"]
 
 

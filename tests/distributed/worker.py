@@ -53,7 +53,7 @@ def train(model_name: str, layout: Layout) -> dict:
     runtime = create_groups(config.parallel, torch.device("cpu"))
     seed_everything(config.run.seed, deterministic=False)
     models = build_model_chunks(config, runtime, chunk_ranges(config, layout))
-    chunks = wrap_model(config, runtime, models)
+    chunks = wrap_model(config, runtime, models, layout.bucket_size)
     optimizer = build_optimizer(config, runtime, chunks)
     stepper = Stepper(runtime, chunks, optimizer)
     losses, norms = [], []
