@@ -46,7 +46,8 @@ def emulated(x_dtype: torch.dtype, bc_dtype: torch.dtype) -> Emulator:
     library = Path(tempfile.mkdtemp(prefix="scan_emulator_")) / "scan.so"
     defines = [f"-D{k}={v}" for k, v in scan.defines(x_dtype, bc_dtype).items()]
     include = [f"-I{HERE}", f"-I{Path(scan.__file__).with_name('cuda')}"]
-    flags = "-std=c++17 -O2 -mfma -fPIC -shared -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized".split()
+    warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    flags = ["-std=c++17", "-O2", "-mfma", "-fPIC", "-shared", *warnings]
     command = ["g++", *flags, *defines, *include, str(HERE / "scan_host.cpp"), "-o", str(library)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
