@@ -17,7 +17,12 @@ setup(
     packages=[*find_packages(include=["hymba_train*", "data_prep*", "launch*"]), "hymba_train_recipes"],
     # The Hydra tree stands beside the package in a checkout and is a package of data in a wheel.
     package_dir={"hymba_train_recipes": "recipes"},
-    package_data={"hymba_train_recipes": ["*.yaml", "*/*.yaml"], "data_prep": ["corpus/*"], "launch": ["*.sh"]},
+    package_data={
+        "hymba_train": ["ops/cuda/*"],
+        "hymba_train_recipes": ["*.yaml", "*/*.yaml"],
+        "data_prep": ["corpus/*"],
+        "launch": ["*.sh"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

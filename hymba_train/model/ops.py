@@ -35,10 +35,13 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
     if config.run.deterministic:
         common |= {"deterministic"}
     state = common | {"initial_state", "state_grad"}
+    wide = config.model.mamba_state_dim > 16
     return Ops(
         attention=select(
             "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
         ),
-        selective_scan=select("selective_scan", p.scan_backend, kind, needs=state, dtype=dtype),
+        selective_scan=select(
+            "selective_scan", p.scan_backend, kind, needs=state | ({"wide_state"} if wide else set()), dtype=dtype
+        ),
         causal_conv=select("causal_conv", p.conv_backend, kind, needs=state, dtype=dtype),
     )

@@ -28,6 +28,7 @@ NEEDS = {
     "state_grad": "gradients to the initial and through the final state",
     "kv_index": "a table from query head to KV head",
     "deterministic": "bitwise equal gradients from run to run",
+    "wide_state": "more than 16 states a channel",
 }
 """What a caller may ask of a backend, and how an error says it."""
 
@@ -35,11 +36,19 @@ DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat1
 ALL_DTYPES = frozenset(DTYPE_NAMES)
 
 
+def is_importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # a.b without a
+        return False
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op. ``target`` is 'module:function', imported when first called or selected.
 
     ``requires`` are Python packages that must be importable. ``can`` is a subset of :data:`NEEDS`.
+    ``capability`` is the least compute capability of a CUDA device; looked at only where there is one.
     """
 
     op: str
@@ -49,14 +58,17 @@ class Backend:
     can: frozenset[str]
     dtypes: frozenset[torch.dtype] = ALL_DTYPES
     requires: tuple[str, ...] = ()
+    capability: tuple[int, int] = (0, 0)
 
     def obstacles(self, device_type: str, needs: Collection[str], dtype: torch.dtype | None) -> list[str]:
         """Why this backend cannot do what is asked; empty if it can."""
-        found = [f"needs the package {p}" for p in self.requires if importlib.util.find_spec(p) is None]
+        found = [f"needs the package {p}" for p in self.requires if not is_importable(p)]
         if device_type not in self.device_types:
             found.append(f"runs on {' and '.join(sorted(self.device_types))}, not on {device_type}")
         if dtype is not None and dtype not in self.dtypes:
             found.append(f"has no {DTYPE_NAMES.get(dtype, dtype)}")
+        if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < self.capability:
+            found.append(f"needs compute capability {self.capability}, not {torch.cuda.get_device_capability()}")
         return found + [f"has no {NEEDS[need]}" for need in sorted(set(needs) - self.can)]
 
     @functools.cached_property
@@ -90,8 +102,10 @@ class Choice:
 
 _STATE = frozenset({"backward", "segment_ids", "initial_state", "state_grad"})
 _DETERMINISTIC = _STATE | {"deterministic"}
+_ANY_STATE = _DETERMINISTIC | {"wide_state"}
 _ATTENTION = frozenset({"backward", "segment_ids", "kv_index"})
 _HALF_AND_SINGLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_BF16_AND_SINGLE = frozenset({torch.float32, torch.bfloat16})
 _ANY = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 _HERE = "hymba_train.ops"
@@ -108,13 +122,15 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     ),
     "selective_scan": (
         Backend(
-            "selective_scan", "triton", f"{_HERE}.selective_scan_triton:selective_scan_triton", _CUDA, _DETERMINISTIC,
+            "selective_scan", "cuda", f"{_HERE}.selective_scan_cuda:selective_scan_cuda", _CUDA, _DETERMINISTIC,
+            _BF16_AND_SINGLE, requires=("cuda.bindings",), capability=(8, 0),
+        ),
+        Backend(
+            "selective_scan", "triton", f"{_HERE}.selective_scan_triton:selective_scan_triton", _CUDA, _ANY_STATE,
             _HALF_AND_SINGLE, requires=("triton",),
         ),
-        Backend("selective_scan", "torch", f"{_HERE}.selective_scan:selective_scan", _ANY, _DETERMINISTIC),
-        Backend(
-            "selective_scan", "reference", f"{_HERE}.selective_scan:selective_scan_reference", _ANY, _DETERMINISTIC
-        ),
+        Backend("selective_scan", "torch", f"{_HERE}.selective_scan:selective_scan", _ANY, _ANY_STATE),
+        Backend("selective_scan", "reference", f"{_HERE}.selective_scan:selective_scan_reference", _ANY, _ANY_STATE),
     ),
     "causal_conv": (Backend("causal_conv", "torch", f"{_HERE}.causal_conv:causal_conv", _ANY, _DETERMINISTIC),),
 }  # fmt: skip

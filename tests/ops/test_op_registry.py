@@ -56,7 +56,7 @@ def test_backends_of_an_op_share_its_signature():
         signatures = set()
         for backend in backends:
             assert backend.op == op
-            if all(registry.importlib.util.find_spec(p) for p in backend.requires):
+            if all(registry.is_importable(p) for p in backend.requires):
                 parameters = inspect.signature(backend.function).parameters.values()
                 signatures.add(tuple((p.name, p.kind, p.default) for p in parameters))
         assert len(signatures) == 1, op

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from hymba_train.errors import UserError
 from hymba_train.ops import selective_scan as plain
+from hymba_train.ops.registry import BACKENDS as REGISTERED
 from hymba_train.ops.registry import select
+from tests.ops.emulator import emulated_backend, needs_emulator
 
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,10 +22,22 @@ needs_triton = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 
 
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(REGISTERED["selective_scan"][0].obstacles("cuda", (), torch.float32)),
+    reason="needs a CUDA device and cuda-bindings",
+)
+
+
 def triton_backend(*args, **kwargs):
     from hymba_train.ops.selective_scan_triton import selective_scan_triton
 
     return selective_scan_triton(*args, **kwargs)
+
+
+def cuda_backend(*args, **kwargs):
+    from hymba_train.ops.selective_scan_cuda import selective_scan_cuda
+
+    return selective_scan_cuda(*args, **kwargs)
 
 
 BACKENDS = [
@@ -31,6 +45,8 @@ BACKENDS = [
     pytest.param(plain.selective_scan, torch.float32, "cpu", 1e-5, id="torch-float32"),
     pytest.param(plain.selective_scan_reference, torch.float64, "cpu", 1e-10, id="reference"),
     pytest.param(triton_backend, torch.float32, DEVICE, 1e-5, id="triton", marks=needs_triton),
+    pytest.param(cuda_backend, torch.float32, "cuda", 1e-5, id="cuda", marks=[pytest.mark.gpu, needs_cuda]),
+    pytest.param(emulated_backend, torch.float32, "cpu", 1e-5, id="cuda-emulated", marks=needs_emulator),
 ]
 
 

@@ -1,0 +1,290 @@
+"""Selective scan at Hymba's sizes on one GPU: every backend checked, then timed.
+
+``python -m benchmarks.scan_gpu [--out DIR] [--budget SECONDS] [--only NAME,...]``: 3,200 channels, 16 states, bf16
+activations that are slices of wider rows, B and C float32. Checks against float64 come first; then the median time of
+the forward and of forward + backward (CUDA events, inputs rotated so that none is still in the cache), the time of
+each kernel, and host time a call. Results go to DIR/scan_gpu.json; the table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hymba_train.ops import selective_scan as plain
+from hymba_train.ops import selective_scan_cuda as cuda_scan
+from hymba_train.ops.registry import BACKENDS
+
+CHANNELS, STATES = 3200, 16
+SIZES = [(4, 2048), (8, 2048), (1, 8192), (2, 8192), (1, 128)]
+RESULTS = ("y", "final", "u", "dt", "A_log", "B", "C", "D", "bias", "z", "initial")
+
+
+@dataclass
+class Variant:
+    """A backend under some settings. ``chunks``: of the cuda backend, by size; None: its own choice."""
+
+    name: str
+    backend: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        saved = {k: getattr(cuda_scan, k) for k in self.settings}
+        for k, v in self.settings.items():
+            setattr(cuda_scan, k, v)
+        try:
+            yield
+        finally:
+            for k, v in saved.items():
+                setattr(cuda_scan, k, v)
+
+
+def variants() -> list[Variant]:
+    tight = {"RESIDENT_BLOCKS": {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 3}}
+    square = [(4, 2048), (8, 2048)]
+    long = [(1, 8192), (2, 8192)]
+    return [
+        Variant("cuda", "cuda"),
+        Variant("cuda 3 blocks", "cuda", tight),
+        Variant("cuda chain 128", "cuda", {"CHAIN_TOKENS": 128}, square),
+        Variant("cuda chain 512", "cuda", {"CHAIN_TOKENS": 512}, square),
+        Variant("cuda one chunk", "cuda", {"CHUNKS": cuda_scan.Chunks(2048, 1, False)}, square),
+        Variant("cuda parallel 512", "cuda", {"CHUNKS": cuda_scan.Chunks(512, 4, False)}, square[:1]),
+        Variant("cuda parallel x4", "cuda", {"PARALLEL_BLOCKS": 4}, long),
+        Variant("cuda chain long", "cuda", {"CHUNKS": cuda_scan.Chunks(512, 16, True)}, long),
+        Variant("triton", "triton"),
+        Variant("mamba_ssm", "mamba_ssm"),
+    ]
+
+
+def make(batch: int, tokens: int, dtype: torch.dtype, seed: int, channels: int = CHANNELS) -> list[Tensor]:
+    """u, dt, A_log, B, C, D, dt_bias, z, initial state. u, dt and z are slices of rows twice as wide."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device="cuda")
+
+    wide = [r(batch, tokens, 2 * channels).to(dtype) for _ in range(2)]
+    u, z = torch.nn.functional.silu(wide[0][..., :channels]), wide[0][..., channels:]
+    dt = (0.7 * wide[1])[..., :channels]
+    A_log = torch.arange(1, STATES + 1, device="cuda").float().log() + 0.2 * r(channels, STATES)
+    delta = torch.exp(torch.rand(channels, generator=g, device="cuda") * 4.6 - 6.9)  # 1e-3 to 0.1
+    bias = delta + torch.log(-torch.expm1(-delta))
+    B, C = r(batch, tokens, STATES), r(batch, tokens, STATES)
+    return [u, dt, A_log, B, C, 1 + 0.1 * r(channels), bias, z, 0.3 * r(channels, STATES)]
+
+
+def make_documents(batch: int, tokens: int) -> Tensor:
+    """About 4 documents a row of 2048."""
+    g = torch.Generator(device="cuda").manual_seed(5)
+    return torch.cumsum((torch.rand(batch, tokens, generator=g, device="cuda") < 4 / 2048).long(), 1)
+
+
+def function(variant: Variant) -> Callable[..., tuple[Tensor, Tensor]]:
+    if variant.backend != "mamba_ssm":
+        backend = next(b for b in BACKENDS["selective_scan"] if b.name == variant.backend)
+        obstacles = backend.obstacles("cuda", (), torch.bfloat16)
+        if obstacles:
+            raise RuntimeError("; ".join(obstacles))
+        return backend.function
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def mamba(u, dt, A_log, B, C, D, bias, z, *, initial_state=None, segment_ids=None):
+        # Its layout is [B, C, S]: the inputs come in it (views), so that it is timed without any transpose.
+        u, dt, z, B, C = (x.to(u.dtype).transpose(1, 2) for x in (u, dt, z, B, C))
+        y, state = selective_scan_fn(
+            u, dt, -torch.exp(A_log), B, C, D, z=z, delta_bias=bias, delta_softplus=True, return_last_state=True
+        )
+        return y.transpose(1, 2), state
+
+    return mamba
+
+
+def gradients(fn, tensors: list[Tensor], ids: Tensor | None, dy: Tensor, d_final: Tensor | None) -> list[Tensor]:
+    given = [x.detach().requires_grad_() for x in tensors]
+    y, final = fn(*given[:8], initial_state=given[8] if len(given) > 8 else None, segment_ids=ids)
+    total = (y * dy.to(y)).sum() if d_final is None else (y * dy.to(y)).sum() + (final * d_final.to(final)).sum()
+    return [y.detach(), final.detach(), *torch.autograd.grad(total, given)]
+
+
+def check(
+    variant: Variant, batch: int, tokens: int, channels: int, dtype: torch.dtype, packed: bool
+) -> dict[str, float]:
+    """Relative error (2-norm) of every result; the reference runs in float64, at the sizes of a model in float32."""
+    tensors = make(batch, tokens, dtype, int(time.time() * 1e6) % 2**31, channels)
+    ids = make_documents(batch, tokens) if packed else None
+    dy = torch.randn(batch, tokens, channels, device="cuda").to(dtype)
+    d_final = torch.randn(batch, channels, STATES, device="cuda")
+    if variant.backend == "mamba_ssm":
+        tensors, d_final = tensors[:8], None
+    exact = torch.float64 if channels < CHANNELS else torch.float32
+    want = gradients(plain.selective_scan, [x.to(exact) for x in tensors], ids, dy.to(exact), d_final)
+    with variant.active():
+        found = gradients(function(variant), tensors, ids, dy, d_final)
+    errors = ((a.double() - b.double()).norm() / b.double().norm() for a, b in zip(found, want, strict=True))
+    return {name: error.item() for name, error in zip(RESULTS, errors, strict=False)}
+
+
+def timed(run: Callable[[int], Any], seconds: float) -> float:
+    """Median milliseconds of run(i). The GPU is kept busy while calls are queued, so host time does not count."""
+    for i in range(4):
+        run(i)
+    torch.cuda.synchronize()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 6:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(9)]
+        torch.cuda._sleep(20_000_000)
+        for i in range(8):
+            events[i].record()
+            run(i)
+        events[8].record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return statistics.median(times)
+
+
+def host_time(run: Callable[[int], Any]) -> float:
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    start = time.perf_counter()
+    for i in range(10):
+        run(i)
+    taken = (time.perf_counter() - start) / 10
+    torch.cuda.synchronize()
+    return 1e6 * taken
+
+
+def kernel_times(run: Callable[[int], Any]) -> dict[str, float]:
+    """Microseconds of each kernel in one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for i in range(6):
+            run(i)
+        torch.cuda.synchronize()
+    return {e.key[:40]: round(e.device_time_total / 6, 1) for e in profiler.key_averages() if e.device_time_total > 0}
+
+
+def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: float, deep: bool) -> dict[str, Any]:
+    fn, sets = function(variant), 2 if batch * tokens > 8192 else 4
+    ids = make_documents(batch, tokens) if packed else None
+    inputs = []
+    for k in range(sets):
+        tensors = make(batch, tokens, torch.bfloat16, k)
+        if variant.backend == "mamba_ssm":  # its own layout; B and C bf16 as it wants them; no initial state
+            for i in (0, 1, 7):
+                tensors[i] = tensors[i].transpose(1, 2).contiguous().transpose(1, 2)
+            tensors[3:5] = [x.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[3:5]]
+        inputs.append([x.detach().requires_grad_() for x in tensors])
+    dys = [torch.randn(batch, tokens, CHANNELS, device="cuda").bfloat16() for _ in range(sets)]
+    if variant.backend == "mamba_ssm":
+        dys = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in dys]
+
+    def forward(i: int):
+        given = inputs[i % sets]
+        initial = None if variant.backend == "mamba_ssm" else given[8]
+        return fn(*given[:8], initial_state=initial, segment_ids=ids)
+
+    def both(i: int):
+        given = inputs[i % sets][: 8 if variant.backend == "mamba_ssm" else 9]
+        return torch.autograd.grad(forward(i)[0], given, dys[i % sets])
+
+    with variant.active():
+        result = {"forward_ms": timed(forward, seconds), "both_ms": timed(both, seconds)}
+        result["host_us"] = host_time(both)
+        if deep:
+            result["kernels_us"] = kernel_times(both)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        held = forward(0)
+        result["saved_mib"] = round((torch.cuda.memory_allocated() - before) / 2**20, 1)
+        del held
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default=os.environ.get("OUT", "."))
+    parser.add_argument("--budget", type=float, default=140.0, help="seconds; what does not fit is left out and said")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of each timing")
+    parser.add_argument("--only", default="", help="names of variants, comma-separated")
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}", flush=True)
+    report: dict[str, Any] = {"device": device, "torch": torch.__version__, "checks": {}, "times": []}
+    chosen = [v for v in variants() if not args.only or v.name in args.only.split(",")]
+    good = {}
+    for v in chosen:
+        try:
+            for size, dtype, packed, limit in [
+                ((2, 300, 200), torch.float32, True, 2e-5),
+                ((3, 517, 131), torch.bfloat16, False, 1e-2),
+                ((2, 700, 64), torch.bfloat16, v.backend != "mamba_ssm", 1e-2),
+            ]:
+                errors = check(v, *size, dtype, packed and v.backend != "mamba_ssm")
+                good[v.name] = good.get(v.name, True) and all(e < limit for e in errors.values())  # NaN is not good
+                report["checks"].setdefault(v.name, []).append(errors)
+                worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else 1e9)
+                print(
+                    f"{v.name} {size}: worst {worst} {errors[worst]:.1e} {'ok' if good[v.name] else 'WRONG'}",
+                    flush=True,
+                )
+        except Exception as error:
+            print(f"{v.name}: left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    for size in (4, 2048), (1, 8192):  # the whole size once, in float32 against float32
+        if "cuda" in good:
+            errors = check(chosen[0], *size, CHANNELS, torch.bfloat16, True)
+            report["checks"][f"cuda {size}"] = errors
+            print(f"cuda {size}: " + " ".join(f"{k} {e:.0e}" for k, e in errors.items()), flush=True)
+    for size in SIZES:
+        for v in chosen:
+            for packed in (False, True):
+                if v.name not in good or (v.sizes and size not in v.sizes) or (packed and v.backend == "mamba_ssm"):
+                    continue
+                if packed and v.name not in ("cuda", "triton"):
+                    continue
+                if time.perf_counter() - begin > args.budget:
+                    print(f"out of time: {v.name} {size} left out", flush=True)
+                    continue
+                try:
+                    deep = not packed and v.backend == "cuda"
+                    result = measure(v, *size, packed, args.seconds, deep)
+                except Exception as error:
+                    print(f"{v.name} {size}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                    continue
+                report["times"].append(
+                    {"variant": v.name, "size": size, "packed": packed, "ok": good[v.name], **result}
+                )
+                if deep:
+                    print(f"{v.name} {size} kernels, us: {result['kernels_us']}", flush=True)
+                torch.cuda.empty_cache()
+    (Path(args.out) / "scan_gpu.json").write_text(json.dumps(report, indent=1))
+    print(f"\n{'B x S':>9} {'variant':<20} {'fwd ms':>8} {'f+b ms':>8} {'host us':>8} {'saved MiB':>9}")
+    for t in report["times"]:
+        name = t["variant"] + (" packed" if t["packed"] else "") + ("" if t["ok"] else " WRONG")
+        print(
+            f"{t['size'][0]:>3} x {t['size'][1]:<4} {name:<20} {t['forward_ms']:8.3f} {t['both_ms']:8.3f} "
+            f"{t['host_us']:8.0f} {t['saved_mib']:9.1f}"
+        )
+    print(f"{device}; {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+// Selective scan, backward: scan_backward, and scan_chunk_gradients for chunks that run at the same time.
+//
+// Tiles of 16 steps, last first. Per tile: the states before every 4th step are computed anew from the checkpoint
+// (hold), then, last window first, the decays a and a h_{t-1} of its 4 steps go to registers and the gradient g to
+// the state runs back over them.
+
+constexpr int SLOTS = WARPS * 2, PART_TOKEN = 36, PART_SLOT = TILE * PART_TOKEN + 16;  // strides without bank conflicts
+constexpr int RESULT = TILE * Y_STRIDE;
+
+struct BackwardShared {
+  float* records;  // [token][pair] {delta 0, delta 1, delta u 0, delta u 1}
+  float* dy;       // [token][pair] gradient to the sum before the gate
+  float* bc;       // [token][32]
+  float* hold;     // [window][c][thread] float4: states before each window
+  float* results;  // [sum over states of g B | of q a2 | of C h][token][Y_STRIDE]
+  float* parts;    // [warp, half][token][36]: partial dB, dC
+  float* item;     // [ITEMS][thread] float4: gradient through the gate (2), sigmoid of the raw time step (2)
+  DEVICE explicit BackwardShared(float* base) {
+    records = base;
+    dy = records + TILE * PAIRS * 4;
+    bc = dy + TILE * PAIRS * 2;
+    hold = bc + TILE * 32;
+    results = hold + (WINDOWS - 1) * 2 * 128 * 4;
+    parts = results + 3 * RESULT;
+    item = parts + SLOTS * PART_SLOT;
+  }
+  static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 3 * RESULT + SLOTS * PART_SLOT + ITEMS * 512;
+};
+static_assert(BackwardShared::FLOATS * 4 == SCAN_BACKWARD_SHARED, "shared memory of scan_backward");
+static_assert(TILE * (PAIRS * 4 + 32) * 4 == SCAN_CHUNK_GRADIENTS_SHARED, "shared memory of scan_chunk_gradients");
+
+// d += X (16 rows of states x 8 channels, twice) times b (channels x 4 tokens x 2 halves): see the lane layout.
+// With float32 activations each number is split in two, so that the sum keeps float32's digits.
+DEVICE void add_outer(float (&d)[2][4], const float (&x)[8], float b0, float b1) {
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    float a0 = x[2 * j], a1 = x[2 * j + 1], a2 = x[4 + 2 * j], a3 = x[5 + 2 * j];
+#if X_BF16
+    mma_tf32(d[j], a0, a1, a2, a3, b0, b1);
+#else
+    const unsigned top = 0xffffe000u;
+    float c0 = from_bits(to_bits(a0) & top), c1 = from_bits(to_bits(a1) & top), c2 = from_bits(to_bits(a2) & top);
+    float c3 = from_bits(to_bits(a3) & top), e0 = from_bits(to_bits(b0) & top), e1 = from_bits(to_bits(b1) & top);
+    mma_tf32(d[j], a0 - c0, a1 - c1, a2 - c2, a3 - c3, e0, e1);
+    mma_tf32(d[j], c0, c1, c2, c3, b0 - e0, b1 - e1);
+    mma_tf32(d[j], c0, c1, c2, c3, e0, e1);
+#endif
+  }
+}
+
+struct BackwardState {
+  float a2[8], g[8], dA[8];
+};
+
+// The window of steps base .. base + 3 from the state h before it.
+template <bool RESET>
+DEVICE void backward_window(const Params& p, const Place& at, const BackwardShared& shared, int base, unsigned starts,
+                            const float* initial, float* reset, float (&h)[8], BackwardState& state) {
+  float a[WINDOW][8], kept[WINDOW][8], dC[2][4] = {}, dB[2][4] = {};
+  const float* my_records = shared.records + (at.warp * 8 + at.cg) * 4;
+  const float* my_dy = shared.dy + (at.warp * 8 + at.cg) * 2;
+  const int mine = at.warp * 16 + at.cg * 2 + at.sg % 2;
+  float sums[2];
+#pragma unroll
+  for (int t = 0; t < WINDOW; t++) {
+    if (RESET && (starts >> (base + t) & 1)) load_state(p, at, initial, h);
+    float delta[4], B[4], C[4], y[2] = {0.f, 0.f};
+    unpack4(my_records + (base + t) * PAIRS * 4, delta);
+    unpack4(shared.bc + (base + t) * 32 + at.sg * 4, B);
+    unpack4(shared.bc + (base + t) * 32 + 16 + at.sg * 4, C);
+    float2 dy = *(const float2*)(my_dy + (base + t) * PAIRS * 2);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      a[t][i] = ex2(delta[i / 4] * state.a2[i]);
+      kept[t][i] = a[t][i] * h[i];
+      h[i] = fmaf(B[i % 4], delta[2 + i / 4], kept[t][i]);
+      y[i / 4] = fmaf(C[i % 4], h[i], y[i / 4]);
+    }
+    add_outer(dC, h, at.sg == t ? dy.x : 0.f, at.sg == t ? dy.y : 0.f);
+    sums[t % 2] = halve(y[0], y[1], at.lane, 8);
+    if (t % 2 == 1)
+      shared.results[2 * RESULT + (base + t - 1 + at.sg / 2) * Y_STRIDE + mine] = halve(sums[0], sums[1], at.lane, 16);
+  }
+  float sums_b[2], sums_a[2];
+#pragma unroll
+  for (int t = WINDOW - 1; t >= 0; t--) {
+    float delta[4], B[4], C[4], sb[2] = {0.f, 0.f}, sa[2] = {0.f, 0.f};
+    unpack4(my_records + (base + t) * PAIRS * 4, delta);
+    unpack4(shared.bc + (base + t) * 32 + at.sg * 4, B);
+    unpack4(shared.bc + (base + t) * 32 + 16 + at.sg * 4, C);
+    float2 dy = *(const float2*)(my_dy + (base + t) * PAIRS * 2);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      state.g[i] = fmaf(C[i % 4], i / 4 ? dy.y : dy.x, state.g[i]);
+      sb[i / 4] = fmaf(B[i % 4], state.g[i], sb[i / 4]);
+    }
+    add_outer(dB, state.g, at.sg == t ? delta[2] : 0.f, at.sg == t ? delta[3] : 0.f);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float q = state.g[i] * kept[t][i];  // gradient to delta A
+      state.g[i] *= a[t][i];
+      state.dA[i] = fmaf(delta[i / 4], q, state.dA[i]);
+      sa[i / 4] = fmaf(state.a2[i], q, sa[i / 4]);
+    }
+    if (RESET && (starts >> (base + t) & 1)) {
+      store_state(p, at, reset, state.g, true);
+      for (int i = 0; i < 8; i++) state.g[i] = 0.f;
+    }
+    sums_b[t % 2] = halve(sb[0], sb[1], at.lane, 8);
+    sums_a[t % 2] = halve(sa[0], sa[1], at.lane, 8);
+    if (t % 2 == 0) {
+      float* to = shared.results + (base + t + at.sg / 2) * Y_STRIDE + mine;
+      to[0] = halve(sums_b[0], sums_b[1], at.lane, 16);
+      to[RESULT] = halve(sums_a[0], sums_a[1], at.lane, 16);
+    }
+  }
+  // Column 2 t + half of the products: of a row only the columns of its own half of the channels count.
+  int half = at.lane >> 2 & 1;
+  float* part = shared.parts + (at.warp * 2 + half) * PART_SLOT + (base + at.lane % 4) * PART_TOKEN + at.sg * 4;
+  *(float4*)part = half ? make_float4(dB[0][1], dB[0][3], dB[1][1], dB[1][3])
+                        : make_float4(dB[0][0], dB[0][2], dB[1][0], dB[1][2]);
+  *(float4*)(part + 16) = half ? make_float4(dC[0][1], dC[0][3], dC[1][1], dC[1][3])
+                               : make_float4(dC[0][0], dC[0][2], dC[1][0], dC[1][2]);
+}
+
+// States before windows 1 .. 3 into hold, from that before window 0; h ends as the last of them.
+template <bool RESET>
+DEVICE void hold_states(const Params& p, const Place& at, const BackwardShared& shared, unsigned starts,
+                        const float* initial, const float (&a2)[8], float (&h)[8]) {
+  for (int w = 0; w < WINDOWS - 1; w++) {
+    store_private(shared.hold + w * 1024 + at.warp * 256 + at.lane * 4, h);
+#pragma unroll
+    for (int t = w * WINDOW; t < (w + 1) * WINDOW; t++) {
+      if (RESET && (starts >> t & 1)) load_state(p, at, initial, h);
+      float delta[4], B[4];
+      unpack4(shared.records + (t * PAIRS + at.warp * 8 + at.cg) * 4, delta);
+      unpack4(shared.bc + t * 32 + at.sg * 4, B);
+#pragma unroll
+      for (int i = 0; i < 8; i++) h[i] = fmaf(B[i % 4], delta[2 + i / 4], ex2(delta[i / 4] * a2[i]) * h[i]);
+    }
+  }
+}
+
+template <bool RESET>
+DEVICE void backward_steps(const Params& p, const Place& at, const BackwardShared& shared, unsigned starts,
+                           const float* initial, float* reset, float (&h)[8], BackwardState& state) {
+  hold_states<RESET>(p, at, shared, starts, initial, state.a2, h);
+#pragma unroll 1
+  for (int w = WINDOWS - 1; w >= 0; w--) {
+    if (w < WINDOWS - 1) {
+      const float* from = shared.hold + w * 1024 + at.warp * 256 + at.lane * 4;
+      for (int c = 0; c < 2; c++)
+        for (int s = 0; s < 4; s++) h[c * 4 + s] = from[c * 128 + s];
+    }
+    backward_window<RESET>(p, at, shared, w * WINDOW, starts, initial, reset, h, state);
+  }
+}
+
+struct BackwardItems {
+  Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS];
+
+  template <bool INPUT>
+  DEVICE void load(const Params& p, const Place& at, int first) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      int token = first + i * WARPS + at.warp;
+      bool valid = token < at.last;
+      if (INPUT)
+        u[i] = load_pair(p.u, at.row * p.u_row + token * p.u_token, at.item, p.channels, valid, p.aligned & ALIGNED_U);
+      dt[i] = load_pair(p.dt, at.row * p.dt_row + token * p.dt_token, at.item, p.channels, valid, p.aligned & ALIGNED_DT);
+      z[i] = load_pair(p.z, at.row * p.z_row + token * p.z_token, at.item, p.channels, valid, p.aligned & ALIGNED_Z);
+      dy[i] = load_pair(p.dy, at.row * p.dy_row + token * p.dy_token, at.item, p.channels, valid, p.aligned & ALIGNED_DY);
+    }
+  }
+};
+
+#define MIN_BLOCKS BACKWARD_BLOCKS
+KERNEL(scan_backward) {
+  SHARED(memory);
+  BackwardShared shared(memory);
+  Place at;
+  at.set(p, next_unit(p, memory), true);
+  BackwardState state;
+  load_A(p, at, state.a2);
+  for (int i = 0; i < 8; i++) state.dA[i] = 0.f;
+  float bias[2], skip[2], d_skip[2] = {0.f, 0.f}, d_bias[2] = {0.f, 0.f};
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
+    skip[c] = at.item + c < p.channels ? p.D[at.item + c] : 0.f;
+  }
+  const long long state_size = (long long)p.channels * p.states;
+  const float* initial = p.initial ? p.initial + at.row * p.initial_row : nullptr;
+  float* reset = p.d_reset ? p.d_reset + (at.row * p.chunks + at.chunk) * state_size : nullptr;
+  int first = at.first + (at.last - at.first - 1) / TILE * TILE;
+  BackwardItems next;
+  TileRows rows;
+  next.load<true>(p, at, first);
+  rows.load(p, at, first);
+  receive(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
+  for (; first >= at.first; first -= TILE) {
+    float h[8];
+    load_private(p.checkpoints + at.carry(p, first / TILE), h);
+    Pair raw_u[ITEMS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      int token = i * WARPS + at.warp;
+      bool valid = first + token < at.last;
+      raw_u[i] = next.u[i];
+      float2 u = unpack(next.u[i]), dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
+      float4 record, item;
+      float2 to_sum;
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        float x = (c ? dt.y : dt.x) + bias[c], zc = c ? z.y : z.x, dyc = c ? dy.y : dy.x, q;
+        float delta = softplus(x, q), inverse = reciprocal(1.f + q), gate = sigmoid(zc);
+        float slope = valid ? (x < 0.f ? q * inverse : inverse) : 0.f;
+        delta = valid ? delta : 0.f;
+        float through = dyc * gate;
+        (c ? record.y : record.x) = delta, (c ? record.w : record.z) = delta * (c ? u.y : u.x);
+        (c ? to_sum.y : to_sum.x) = through * zc;
+        (c ? item.y : item.x) = through * fmaf(zc, 1.f - gate, 1.f), (c ? item.w : item.z) = slope;
+      }
+      *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = record;
+      *(float2*)(shared.dy + (token * PAIRS + at.lane) * 2) = to_sum;
+      *(float4*)(shared.item + (i * 128 + threadIdx.x) * 4) = item;
+    }
+    rows.store(shared.bc);
+    unsigned starts = vote(rows.start);
+    sync_block();
+    if (first > at.first) {
+      next.load<true>(p, at, first - TILE);
+      rows.load(p, at, first - TILE);
+    }
+    if (starts) {
+      backward_steps<true>(p, at, shared, starts, initial, reset, h, state);
+    } else {
+      backward_steps<false>(p, at, shared, starts, initial, reset, h, state);
+    }
+    sync_block();
+    {  // this block's share of dB and dC
+      int token = threadIdx.x / 8;
+      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int slot = 0; slot < SLOTS; slot++) {
+        float4 x = *(const float4*)(shared.parts + slot * PART_SLOT + token * PART_TOKEN + threadIdx.x % 8 * 4);
+        total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
+      }
+      if (first + token < at.last)
+        ((float4*)p.part_bc)[(((long long)at.block * p.batch + at.row) * p.tokens + first + token) * 8 + threadIdx.x % 8] = total;
+    }
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      int token = i * WARPS + at.warp;
+      if (first + token >= at.last) continue;
+      float2 u = unpack(raw_u[i]), to_sum = *(const float2*)(shared.dy + (token * PAIRS + at.lane) * 2);
+      float4 record = *(const float4*)(shared.records + (token * PAIRS + at.lane) * 4);
+      float4 item = *(const float4*)(shared.item + (i * 128 + threadIdx.x) * 4);
+      const float* result = shared.results + token * Y_STRIDE + at.lane * 2;
+      float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT), y = *(const float2*)(result + 2 * RESULT);
+      float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * item.z, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * item.w;
+      d_skip[0] = fmaf(to_sum.x, u.x, d_skip[0]), d_skip[1] = fmaf(to_sum.y, u.y, d_skip[1]);
+      d_bias[0] += r0, d_bias[1] += r1;
+      long long offset = ((long long)at.row * p.tokens + first + token) * p.channels;
+      bool aligned = p.aligned & ALIGNED_OUT;
+      store_pair(p.du, offset, at.item, p.channels, aligned,
+                 pack(fmaf(skip[0], to_sum.x, record.x * sb.x), fmaf(skip[1], to_sum.y, record.y * sb.y)));
+      store_pair(p.ddt, offset, at.item, p.channels, aligned, pack(r0, r1));
+      store_pair(p.dz, offset, at.item, p.channels, aligned,
+                 pack(item.x * fmaf(skip[0], u.x, y.x), item.y * fmaf(skip[1], u.y, y.y)));
+    }
+  }
+  send(p, at, state.g);
+  const long long part = at.row * p.chunks + at.chunk;
+  store_state(p, at, p.part_A + part * state_size, state.dA, false);
+  if (at.chunk == 0 && p.d_initial) store_state(p, at, p.d_initial + at.row * state_size, state.g, false);
+  sync_block();
+  float* sums = shared.results;  // [dD | dbias][warp][channel]
+  *(float2*)(sums + at.warp * 64 + at.lane * 2) = make_float2(d_skip[0], d_skip[1]);
+  *(float2*)(sums + 256 + at.warp * 64 + at.lane * 2) = make_float2(d_bias[0], d_bias[1]);
+  sync_block();
+  int channel = threadIdx.x % 64, which = threadIdx.x / 64, c = at.block * BLOCK_CHANNELS + channel;
+  const float* from = sums + which * 256 + channel;
+  if (c < p.channels)
+    (which ? p.part_bias : p.part_D)[part * p.channels + c] = from[0] + from[64] + from[128] + from[192];
+}
+
+// The gradient that each chunk's outputs send to the state before the chunk (carry).
+KERNEL(scan_chunk_gradients) {
+  SHARED(memory);
+  float *records = memory, *bc = memory + TILE * PAIRS * 4;  // [token][pair] {delta 0, delta 1, dy 0, dy 1}
+  Place at;
+  at.set(p, blockIdx.x, true);
+  float a2[8], g[8], bias[2], total[2] = {0.f, 0.f};
+  bool any_start = false;
+  load_A(p, at, a2);
+  for (int i = 0; i < 8; i++) g[i] = 0.f;
+#pragma unroll
+  for (int c = 0; c < 2; c++) bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
+  int first = at.first + (at.last - at.first - 1) / TILE * TILE;
+  BackwardItems next;
+  TileRows rows;
+  next.load<false>(p, at, first);
+  rows.load(p, at, first);
+  for (; first >= at.first; first -= TILE) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      int token = i * WARPS + at.warp;
+      bool valid = first + token < at.last;
+      float2 dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
+      float q, delta0 = softplus(dt.x + bias[0], q), delta1 = softplus(dt.y + bias[1], q);
+      *(float4*)(records + (token * PAIRS + at.lane) * 4) = make_float4(
+          valid ? delta0 : 0.f, valid ? delta1 : 0.f, dy.x * sigmoid(z.x) * z.x, dy.y * sigmoid(z.y) * z.y);
+    }
+    rows.store(bc);
+    unsigned starts = vote(rows.start);
+    sync_block();
+    if (first > at.first) {
+      next.load<false>(p, at, first - TILE);
+      rows.load(p, at, first - TILE);
+    }
+#pragma unroll 4
+    for (int t = TILE - 1; t >= 0; t--) {
+      float delta[4], C[4];
+      unpack4(records + (t * PAIRS + at.warp * 8 + at.cg) * 4, delta);
+      unpack4(bc + t * 32 + 16 + at.sg * 4, C);
+      total[0] += delta[0], total[1] += delta[1];
+#pragma unroll
+      for (int i = 0; i < 8; i++) g[i] = ex2(delta[i / 4] * a2[i]) * fmaf(C[i % 4], delta[2 + i / 4], g[i]);
+      if (starts >> t & 1)
+        for (int i = 0; i < 8; i++) g[i] = 0.f;
+    }
+    any_start |= starts != 0;
+    sync_block();
+  }
+  store_chunk(p, at, g, total, any_start);
+}
+#undef MIN_BLOCKS

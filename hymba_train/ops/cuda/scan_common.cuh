@@ -1,0 +1,261 @@
+// Selective scan: parameters, layout and small functions that all its kernels share.
+//
+// Compiled at run time (selective_scan_cuda.py), with -D X_BF16=0|1 (type of u, dt, z, y and their gradients) and
+// -D BC_BF16=0|1 (type of B and C); otherwise float32. With -D SCAN_HOST the very same source becomes C++ for a warp
+// emulator on a CPU (tests/ops/scan_emulator.h), which supplies the primitives of the first section.
+//
+// Layout. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
+//     sg = lane / 8: states 4 sg + s;    cg = lane % 8: channels 2 cg + c of the warp's 16.
+// Sums over states are then two shuffles (lanes 8 and 16 apart); sums over channels go to the tensor cores, because
+// (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
+// Work in pairs of channels of one token ("item") is spread over the block: lane = pair, warp = token % 4.
+
+#ifndef SCAN_HOST
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) name(const __grid_constant__ Params p)
+#define DEVICE __device__ __forceinline__
+#define SHARED(name) extern __shared__ __align__(16) float name[]
+DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float shuffle_xor(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
+DEVICE unsigned vote(bool x) { return __ballot_sync(0xffffffffu, x); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE float from_bits(unsigned x) { return __uint_as_float(x); }
+DEVICE unsigned to_bits(float x) { return __float_as_uint(x); }
+DEVICE unsigned pack_bf16(float low, float high) {
+  unsigned r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r;
+}
+DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(to_bits(a0)), "r"(to_bits(a1)), "r"(to_bits(a2)), "r"(to_bits(a3)), "r"(to_bits(b0)), "r"(to_bits(b1)));
+}
+DEVICE int take_ticket(int* counter) { return atomicAdd(counter, 1); }
+DEVICE void wait_at_least(const int* flag, int value) {
+  int seen;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+    if (seen >= value) return;
+    __nanosleep(100);
+  }
+}
+DEVICE void publish(int* flag, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
+}
+DEVICE float4 load_shared_state(const float4* x) { return __ldcg(x); }  // written by another block of this launch
+#endif
+
+constexpr int WARPS = 4, PAIRS = 32, BLOCK_CHANNELS = 64, TILE = 16, WINDOW = 4, STATES = 16;
+constexpr int WINDOWS = TILE / WINDOW, ITEMS = TILE / WARPS;
+constexpr int PRIVATE_STATE = BLOCK_CHANNELS * STATES;  // floats of a block's states, in the order of its lanes
+constexpr int Y_STRIDE = 80;                            // floats between tokens of a [token][channel] result: no bank conflict
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+struct Params {
+  const void *u, *dt, *z, *dy, *B, *C;
+  const float *A_log, *D, *bias, *initial, *d_final;  // initial, d_final may be null: zeros
+  const long long* segments;                          // null: one document a row
+  void *y, *du, *ddt, *dz, *dB, *dC;
+  float *final_state, *checkpoints;  // checkpoints: states before each tile, null: not wanted
+  float *carry, *sum_delta;          // state (or its gradient) that enters a chunk; sum of delta over a chunk
+  float *part_bc, *part_A, *part_D, *part_bias, *d_initial, *d_reset;
+  float *dA_log, *dD, *dbias, *d_initial_out;
+  int *sync, *keep;
+  long long u_row, u_token, dt_row, dt_token, z_row, z_token, dy_row, dy_token, B_row, B_token, C_row, C_token;
+  long long segment_row, initial_row;
+  int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained, aligned;
+};
+
+#if X_BF16
+typedef unsigned Pair;  // two channels as they lie in memory
+typedef unsigned short Element;
+DEVICE float2 unpack(Pair x) { return make_float2(from_bits(x << 16), from_bits(x & 0xffff0000u)); }
+DEVICE Pair pack(float a, float b) { return pack_bf16(a, b); }
+DEVICE Pair pack_elements(Element a, Element b) { return a | (unsigned)b << 16; }
+DEVICE Element low(Pair x) { return (Element)x; }
+DEVICE Element high(Pair x) { return (Element)(x >> 16); }
+#else
+typedef float2 Pair;
+typedef float Element;
+DEVICE float2 unpack(Pair x) { return x; }
+DEVICE Pair pack(float a, float b) { return make_float2(a, b); }
+DEVICE Pair pack_elements(Element a, Element b) { return make_float2(a, b); }
+DEVICE Element low(Pair x) { return x.x; }
+DEVICE Element high(Pair x) { return x.y; }
+#endif
+#if BC_BF16
+typedef unsigned short BCElement;
+DEVICE float bc_float(BCElement x) { return from_bits((unsigned)x << 16); }
+DEVICE BCElement bc_element(float x) { return (BCElement)pack_bf16(x, 0.f); }
+#else
+typedef float BCElement;
+DEVICE float bc_float(BCElement x) { return x; }
+DEVICE BCElement bc_element(float x) { return x; }
+#endif
+
+// Bits of Params::aligned: pairs of channels of this tensor may be loaded at once.
+enum { ALIGNED_U = 1, ALIGNED_DT = 2, ALIGNED_Z = 4, ALIGNED_DY = 8, ALIGNED_OUT = 16 };
+
+DEVICE Pair load_pair(const void* base, long long offset, int channel, int channels, bool valid, bool aligned) {
+  const Element* at = (const Element*)base + offset + channel;
+  if (aligned && channel + 1 < channels) return valid ? *(const Pair*)at : pack(0.f, 0.f);
+  Element zero = low(pack(0.f, 0.f));
+  return pack_elements(valid && channel < channels ? at[0] : zero, valid && channel + 1 < channels ? at[1] : zero);
+}
+
+DEVICE void store_pair(void* base, long long offset, int channel, int channels, bool aligned, Pair x) {
+  Element* at = (Element*)base + offset + channel;
+  if (aligned && channel + 1 < channels) {
+    *(Pair*)at = x;
+    return;
+  }
+  if (channel < channels) at[0] = low(x);
+  if (channel + 1 < channels) at[1] = high(x);
+}
+
+// log(1 + q) / q on [0, 1], relative error 2e-7: no logarithm of a number near 1, where small time steps would lose
+// their digits.
+DEVICE float log1p_over(float q) {
+  float r = 5.232705735e-03f;
+  r = fmaf(r, q, -2.950528450e-02f);
+  r = fmaf(r, q, 7.822602987e-02f);
+  r = fmaf(r, q, -1.366325170e-01f);
+  r = fmaf(r, q, 1.910600960e-01f);
+  r = fmaf(r, q, -2.484298348e-01f);
+  r = fmaf(r, q, 3.331909776e-01f);
+  r = fmaf(r, q, -4.999949336e-01f);
+  return fmaf(r, q, 9.999999404e-01f);
+}
+
+DEVICE float softplus(float x, float& q) {  // q = exp(-|x|)
+  q = ex2(-fabsf(x) * LOG2E);
+  return fmaf(q, log1p_over(q), fmaxf(x, 0.f));
+}
+
+DEVICE float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
+
+// Sum of x over a lane and its partner `bit` away; of (x0, x1) the lane whose bit is 0 gets the first.
+DEVICE float halve(float x0, float x1, int lane, int bit) {
+  bool upper = lane & bit;
+  return (upper ? x1 : x0) + shuffle_xor(upper ? x0 : x1, bit);
+}
+
+// Where a block stands: which rows, channels and steps are its own.
+struct Place {
+  int lane, warp, sg, cg, row, block, chunk, first, last, order;
+  int channel;  // first of the lane's two
+  int item;     // first of the two channels of its items
+
+  DEVICE void set(const Params& p, int unit, bool reverse) {
+    lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sg = lane >> 3, cg = lane & 7;
+    int wide = p.batch * p.blocks, chain = unit % wide;
+    order = unit / wide;  // 0 for the chunk that comes first in the direction of the scan
+    chunk = reverse ? p.chunks - 1 - order : order;
+    row = chain / p.blocks, block = chain % p.blocks;
+    first = chunk * p.chunk_tokens;
+    last = min(first + p.chunk_tokens, p.tokens);
+    channel = block * BLOCK_CHANNELS + warp * 16 + cg * 2;
+    item = block * BLOCK_CHANNELS + lane * 2;
+  }
+  DEVICE long long carry(const Params& p, int slot) const {  // offset of this lane in Params::carry
+    return ((long long)(slot * p.batch + row) * p.blocks + block) * PRIVATE_STATE + warp * 256 + lane * 4;
+  }
+};
+
+// Blocks take their work in order of dispatch, so that what a block waits for is always at work or done.
+DEVICE int next_unit(const Params& p, float* shared) {
+  if (!p.chained) return blockIdx.x;
+  if (threadIdx.x == 0) *(int*)shared = take_ticket(p.sync);
+  sync_block();
+  int unit = *(int*)shared;
+  sync_block();
+  return unit;
+}
+
+DEVICE void load_A(const Params& p, const Place& at, float (&a2)[8]) {  // exp(delta A) = exp2(delta a2)
+  for (int i = 0; i < 8; i++) {
+    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
+    a2[i] = c < p.channels && n < p.states ? -ex2(p.A_log[(long long)c * p.states + n] * LOG2E) * LOG2E : 0.f;
+  }
+}
+
+// [channel][state] float32 in the caller's layout; null: zeros.
+DEVICE void load_state(const Params& p, const Place& at, const float* base, float (&h)[8]) {
+  for (int i = 0; i < 8; i++) {
+    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
+    h[i] = base && c < p.channels && n < p.states ? base[(long long)c * p.states + n] : 0.f;
+  }
+}
+
+DEVICE void store_state(const Params& p, const Place& at, float* base, const float (&h)[8], bool add) {
+  for (int i = 0; i < 8; i++) {
+    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
+    if (c < p.channels && n < p.states) {
+      float* to = base + (long long)c * p.states + n;
+      *to = add ? *to + h[i] : h[i];
+    }
+  }
+}
+
+DEVICE void load_private(const float* base, float (&h)[8]) {
+  float4 x = load_shared_state((const float4*)base), y = load_shared_state((const float4*)(base + 128));
+  h[0] = x.x, h[1] = x.y, h[2] = x.z, h[3] = x.w, h[4] = y.x, h[5] = y.y, h[6] = y.z, h[7] = y.w;
+}
+
+DEVICE void store_private(float* base, const float (&h)[8]) {
+  *(float4*)base = make_float4(h[0], h[1], h[2], h[3]);
+  *(float4*)(base + 128) = make_float4(h[4], h[5], h[6], h[7]);
+}
+
+// The state that enters this block's chunk: `edge` at the border of the sequence, else what the neighbour left.
+DEVICE void receive(const Params& p, const Place& at, const float* edge, float (&h)[8]) {
+  if (at.order == 0) {
+    load_state(p, at, edge, h);
+    return;
+  }
+  if (p.chained) {
+    if (threadIdx.x == 0) wait_at_least(p.sync + 1 + at.row * p.blocks + at.block, at.order);
+    sync_block();
+  }
+  load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), h);
+}
+
+DEVICE void send(const Params& p, const Place& at, const float (&h)[8]) {
+  if (!p.chained || at.order == p.chunks - 1) return;
+  store_private(p.carry + at.carry(p, 0), h);
+  sync_block();
+  if (threadIdx.x == 0) publish(p.sync + 1 + at.row * p.blocks + at.block, at.order + 1);
+}
+
+// What a chunk that was run on its own adds, the sum of its delta, and whether a state passes through it.
+DEVICE void store_chunk(const Params& p, const Place& at, const float (&h)[8], const float (&total)[2], bool any_start) {
+  store_private(p.carry + at.carry(p, at.chunk), h);
+  float* sums = p.sum_delta + ((long long)(at.chunk * p.batch + at.row) * p.blocks + at.block) * BLOCK_CHANNELS;
+  if (at.sg == 0) *(float2*)(sums + at.warp * 16 + at.cg * 2) = make_float2(total[0], total[1]);
+  if (at.block == 0 && threadIdx.x == 0) p.keep[at.chunk * p.batch + at.row] = !any_start;
+}
+
+// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
+struct TileRows {
+  BCElement bc[4];
+  bool start;
+
+  DEVICE void load(const Params& p, const Place& at, int first) {
+    int token = first + threadIdx.x / 8, quarter = threadIdx.x % 8, n = quarter % 4 * 4;
+    const BCElement* from = quarter < 4 ? (const BCElement*)p.B + at.row * p.B_row + token * p.B_token
+                                        : (const BCElement*)p.C + at.row * p.C_row + token * p.C_token;
+    for (int j = 0; j < 4; j++) {
+      bc[j] = bc_element(0.f);
+      if (token < at.last && n + j < p.states) bc[j] = from[n + j];
+    }
+    start = false;
+    token = first + at.lane;
+    if (p.segments && at.lane < TILE && token > 0 && token < at.last) {
+      const long long* id = p.segments + at.row * p.segment_row + token;
+      start = id[0] != id[-1];
+    }
+  }
+  DEVICE void store(float* bc_shared) const {  // [token][B 16 | C 16]
+    *(float4*)(bc_shared + threadIdx.x * 4) =
+        make_float4(bc_float(bc[0]), bc_float(bc[1]), bc_float(bc[2]), bc_float(bc[3]));
+  }
+};

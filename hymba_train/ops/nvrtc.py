@@ -1,0 +1,130 @@
+"""CUDA C++ compiled at run time (NVRTC, through cuda-bindings), kept on disk as cubins and launched without PyTorch.
+
+No compiler is needed on the machine: NVRTC comes with PyTorch's CUDA wheels. The first use on a machine takes seconds;
+later ones read ``$HYMBA_KERNEL_CACHE`` (default ``~/.cache/hymba_train/kernels``), keyed by source, options and device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hymba_train.errors import UserError
+
+
+class Module:
+    """The kernels of one source on one device.
+
+    ``launch`` starts one on the current stream of that device. Blocks have ``threads`` threads, grids one dimension.
+    """
+
+    def __init__(self, source: str, defines: dict[str, int], device_index: int, threads: int) -> None:
+        self.device_index, self.threads = device_index, threads
+        major, minor = torch.cuda.get_device_capability(device_index)
+        # 'a' unlocks what this chip alone has; there is no such target before 9.0.
+        target = f"sm_{major}{minor}" + ("a" if (major, minor) >= (9, 0) else "")
+        options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+        from cuda.bindings import driver
+
+        self._driver = driver
+        cubin = _cached_cubin(source, options)
+        with torch.cuda.device(device_index):
+            torch.cuda.current_stream()  # makes the device's primary context current
+            (self._library,) = _checked(driver.cuModuleLoadData(cubin))
+        self._functions: dict[tuple[str, int], object] = {}
+
+    def launch(self, name: str, blocks: int, shared_bytes: int, params: ctypes.Structure) -> None:
+        """Start ``blocks`` blocks of kernel ``name``, whose only parameter is the struct ``params``."""
+        function = self._functions.get((name, shared_bytes)) or self._function(name, shared_bytes)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        stream = torch.cuda.current_stream(self.device_index).cuda_stream
+        with torch.cuda.device(self.device_index):
+            _checked(
+                self._driver.cuLaunchKernel(
+                    function, blocks, 1, 1, self.threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+                )
+            )
+
+    def occupancy(self, name: str, shared_bytes: int) -> int:
+        """Blocks of this kernel that one multiprocessor holds."""
+        with torch.cuda.device(self.device_index):
+            (count,) = _checked(
+                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    self._function(name, shared_bytes), self.threads, shared_bytes
+                )
+            )
+        return count
+
+    def attribute(self, name: str, attribute: str) -> int:
+        """``CU_FUNC_ATTRIBUTE_<attribute>`` of a kernel, as NUM_REGS or LOCAL_SIZE_BYTES."""
+        key = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{attribute}")
+        (value,) = _checked(self._driver.cuFuncGetAttribute(key, self._function(name, 0)))
+        return value
+
+    def _function(self, name: str, shared_bytes: int):
+        driver = self._driver
+        (function,) = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
+        if shared_bytes > 48 * 1024:
+            attributes = driver.CUfunction_attribute
+            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
+            share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _checked(driver.cuFuncSetAttribute(function, share, 100))
+        self._functions[name, shared_bytes] = function
+        return function
+
+
+def compile_cubin(source: str, options: list[str]) -> bytes:
+    """Machine code of ``source``. Raises UserError with the compiler's log if it does not compile."""
+    from cuda.bindings import nvrtc
+
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
+    result = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * size
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {log.decode(errors='replace').strip()}")
+    (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
+    cubin = b" " * size
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return cubin
+
+
+def _cached_cubin(source: str, options: list[str]) -> bytes:
+    key = hashlib.sha256(repr((source, options, _compiler_version())).encode()).hexdigest()
+    path = _cache_directory() / f"{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = compile_cubin(source, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(cubin)
+    os.replace(file.name, path)  # whole or not there, also when several ranks compile at once
+    return cubin
+
+
+@functools.cache
+def _compiler_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    return tuple(_checked(nvrtc.nvrtcVersion()))
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("HYMBA_KERNEL_CACHE") or Path.home() / ".cache" / "hymba_train" / "kernels")
+
+
+def _checked(result: tuple) -> tuple:
+    """Values of a cuda-bindings call; raises RuntimeError if it failed."""
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA call failed: {error!r}")
+    return tuple(values)

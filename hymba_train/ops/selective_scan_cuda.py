@@ -1,0 +1,270 @@
+"""Selective scan on a GPU: CUDA C++ kernels (ops/cuda), compiled at first use. Deterministic; float32 inside.
+
+One pass over time where rows and channels fill the GPU, else chunks of time side by side. The forward keeps the state
+before every 16th token (float32, 12.8 kB a token at 3200 channels); the backward recomputes the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hymba_train.errors import UserError
+from hymba_train.ops.nvrtc import Module
+
+TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS = 16, 64, 16, 128
+PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
+SHARED_BYTES = {
+    "scan_forward": 15360,
+    "scan_chunk_states": 15360,
+    "scan_backward": 69120,
+    "scan_chunk_gradients": 10240,
+}
+"""Shared memory of a block; checked against the layouts in ops/cuda when they are compiled."""
+RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 2}
+"""Blocks a multiprocessor should hold: bounds the registers of a thread."""
+SOURCES = ("scan_common.cuh", "scan_forward.cu", "scan_backward.cu", "scan_sums.cu")
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How time is cut. ``chained``: a chunk waits for its neighbour, all else being ready; otherwise chunks run side by
+    side, at the price of a first pass that finds the states between them."""
+
+    tokens: int
+    count: int
+    chained: bool
+
+
+CHAIN_TOKENS = 256
+"""Tokens of a chained chunk: short enough that multiprocessors finish together."""
+PARALLEL_BLOCKS = 2
+"""Blocks a multiprocessor wanted when chunks run side by side."""
+
+
+CHUNKS: Chunks | None = None
+"""Overrides choose_chunks, for tests and measurements."""
+
+
+def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: int) -> Chunks:
+    chains = batch * -(-channels // BLOCK_CHANNELS)
+    if num_tokens > CHAIN_TOKENS:
+        if chains >= multiprocessors:
+            return Chunks(CHAIN_TOKENS, -(-num_tokens // CHAIN_TOKENS), True)
+        count = PARALLEL_BLOCKS * multiprocessors // chains
+        tokens = max(-(-num_tokens // (count * TILE_TOKENS)), 4) * TILE_TOKENS
+        if tokens < num_tokens:
+            return Chunks(tokens, -(-num_tokens // tokens), False)
+    return Chunks(-(-num_tokens // TILE_TOKENS) * TILE_TOKENS, 1, False)
+
+
+def selective_scan_cuda(
+    u: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    z: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`hymba_train.ops.selective_scan.selective_scan`; backend ``cuda``.
+
+    u, dt, z may be slices of wider rows.
+    Raises UserError if there are more than 16 states a channel.
+    """
+    if A_log.shape[1] > MAX_STATES:
+        raise UserError(
+            f"selective_scan: backend 'cuda' has at most {MAX_STATES} as mamba_state_dim, not {A_log.shape[1]}; "
+            "use 'triton' or 'torch'"
+        )
+    batch, num_tokens, channels = u.shape
+    if initial_state is not None:
+        initial_state = initial_state.float()
+        if initial_state.dim() == 3 and initial_state.shape[0] != batch:
+            initial_state = initial_state.squeeze(0)
+        initial_state = initial_state.contiguous()
+    if u.numel() == 0:
+        first = u.new_zeros(()) if initial_state is None else initial_state
+        return torch.zeros_like(u), first.float().expand(batch, *A_log.shape).clone()
+    chunks = CHUNKS or choose_chunks(batch, num_tokens, channels, _multiprocessors(u.device))
+    y, final = _CudaScan.apply(
+        *_alike(u, dt, z), *_alike(B, C), *(x.float().contiguous() for x in (A_log, D, dt_bias)), initial_state,
+        None if segment_ids is None else segment_ids.long(), chunks,
+    )  # fmt: skip
+    return y.to(u.dtype), final
+
+
+class Params(ctypes.Structure):
+    """struct Params of ops/cuda/scan_common.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "u", "dt", "z", "dy", "B", "C", "A_log", "D", "bias", "initial", "d_final", "segments",
+            "y", "du", "ddt", "dz", "dB", "dC", "final_state", "checkpoints", "carry", "sum_delta",
+            "part_bc", "part_A", "part_D", "part_bias", "d_initial", "d_reset",
+            "dA_log", "dD", "dbias", "d_initial_out", "sync", "keep",
+        )),
+        *((name + axis, ctypes.c_longlong) for name in ("u", "dt", "z", "dy", "B", "C") for axis in ("_row", "_token")),
+        ("segment_row", ctypes.c_longlong), ("initial_row", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in (
+            "batch", "tokens", "channels", "states", "blocks", "chunk_tokens", "chunks", "chained", "aligned",
+        )),
+    ]  # fmt: skip
+
+
+class _CudaScan(torch.autograd.Function):
+    """u, dt, z of one dtype, B, C of one dtype; A_log, D, bias, initial ([C, N] or [B, C, N]) float32, contiguous."""
+
+    @staticmethod
+    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks):
+        kernels = _kernels(u.dtype, B.dtype, u.device)
+        run = _Run(kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run.set_start(initial, segment_ids)
+        y = run.new("y", u.shape, u.dtype)
+        final = run.new("final_state", (u.shape[0], *A_log.shape))
+        checkpoints = None
+        if any(ctx.needs_input_grad):
+            tiles = -(-u.shape[1] // TILE_TOKENS)
+            checkpoints = run.new("checkpoints", (tiles, run.chains, PRIVATE_STATE))
+        run.between_chunks("scan_chunk_states", "scan_pass_states")
+        run.launch("scan_forward", run.chains * chunks.count)
+        if checkpoints is not None:
+            ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints)
+            ctx.kernels, ctx.chunks = kernels, chunks
+            ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, d_final):
+        u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints = ctx.saved_tensors
+        chunks = ctx.chunks
+        dy = torch.zeros_like(u) if dy is None else dy
+        run = _Run(ctx.kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run.set_start(initial, segment_ids)
+        run.set("checkpoints", checkpoints)
+        run.set("d_final", None if d_final is None else d_final.contiguous())
+        du, ddt, dz = (run.new(name, u.shape, u.dtype) for name in ("du", "ddt", "dz"))
+        dB, dC = (run.new(name, B.shape, B.dtype) for name in ("dB", "dC"))
+        dA_log, dD, dbias = run.new("dA_log", A_log.shape), run.new("dD", D.shape), run.new("dbias", bias.shape)
+        (batch, num_tokens, channels), num_states = u.shape, A_log.shape[1]
+        run.new("part_bc", (run.params.blocks, batch, num_tokens, 2 * MAX_STATES))
+        run.new("part_A", (batch, chunks.count, channels, num_states))
+        run.new("part_D", (batch, chunks.count, channels))
+        run.new("part_bias", (batch, chunks.count, channels))
+        d_initial = None
+        if initial is not None and ctx.needs_input_grad[8]:
+            d_initial = run.new("d_initial_out", initial.shape)
+            run.new("d_initial", (batch, channels, num_states))
+        if segment_ids is not None:
+            run.set("d_reset", u.new_zeros(batch, chunks.count, channels, num_states, dtype=torch.float32))
+        run.between_chunks("scan_chunk_gradients", "scan_pass_gradients")
+        run.launch("scan_backward", run.chains * chunks.count)
+        run.launch("scan_sum", -(-batch * num_tokens * 8 // THREADS) + -(-channels * max(num_states, 1) // THREADS))
+        return du, ddt, dz, dB, dC, dA_log, dD, dbias, d_initial, None, None
+
+
+class _Run:
+    """Parameters of the kernels of one forward or backward, and the tensors they point to."""
+
+    def __init__(self, kernels: Module, chunks: Chunks, **tensors: Tensor) -> None:
+        u, A_log = tensors["u"], tensors["A_log"]
+        self.kernels, self.device, self.chunks = kernels, u.device, chunks
+        self.params, self.tensors = Params(), []
+        p = self.params
+        (p.batch, p.tokens, p.channels), p.states = u.shape, A_log.shape[1]
+        p.blocks = -(-p.channels // BLOCK_CHANNELS)
+        p.chunk_tokens, p.chunks, p.chained = chunks.tokens, chunks.count, chunks.chained and chunks.count > 1
+        self.chains = p.batch * p.blocks
+        p.aligned = 0 if p.channels % 2 else 16
+        for bit, name in ((1, "u"), (2, "dt"), (4, "z"), (8, "dy"), (0, "B"), (0, "C")):
+            if name not in tensors:
+                continue
+            x = tensors[name]
+            if x.stride(2) != 1:
+                x = x.contiguous()
+            self.set(name, x)
+            setattr(p, f"{name}_row", x.stride(0))
+            setattr(p, f"{name}_token", x.stride(1))
+            if not (x.data_ptr() % (2 * x.element_size()) or x.stride(0) % 2 or x.stride(1) % 2):
+                p.aligned |= bit
+        for name in ("A_log", "D", "bias"):
+            self.set(name, tensors[name])
+
+    def set(self, name: str, x: Tensor | None) -> None:
+        if x is not None:
+            self.tensors.append(x)
+            setattr(self.params, name, x.data_ptr())
+
+    def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=self.device)
+        self.set(name, x)
+        return x
+
+    def set_start(self, initial: Tensor | None, segment_ids: Tensor | None) -> None:
+        p = self.params
+        self.set("initial", initial)
+        if initial is not None and initial.dim() == 3:
+            p.initial_row = initial.stride(0)
+        if segment_ids is not None:
+            segment_ids = segment_ids if segment_ids.stride(1) == 1 else segment_ids.contiguous()
+            self.set("segments", segment_ids)
+            p.segment_row = segment_ids.stride(0)
+
+    def between_chunks(self, name: str, pass_name: str) -> None:
+        """What the chunks need to know of each other: nothing, a chain, or a first pass (kernels ``name``)."""
+        p, chunks = self.params, self.chunks
+        if chunks.count == 1:
+            return
+        self.new("carry", (1 if chunks.chained else chunks.count, self.chains, PRIVATE_STATE))
+        if chunks.chained:
+            self.set("sync", torch.zeros(1 + self.chains, dtype=torch.int32, device=self.device))
+            return
+        self.new("sum_delta", (chunks.count, self.chains, BLOCK_CHANNELS))
+        self.new("keep", (chunks.count, p.batch), torch.int32)
+        self.launch(name, self.chains * (chunks.count - 1))
+        self.launch(pass_name, self.chains * (PRIVATE_STATE // THREADS))
+
+    def launch(self, name: str, blocks: int) -> None:
+        self.kernels.launch(name, blocks, SHARED_BYTES.get(name, 0), self.params)
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All bf16, or all float32."""
+    low = all(x.dtype == torch.bfloat16 for x in tensors)
+    return tensors if low else tuple(x.float() for x in tensors)
+
+
+def source() -> str:
+    folder = Path(__file__).with_name("cuda")
+    return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+
+
+def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype) -> dict[str, int]:
+    is_bf16 = {"X_BF16": int(x_dtype == torch.bfloat16), "BC_BF16": int(bc_dtype == torch.bfloat16)}
+    return is_bf16 | RESIDENT_BLOCKS | {f"{name.upper()}_SHARED": size for name, size in SHARED_BYTES.items()}
+
+
+def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, device: torch.device) -> Module:
+    if device.type != "cuda":
+        raise UserError(f"selective_scan: backend 'cuda' runs on cuda, not on {device.type}; use 'torch'")
+    return _compiled(x_dtype, bc_dtype, device.index or 0, tuple(RESIDENT_BLOCKS.values()))
+
+
+@functools.cache
+def _compiled(x_dtype: torch.dtype, bc_dtype: torch.dtype, device_index: int, _variant: tuple[int, ...]) -> Module:
+    return Module(source(), defines(x_dtype, bc_dtype), device_index, THREADS)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,0 +1,24 @@
+// The selective scan's kernels as a library: int scan_launch(name, blocks, shared bytes, params).
+#define SCAN_HOST
+#include "emulator.h"
+//
+#include "scan_common.cuh"
+#include "scan_forward.cu"
+#include "scan_backward.cu"
+#include "scan_sums.cu"
+
+extern "C" int scan_launch(const char* name, int blocks, int shared_bytes, const Params* p) {
+#define CASE(kernel)                                   \
+  if (!strcmp(name, #kernel)) {                        \
+    run_blocks<Params>(kernel, *p, blocks, shared_bytes); \
+    return 0;                                          \
+  }
+  CASE(scan_forward)
+  CASE(scan_chunk_states)
+  CASE(scan_backward)
+  CASE(scan_chunk_gradients)
+  CASE(scan_pass_states)
+  CASE(scan_pass_gradients)
+  CASE(scan_sum)
+  return 1;
+}

@@ -1,0 +1,151 @@
+"""The CUDA selective scan: chunks of time, layouts and types; on a GPU, and its very source in a warp emulator."""
+
+import pytest
+import torch
+
+from hymba_train.errors import UserError
+from hymba_train.ops import selective_scan as plain
+from hymba_train.ops import selective_scan_cuda as scan
+from hymba_train.ops.registry import select
+from tests.ops.emulator import emulated, emulated_backend, needs_emulator
+from tests.ops.test_op_selective_scan import assert_close, cuda_backend, inputs, needs_cuda, outputs_and_gradients
+
+BACKENDS = [
+    pytest.param(emulated_backend, "cpu", id="emulated", marks=needs_emulator),
+    pytest.param(cuda_backend, "cuda", id="cuda", marks=[pytest.mark.gpu, needs_cuda]),
+]
+over_devices = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+
+
+def documents(B, S, seed=1, often=0.1):
+    return torch.cumsum((torch.rand(B, S, generator=torch.Generator().manual_seed(seed)) < often).long(), 1)
+
+
+@over_devices
+@pytest.mark.parametrize("chunks", [(80, 1, False), (32, 3, True), (16, 5, True), (32, 3, False), (16, 5, False)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("state", ["shared", "rows", "none"])
+def test_does_not_depend_on_the_chunks(backend, device, chunks, packed, state, monkeypatch):
+    """70 tokens and 67 channels: nothing is a multiple of anything."""
+    monkeypatch.setattr(scan, "CHUNKS", scan.Chunks(*chunks))
+    tensors = inputs(B=2, S=70, C=67, N=16, state=state)
+    ids = documents(2, 70) if packed else None
+    expected = outputs_and_gradients(plain.selective_scan_reference, tensors, ids)
+    assert_close(outputs_and_gradients(backend, tensors, ids, torch.float32, device), expected, 1e-5)
+
+
+@over_devices
+@pytest.mark.parametrize("chunks", [(32, 2, True), (32, 2, False)])
+def test_a_document_may_start_at_a_chunk_and_at_the_first_token(backend, device, chunks, monkeypatch):
+    monkeypatch.setattr(scan, "CHUNKS", scan.Chunks(*chunks))
+    tensors = inputs(B=2, S=50, C=5, N=16)
+    ids = torch.zeros(2, 50, dtype=torch.int64)
+    ids[:, 32:] = 1
+    ids[1, 1:] += 1
+    expected = outputs_and_gradients(plain.selective_scan_reference, tensors, ids)
+    assert_close(outputs_and_gradients(backend, tensors, ids, torch.float32, device), expected, 1e-5)
+
+
+@over_devices
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bc_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_slices_of_wider_rows(backend, device, x_dtype, bc_dtype, offset):
+    """u, dt, z, B, C and the gradient to y cut out of wider rows, at even and odd places."""
+    B, S, C, N = 2, 33, 66, 16
+    tensors = [None if x is None else x.detach() for x in inputs(B=B, S=S, C=C, N=N)]
+    low = {0: x_dtype, 1: x_dtype, 3: bc_dtype, 4: bc_dtype, 7: x_dtype}
+    tensors = [x.to(low.get(i, torch.float32)) for i, x in enumerate(tensors)]
+    weight = torch.randn(B, S, C, generator=torch.Generator().manual_seed(2)).to(x_dtype)
+
+    def run(function, device, dtype, width):
+        def place(x):
+            if x.dim() != 3 or not width:
+                return x.to(device, dtype)
+            wide = torch.zeros(*x.shape[:2], x.shape[2] + width, dtype=dtype or x.dtype, device=device)
+            wide[..., offset : offset + x.shape[2]] = x.to(wide)
+            return wide[..., offset : offset + x.shape[2]]
+
+        given = [place(x).requires_grad_() for x in tensors[:8]]
+        y, state = function(*given)
+        gradients = torch.autograd.grad(y, given, place(weight))
+        assert all(g.dtype == x.dtype for g, x in zip(gradients, given, strict=True))
+        return [x.double().cpu() for x in (y, state, *gradients)]
+
+    expected = run(plain.selective_scan_reference, "cpu", torch.float64, 0)
+    found = run(backend, device, None, 14)
+    # bf16: every result is rounded; dB and dC are sums of products with 10 bits of mantissa.
+    tolerance = 1e-2 if torch.bfloat16 in (x_dtype, bc_dtype) else 1e-5
+    assert_close(found, expected, tolerance)
+
+
+@over_devices
+@pytest.mark.parametrize("through", ["y", "state"])
+def test_gradient_through_one_result_alone(backend, device, through):
+    tensors = inputs(B=1, S=20, C=3, N=4)
+
+    def run(function, device, dtype):
+        given = [x.detach().to(device, dtype).requires_grad_() for x in tensors]
+        result = function(*given[:8], initial_state=given[8])[through == "state"]
+        gradients = torch.autograd.grad(result.square().sum(), given, allow_unused=True, materialize_grads=True)
+        return [x.double().cpu() for x in gradients]
+
+    assert_close(run(backend, device, torch.float32), run(plain.selective_scan_reference, "cpu", torch.float64), 1e-5)
+
+
+@over_devices
+def test_two_runs_give_the_same_bits(backend, device, monkeypatch):
+    monkeypatch.setattr(scan, "CHUNKS", scan.Chunks(32, 3, True))
+    tensors, ids = inputs(B=2, S=70, C=67, N=16), documents(2, 70)
+    first, second = (outputs_and_gradients(backend, tensors, ids, torch.float32, device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_emulator
+def test_no_checkpoints_without_gradients(monkeypatch):
+    tensors = [x.detach().float() for x in inputs(B=1, S=20, C=3, N=4)]
+    kernels = emulated(torch.float32, torch.float32)
+    kernels.launched.clear()
+    y, state = emulated_backend(*tensors[:8], initial_state=tensors[8])
+    assert kernels.launched == ["scan_forward"]
+    assert y.grad_fn is None
+    expected = plain.selective_scan_reference(*(x.double() for x in tensors[:8]), initial_state=tensors[8].double())
+    assert_close([y.double(), state.double()], expected, 1e-5)
+
+
+def test_chunks_follow_the_work():
+    prefix = scan.choose_chunks(1, 128, 3200, 132)
+    assert prefix.count == 1
+    assert scan.choose_chunks(4, 2048, 3200, 132) == scan.Chunks(256, 8, True)
+    alone = scan.choose_chunks(1, 8192, 3200, 132)
+    assert not alone.chained
+    assert alone.count * 50 <= 2 * 132
+    for batch in (1, 2, 3, 8):
+        for num_tokens in (1, 255, 257, 2048, 8191):
+            chunks = scan.choose_chunks(batch, num_tokens, 100, 132)
+            assert chunks.tokens % scan.TILE_TOKENS == 0
+            assert (chunks.count - 1) * chunks.tokens < num_tokens <= chunks.count * chunks.tokens
+
+
+def test_refuses_what_it_cannot_do():
+    tensors = [x.float() for x in inputs(N=17)[:8]]
+    with pytest.raises(UserError, match=r"at most 16 as mamba_state_dim, not 17; use 'triton' or 'torch'"):
+        scan.selective_scan_cuda(*tensors)
+    with pytest.raises(UserError, match=r"'cuda' runs on cuda, not on cpu"):
+        scan.selective_scan_cuda(*(x.float() for x in inputs()[:8]))
+    with pytest.raises(UserError, match=r"'cuda' .*has no more than 16 states"):
+        select("selective_scan", "cuda", "cuda", needs={"wide_state"})
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("size", [(4, 2048), (1, 8192), (8, 512), (1, 128)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_at_model_sizes(size, packed):
+    tensors = inputs(B=size[0], S=size[1], C=3200, N=16)
+    ids = documents(*size, often=0.003) if packed else None
+    expected = outputs_and_gradients(plain.selective_scan, tensors, ids, torch.float32, "cuda")
+    backend = select("selective_scan", "cuda", "cuda", needs={"segment_ids", "state_grad", "deterministic"})
+    found, again = (outputs_and_gradients(backend, tensors, ids, torch.float32, "cuda") for _ in range(2))
+    assert_close(found, expected, 1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
