@@ -47,6 +47,32 @@ def causal_conv(
     return F.silu(total).to(x.dtype), _final_taps(padded, taps, offsets)
 
 
+def causal_conv_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, *, num_meta: int, batch: int, seq: int, segment_ids: Tensor | None = None
+) -> Tensor:
+    """:func:`causal_conv` on the flat token axis (hymba_train.model.rows); backend ``torch``.
+
+    x [N, C]: num_meta meta tokens (from zero taps), then batch * seq tokens of text, every document of which (by
+    segment_ids [B, S]) starts from the last meta tokens; further rows are padding. Returns [N, C], padding zero.
+    """
+    end = num_meta + batch * seq
+    meta, taps = causal_conv(x[:num_meta].unsqueeze(0), weight, bias)
+    text = x[num_meta:end].unflatten(0, (batch, seq))
+    out, _ = causal_conv(text, weight, bias, initial_taps=taps[0], segment_ids=segment_ids)
+    return torch.cat((meta[0], out.flatten(0, 1), x.new_zeros(x.shape[0] - end, x.shape[1])))
+
+
+def final_taps_of_tail(x: Tensor, taps: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """final_taps [B, K - 1, C] of :func:`causal_conv`, from x [B, S, C] or its last K - 1 tokens alone.
+
+    taps: [1 | B, K - 1, C]; segment_ids: int64 [B, S], whole.
+    """
+    num_taps = taps.shape[1]
+    padded = torch.cat((taps.expand(x.shape[0], -1, -1), x[:, max(0, x.shape[1] - num_taps) :]), dim=1)
+    offsets = None if segment_ids is None else document_offsets(segment_ids)
+    return _final_taps(padded, taps.expand(x.shape[0], -1, -1), offsets)
+
+
 def _restart(past: Tensor, taps: Tensor, offsets: Tensor, distance: int) -> Tensor:
     """past [B, n, C] holds the inputs ``distance`` tokens back; where that is before the document, take its taps."""
     row = (taps.shape[1] - distance + offsets).clamp(max=taps.shape[1] - 1)

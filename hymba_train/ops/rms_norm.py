@@ -1,13 +1,15 @@
-"""RMSNorm in T5's order (hymba-architecture 2.2)."""
+"""RMSNorm in T5's order (hymba-architecture 2.2), alone, after a residual add, and over groups of columns."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x [..., D] over its last axis and scale by weight [D]; result in x.dtype.
+    """Normalise x [..., D] over its last axis and scale by weight [D]; result in x.dtype. Backend ``torch``.
 
     The order matters in bf16: x goes to float32 (float64 stays), is normalised, is cast *back* to x.dtype, and only
     then multiplied by the weight, cast to x.dtype as well.
@@ -15,3 +17,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normalised.to(x.dtype) * weight.to(x.dtype)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x and its :func:`rms_norm`, both [..., D]. Backend ``torch``."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
+
+
+def group_rms_norm(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
+    """:func:`rms_norm` of each group of columns by itself: x [..., sum of widths], one weight a group. ``torch``."""
+    parts = x.split([w.shape[0] for w in weights], dim=-1)
+    return torch.cat([rms_norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True)], dim=-1)

@@ -22,3 +22,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """RoPE of the first num_heads heads in the columns of x [N, >= H*dk]: [N, H, dk], contiguous. Backend ``torch``.
+
+    cos, sin: float32 [N, dk / 2] (:func:`rope_tables`). x may be a slice of wider rows; columns past the last head are
+    those of padding heads.
+    """
+    return apply_rope(x[:, : num_heads * 2 * cos.shape[-1]].unflatten(-1, (num_heads, -1)), cos, sin)

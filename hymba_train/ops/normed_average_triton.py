@@ -1,0 +1,163 @@
+"""Mean of two RMSNorms on a GPU: one pass forward, one backward; two each where ranks add up in between. Deterministic.
+
+Kept for the backward pass: the two inputs and two float32 a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba_train.ops import rows_triton
+from hymba_train.ops.gradient_slots import empty_gradient, slot_of
+from hymba_train.ops.rows_triton import as_rows, block_of, num_partials, partial_sums, warps_of
+
+
+def normed_average_triton(
+    attention: Tensor,
+    ssm: Tensor,
+    attention_weight: Tensor,
+    ssm_weight: Tensor,
+    eps: float,
+    true_width: int,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """:func:`hymba_train.ops.normed_average.normed_average`; backend ``triton``."""
+    slots = (slot_of(attention), slot_of(ssm))
+    return _NormedAverage.apply(attention, ssm, attention_weight, ssm_weight, eps, true_width, all_reduce, slots)
+
+
+class _NormedAverage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attention, ssm, wa, ws, eps, true_width, all_reduce, slots):
+        a, s, wa, ws = as_rows(attention), as_rows(ssm), wa.contiguous(), ws.contiguous()
+        n, width = a.shape
+        ctx.constants = dict(WIDTH=width, BLOCK=block_of(width, "normed_average"))
+        ctx.constants["num_warps"] = warps_of(ctx.constants["BLOCK"])
+        out = torch.empty(n, width, dtype=a.dtype, device=a.device)
+        sums = torch.empty(n, 2, dtype=torch.float32, device=a.device)
+        strides = (a.stride(0), s.stride(0))
+        with torch.cuda.device_of(a):
+            if all_reduce is not None:
+                if n:
+                    average_sums[(n,)](a, s, sums, *strides, **ctx.constants)
+                all_reduce(sums)
+            if n:
+                average_forward[(n,)](
+                    a, s, wa, ws, sums, out, *strides, eps, true_width, **ctx.constants, GIVEN=all_reduce is not None
+                )
+        ctx.save_for_backward(a, s, wa, ws, sums)
+        ctx.eps, ctx.true_width, ctx.all_reduce, ctx.slots, ctx.shape = (
+            eps, true_width, all_reduce, slots, attention.shape
+        )  # fmt: skip
+        return out.view(attention.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        a, s, wa, ws, sums = ctx.saved_tensors
+        (n, width), d_out = a.shape, as_rows(d_out)
+        da, ds = empty_gradient(ctx.slots[0], a), empty_gradient(ctx.slots[1], s)
+        partial = partial_sums(n, 2, width, like=a)
+        dots = torch.empty_like(sums)
+        strides = (a.stride(0), s.stride(0), d_out.stride(0))
+        with torch.cuda.device_of(a):
+            if ctx.all_reduce is not None:
+                if n:
+                    average_dots[(n,)](a, s, wa, ws, d_out, dots, *strides, **ctx.constants)
+                ctx.all_reduce(dots)
+            if n:
+                average_backward[(num_partials(n),)](
+                    a, s, wa, ws, sums, dots, d_out, da, ds, partial, *strides, da.stride(0), ds.stride(0),
+                    n, ctx.eps, ctx.true_width,
+                    **ctx.constants, GIVEN=ctx.all_reduce is not None, ROWS=rows_triton.ROWS_PER_PROGRAM,
+                )  # fmt: skip
+        d_weights = partial.sum(0)
+        gradients = (da.view(ctx.shape), ds.view(ctx.shape), d_weights[0].to(wa.dtype), d_weights[1].to(ws.dtype))
+        return *gradients, None, None, None, None
+
+
+@triton.jit
+def _row(X, row, stride, c, ok):
+    return tl.load(X + row * stride + c, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weight(W, c, ok, like):
+    return tl.load(W + c, mask=ok, other=0.0).to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def average_sums(A, S, SUMS, stride_a, stride_s, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    a, s = _row(A, row, stride_a, c, c < WIDTH), _row(S, row, stride_s, c, c < WIDTH)
+    tl.store(SUMS + 2 * row, tl.sum(a * a, 0))
+    tl.store(SUMS + 2 * row + 1, tl.sum(s * s, 0))
+
+
+@triton.jit
+def average_forward(
+    A, S, WA, WS, SUMS, OUT, stride_a, stride_s, eps, true_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """SUMS [N, 2], the sums of squares: read if GIVEN (added up over ranks), else computed and written."""
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    ok = c < WIDTH
+    a, s = _row(A, row, stride_a, c, ok), _row(S, row, stride_s, c, ok)
+    wa, ws = _weight(WA, c, ok, OUT), _weight(WS, c, ok, OUT)
+    if GIVEN:
+        sum_a, sum_s = tl.load(SUMS + 2 * row), tl.load(SUMS + 2 * row + 1)
+    else:
+        sum_a, sum_s = tl.sum(a * a, 0), tl.sum(s * s, 0)
+        tl.store(SUMS + 2 * row, sum_a)
+        tl.store(SUMS + 2 * row + 1, sum_s)
+    a = (a * (1.0 / tl.sqrt(sum_a / true_width + eps))).to(OUT.dtype.element_ty).to(tl.float32)
+    s = (s * (1.0 / tl.sqrt(sum_s / true_width + eps))).to(OUT.dtype.element_ty).to(tl.float32)
+    tl.store(OUT + row * WIDTH + c, (0.5 * (a * wa + s * ws)).to(OUT.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def average_dots(A, S, WA, WS, DOUT, DOTS, stride_a, stride_s, stride_o, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """DOTS [N, 2] = sum of (dy w / 2) x, whose total over ranks is what the norms' gradients need."""
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    ok = c < WIDTH
+    a, s = _row(A, row, stride_a, c, ok), _row(S, row, stride_s, c, ok)
+    half = 0.5 * _row(DOUT, row, stride_o, c, ok)
+    tl.store(DOTS + 2 * row, tl.sum(half * _weight(WA, c, ok, A) * a, 0))
+    tl.store(DOTS + 2 * row + 1, tl.sum(half * _weight(WS, c, ok, A) * s, 0))
+
+
+@triton.jit
+def average_backward(
+    A, S, WA, WS, SUMS, DOTS, DOUT, DA, DS, PARTIAL, stride_a, stride_s, stride_o, stride_da, stride_ds,
+    num_rows, eps, true_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx = r (dy w / 2) - x r^3 dot / E, r = 1 / root mean square; a program adds up dy n / 2 over ROWS rows."""
+    first, c = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, BLOCK)
+    ok = c < WIDTH
+    wa, ws = _weight(WA, c, ok, A), _weight(WS, c, ok, A)
+    dwa, dws = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + ROWS, num_rows)):
+        a, s = _row(A, row, stride_a, c, ok), _row(S, row, stride_s, c, ok)
+        half = 0.5 * _row(DOUT, row, stride_o, c, ok)
+        ra = 1.0 / tl.sqrt(tl.load(SUMS + 2 * row) / true_width + eps)
+        rs = 1.0 / tl.sqrt(tl.load(SUMS + 2 * row + 1) / true_width + eps)
+        if GIVEN:
+            dot_a, dot_s = tl.load(DOTS + 2 * row), tl.load(DOTS + 2 * row + 1)
+        else:
+            dot_a, dot_s = tl.sum(half * wa * a, 0), tl.sum(half * ws * s, 0)
+        na, ns = a * ra, s * rs
+        da = ra * (half * wa - na * (ra * dot_a / true_width))
+        ds = rs * (half * ws - ns * (rs * dot_s / true_width))
+        dwa += half * na.to(A.dtype.element_ty).to(tl.float32)
+        dws += half * ns.to(A.dtype.element_ty).to(tl.float32)
+        tl.store(DA + row * stride_da + c, da.to(DA.dtype.element_ty), mask=ok)
+        tl.store(DS + row * stride_ds + c, ds.to(DS.dtype.element_ty), mask=ok)
+    place = PARTIAL + tl.program_id(0) * (2 * WIDTH) + c
+    tl.store(place, dwa, mask=ok)
+    tl.store(place + WIDTH, dws, mask=ok)

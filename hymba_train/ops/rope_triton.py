@@ -1,0 +1,88 @@
+"""RoPE on a GPU, straight from a slice of in_proj's output; the backward pass turns the other way. One pass each.
+
+Nothing but the tables is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba_train.errors import UserError
+from hymba_train.ops.gradient_slots import empty_gradient, slot_of
+
+ROWS, WARPS = 2, 4
+"""Rows of a program, and its warps."""
+
+
+def rotate_heads_triton(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """:func:`hymba_train.ops.rope.rotate_heads`; backend ``triton``. Needs a head width that is a power of two."""
+    half = cos.shape[-1]
+    if half & (half - 1):
+        raise UserError(f"rope: backend 'triton' needs a power of two as head width, not {2 * half}; use 'torch'")
+    return _Rotate.apply(x, cos, sin, num_heads, slot_of(x))
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, num_heads, slot):
+        x = x if x.stride(1) == 1 else x.contiguous()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.num_heads, ctx.slot, ctx.shape = num_heads, slot, x.shape
+        out = torch.empty(x.shape[0], num_heads, 2 * cos.shape[-1], dtype=x.dtype, device=x.device)
+        _launch(x, cos, sin, out, num_heads, x.stride(0), out.stride(0), backward=False)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        cos, sin = ctx.saved_tensors
+        width = d_out.shape[1] * d_out.shape[2]
+        if d_out.stride(2) != 1 or d_out.stride(1) != d_out.shape[2]:
+            d_out = d_out.contiguous()
+        rows = d_out.reshape(d_out.shape[0], width)
+        if ctx.shape[1] == width:
+            dx = empty_gradient(ctx.slot, rows)
+        else:  # columns of padding heads, which are not rotated
+            dx = torch.empty(ctx.shape, dtype=d_out.dtype, device=d_out.device) if ctx.slot is None else ctx.slot.take()
+            dx[:, width:].zero_()
+        _launch(rows, cos, sin, dx, ctx.num_heads, rows.stride(0), dx.stride(0), backward=True)
+        return dx, None, None, None, None
+
+
+def _launch(x, cos, sin, out, num_heads, stride_x, stride_o, *, backward: bool) -> None:
+    n, half = x.shape[0], cos.shape[-1]
+    if n:
+        with torch.cuda.device_of(x):
+            rotate[(triton.cdiv(n, ROWS),)](
+                x, cos, sin, out, stride_x, stride_o, n, HEADS=num_heads, HALF=half,
+                HEADS_BLOCK=triton.next_power_of_2(num_heads), ROWS=ROWS, BACKWARD=backward, num_warps=WARPS,
+            )  # fmt: skip
+
+
+@triton.jit
+def rotate(
+    X, COS, SIN, OUT, stride_x, stride_o, num_rows,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HEADS_BLOCK: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """out = x turned by the row's angles (back, if BACKWARD); the tables are rounded to x's type, as in torch."""
+    head, j = tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < HEADS) & (j < HALF)
+    at = head * (2 * HALF) + j
+    for i in tl.static_range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        valid = row < num_rows
+        ok = inside & valid
+        table = row * HALF + j
+        cos = tl.load(COS + table, mask=valid & (j < HALF), other=0.0).to(X.dtype.element_ty).to(tl.float32)
+        sin = tl.load(SIN + table, mask=valid & (j < HALF), other=0.0).to(X.dtype.element_ty).to(tl.float32)
+        if BACKWARD:
+            sin = -sin
+        first = tl.load(X + row * stride_x + at, mask=ok, other=0.0).to(tl.float32)
+        second = tl.load(X + row * stride_x + at + HALF, mask=ok, other=0.0).to(tl.float32)
+        place = OUT + row * stride_o + at
+        tl.store(place, (first * cos - second * sin).to(OUT.dtype.element_ty), mask=ok)
+        tl.store(place + HALF, (second * cos + first * sin).to(OUT.dtype.element_ty), mask=ok)

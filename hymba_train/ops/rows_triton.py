@@ -1,0 +1,40 @@
+"""What the Triton backends of row-wise ops share: tensors as rows, block sizes, partial sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hymba_train.errors import UserError
+
+ROWS_PER_PROGRAM = 16
+"""Rows that one program of a backward kernel adds up into its line of a weight's gradient."""
+VALUES_PER_THREAD = 16
+"""Columns of a row that a thread holds, where a program holds a whole row."""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., D] as [N, D] whose rows are contiguous and may lie any distance apart. Copies only if it must."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def block_of(width: int, op: str) -> int:
+    """Columns of a program that holds a whole row of ``width`` columns in registers."""
+    if width > 16384:
+        raise UserError(f"{op}: backend 'triton' holds a row in registers, at most 16384 columns, not {width}")
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program with ``block`` columns."""
+    return min(16, max(1, block // (32 * VALUES_PER_THREAD)))
+
+
+def num_partials(num_rows: int) -> int:
+    return -(-num_rows // ROWS_PER_PROGRAM)
+
+
+def partial_sums(num_rows: int, *sizes: int, like: Tensor) -> Tensor:
+    """float32 [programs, *sizes]: one line a program, added up afterwards. No atomics: the same bits every time."""
+    return torch.empty(num_partials(num_rows), *sizes, dtype=torch.float32, device=like.device)
