@@ -181,8 +181,7 @@ def fused_forward(
     packed = _Packing.of(q, ends)
     out, context, *_ = fused_attn_fwd(
         True, q.shape[1], q.shape[1], packed.ends, packed.ends, *map(packed.view, (q, k, v)), q.dtype,
-        FusedAttnBackend["F16_arbitrary_seqlen"], packed.padded, packed.padded, attn_scale=scale,
-        **packed.settings(window),
+        FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, **packed.settings(window),
     )  # fmt: skip
     return out.view(*q.shape[:-1], v.shape[-1]), context[0], context[1]
 
@@ -197,8 +196,7 @@ def fused_backward(
     packed = _Packing.of(q, ends)
     gradients = fused_attn_bwd(
         q.shape[1], q.shape[1], packed.ends, packed.ends, *map(packed.view, (q, k, v, out, d_out)), q.dtype,
-        [lse, rng_state], FusedAttnBackend["F16_arbitrary_seqlen"], packed.padded, packed.padded, attn_scale=scale,
-        do_format=packed.format, dqkv_layout=packed.layout,
+        [lse, rng_state], FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, do_format=packed.format, dqkv_layout=packed.layout,
         deterministic=torch.are_deterministic_algorithms_enabled(), **packed.settings(window),
     )  # fmt: skip
     return tuple(g.view_as(x) for g, x in zip(gradients, (q, k, v), strict=False))
@@ -230,6 +228,7 @@ class _Packing:
         return dict(
             qkv_layout=self.layout, o_format=self.format, window_size=(-1 if window is None else window, 0),
             attn_mask_type="causal" if self.format == "bshd" else "padding_causal", bottom_right_diagonal=False,
+            cu_seqlens_q_padded=self.padded, cu_seqlens_kv_padded=self.padded,
         )  # fmt: skip
 
 
