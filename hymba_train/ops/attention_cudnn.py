@@ -196,7 +196,8 @@ def fused_backward(
     packed = _Packing.of(q, ends)
     gradients = fused_attn_bwd(
         q.shape[1], q.shape[1], packed.ends, packed.ends, *map(packed.view, (q, k, v, out, d_out)), q.dtype,
-        [lse, rng_state], FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, do_format=packed.format, dqkv_layout=packed.layout,
+        [lse, rng_state], FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, do_format=packed.format,
+        dqkv_layout=packed.layout,
         deterministic=torch.are_deterministic_algorithms_enabled(), **packed.settings(window),
     )  # fmt: skip
     return tuple(g.view_as(x) for g, x in zip(gradients, (q, k, v), strict=False))
