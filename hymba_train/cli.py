@@ -282,6 +282,7 @@ VERBS = {
     "eval": Verb("held-out perplexity by domain, and lm-evaluation-harness tasks", "hymba_train.convert.cli:run_eval"),
     "convert": Verb("Hugging Face format in and out", "hymba_train.convert.cli:run_convert"),
     "data": Verb("prepare training data: tokenise, merge, inspect, validate", "data_prep.cli:main"),
+    "bench": Verb("measure the speed of kernels and of a training step", "hymba_train.bench.cli:main"),
     "doctor": Verb("check this machine: versions, kernels, speeds", "hymba_train.doctor.cli:main"),
     "version": Verb("print the version", "hymba_train.cli:run_version"),
 }

@@ -1,6 +1,6 @@
-"""Attention backends on one GPU, one layer of Hymba-1.5B: forward, forward + backward, TFLOP/s on visible pairs.
+"""``hymba bench attention``: attention backends on one GPU, one layer of Hymba-1.5B.
 
-``python -m benchmarks.attention_gpu [--output FILE.json]``. bf16, 25 query heads of 64, 5 KV heads, values 128 wide,
+Forward, forward + backward, TFLOP/s on visible pairs. bf16, 25 query heads of 64, 5 KV heads, values 128 wide,
 128 meta tokens, window 1024 or none. CUDA-event timings of a full queue; inputs rotate through three
 sets.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,10 +82,10 @@ def measure(backend, batch: int, seq: int, window: int | None, documents: int) -
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hymba bench attention", description=__doc__)
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    args = parser.parse_args(argv)
     rows = []
     for case in CASES:
         for backend in BACKENDS["attention"]:
@@ -105,7 +106,4 @@ def main() -> None:
         )
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    return int(any("error" in r for r in rows))

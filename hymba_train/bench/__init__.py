@@ -1,0 +1,1 @@
+"""``hymba bench``: what is fast and what is not, on the machine at hand."""
