@@ -78,6 +78,12 @@ def slot_of(x: Tensor) -> GradientSlot | None:
     return getattr(x, "_gradient_slot", None)
 
 
+def view_with_slot(part: Tensor, view: Tensor) -> Tensor:
+    """``view``, a view of all of ``part`` with the same columns, with part's slot: it is used in part's place."""
+    view._gradient_slot = slot_of(part)
+    return view
+
+
 def empty_gradient(slot: GradientSlot | None, rows: Tensor) -> Tensor:
     """Memory to write the gradient of ``rows`` [N, W] into: the slot, or new."""
     if slot is None:
