@@ -72,5 +72,7 @@ def test_unknown_benchmark():
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_has_help(name):
-    done = subprocess.run([sys.executable, "-m", "hymba_train", "bench", name, "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "hymba_train", "bench", name, "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "usage" in done.stdout

@@ -112,6 +112,14 @@ class PrecisionConfig:
     """Backend of hymba_train.ops.selective_scan."""
     conv_backend: str = "auto"
     """Backend of hymba_train.ops.causal_conv."""
+    norm_backend: str = "auto"
+    """Backend of the RMSNorms: hymba_train.ops.rms_norm, also fused with the residual add, and normed_average."""
+    swiglu_backend: str = "auto"
+    """Backend of hymba_train.ops.swiglu."""
+    rope_backend: str = "auto"
+    """Backend of hymba_train.ops.rope.rotate_heads."""
+    loss_backend: str = "auto"
+    """Backend of hymba_train.ops.cross_entropy; with parallel.tensor > 1 the loss is Megatron-Core's."""
 
 
 @dataclass

@@ -55,6 +55,35 @@ def _compare(op: str, name: str, kind: str, dtype: Any, reference: Any) -> Findi
     return Finding(f"  {name}", f"agrees with torch to {error:.0e} in {DTYPE_NAMES[dtype]}")
 
 
+def _run_fused(op: str, function: Any, make: Any, kind: str) -> tuple[list[Any], Any]:
+    """(inputs, first output) of an op other than attention and scan."""
+    import torch
+
+    rows, width = 40, 64
+    x, weight = make(rows, width), make(width)
+    if op == "causal_conv":
+        inputs = [make(2, 20, width), make(width, 4), weight]
+        return inputs, function(*inputs)[0]
+    if op == "causal_conv_rows":
+        inputs = [x, make(width, 4), weight]
+        return inputs, function(*inputs, num_meta=8, batch=2, seq=16)
+    if op == "rotate_heads":
+        from hymba_train.ops import rope_tables
+
+        return [x], function(x, *rope_tables(torch.arange(rows, device=kind), 16, 1e4), 4)
+    if op == "linear_cross_entropy":
+        labels = torch.arange(rows, device=kind)
+        return [x], function(x, make(48, width), labels, 41)
+    calls = {
+        "rms_norm": lambda: function(x, weight, 1e-6),
+        "add_rms_norm": lambda: function(x, make(rows, width), weight, 1e-6)[1],
+        "group_rms_norm": lambda: function(x, (make(32), make(16), make(16)), 1e-6),
+        "normed_average": lambda: function(x, make(rows, width), weight, make(width), 1e-6, width),
+        "swiglu": lambda: function(x),
+    }
+    return [x], calls[op]()
+
+
 def run(op: str, name: str, kind: str, dtype: Any) -> Any:
     """Output and gradient of one backend on small fixed inputs, flat, float32 on the CPU."""
     import torch
@@ -78,7 +107,6 @@ def run(op: str, name: str, kind: str, dtype: Any) -> Any:
         inputs += [torch.rand(c, generator=generator).to(kind).requires_grad_() for _ in range(2)]
         out = function(*inputs, make(b, s, c))[0]
     else:
-        inputs = [make(b, s, c), make(c, 4), make(c)]
-        out = function(*inputs)[0]
+        inputs, out = _run_fused(op, function, make, kind)
     out.float().square().sum().backward()
     return torch.cat([out.detach().float().cpu().flatten(), inputs[0].grad.float().cpu().flatten()])

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba_train.describe import LayerDescription, ModelDims, partition
+from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
-from hymba_train.ops import apply_rope
 
 
 class AttentionBranch(nn.Module):
@@ -19,11 +19,9 @@ class AttentionBranch(nn.Module):
     Padding heads are not computed: softmax over zero scores would be a mean of real values, not zero.
     """
 
-    def __init__(
-        self, dims: ModelDims, layer: LayerDescription, attention_op, tensor_size: int, tensor_rank: int
-    ) -> None:
+    def __init__(self, dims: ModelDims, layer: LayerDescription, ops: Ops, tensor_size: int, tensor_rank: int) -> None:
         super().__init__()
-        self.dims, self.window, self.attention_op = dims, layer.window, attention_op
+        self.dims, self.window, self.ops = dims, layer.window, ops
         first, self.num_heads, self.head_capacity = partition(dims.num_heads, tensor_size, tensor_rank)
         self.kv_heads = needed_kv_heads(dims, tensor_size, tensor_rank)
         queries_per_kv = dims.num_heads // dims.num_kv_heads
@@ -34,19 +32,17 @@ class AttentionBranch(nn.Module):
         self.register_buffer("kv_index", table, persistent=False)
 
     def rotate_keys(self, k: Tensor, batch: MicroBatch) -> Tensor:
-        """k [N, 1, G*dk] before RoPE -> [N, 1, G*dk] after it: what a producer hands on."""
-        heads = k[:, 0].unflatten(-1, (-1, self.dims.head_dim))
-        return apply_rope(heads, batch.cos, batch.sin).flatten(1).unsqueeze(1)
+        """k [N, G*dk] before RoPE -> [N, 1, G*dk] after it: what a producer hands on."""
+        rotated = self.ops.rotate_heads(k, batch.cos, batch.sin, k.shape[1] // self.dims.head_dim)
+        return rotated.flatten(1).unsqueeze(1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
-        """q [N, 1, capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, capacity*dv]."""
+        """q [N, capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, capacity*dv]."""
         d, rows = self.dims, batch.rows
-        q = q[:, 0, : self.num_heads * d.head_dim].unflatten(-1, (self.num_heads, d.head_dim))
-        q = apply_rope(q, batch.cos, batch.sin)
-        meta_q, text_q = rows.split(q)
+        meta_q, text_q = rows.split(self.ops.rotate_heads(q, batch.cos, batch.sin, self.num_heads))
         meta_k, text_k = rows.split(k[:, 0].unflatten(-1, (-1, d.head_dim)))
         meta_v, text_v = rows.split(v[:, 0].unflatten(-1, (-1, d.value_head_dim)))
-        text, meta = self.attention_op(
+        text, meta = self.ops.attention(
             text_q, text_k, text_v, meta_q, meta_k, meta_v,
             window=self.window, scale=1 / math.sqrt(d.head_dim), kv_index=self.kv_index, segment_ids=batch.segment_ids,
             document_ends=batch.document_ends,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -22,8 +21,9 @@ class FfnSubmodules:
 class GatedFfn(MegatronModule):
     """linear_fc1 holds gate and up rows of this rank, in this order; padding columns stay zero by themselves."""
 
-    def __init__(self, config: HymbaConfig, submodules: FfnSubmodules, pg_collection) -> None:
+    def __init__(self, config: HymbaConfig, submodules: FfnSubmodules, swiglu_op, pg_collection) -> None:
         super().__init__(config)
+        self.swiglu_op = swiglu_op
         linear = dict(
             config=config, init_method=None, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp
         )
@@ -37,5 +37,4 @@ class GatedFfn(MegatronModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N(/TP), 1, D] -> same."""
-        gate, up = self.linear_fc1(hidden)[0].chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)[0]
+        return self.linear_fc2(self.swiglu_op(self.linear_fc1(hidden)[0]))[0]

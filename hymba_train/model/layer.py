@@ -34,7 +34,7 @@ class HymbaLayer(MegatronModule):
 
         def norm():
             return build_module(
-                submodules.norm, config, config.hidden_size, eps=config.layernorm_epsilon,
+                submodules.norm, config, config.hidden_size, eps=config.layernorm_epsilon, ops=ops,
                 sequence_parallel=config.sequence_parallel,
             )  # fmt: skip
 
@@ -44,14 +44,16 @@ class HymbaLayer(MegatronModule):
         )
         if layer.has_ffn:
             self.ffn_norm = norm()
-            self.ffn = build_module(submodules.ffn, config, pg_collection=pg_collection)
+            self.ffn = build_module(submodules.ffn, config, swiglu_op=ops.swiglu, pg_collection=pg_collection)
 
     def forward(self, hidden: Tensor, batch: MicroBatch, *kv: Tensor) -> tuple[Tensor, ...]:
         """hidden [N(/TP), 1, D]; kv: its producer's K, V, in a consumer. -> (hidden, and K, V if others consume it)."""
         mixed, own_kv = self.mixer(self.input_norm(hidden), batch, kv or None)
-        hidden = hidden + mixed
         if self.layer.has_ffn:
-            hidden = hidden + self.ffn(self.ffn_norm(hidden))
+            hidden, normed = self.ffn_norm(mixed, residual=hidden)
+            hidden = hidden + self.ffn(normed)
+        else:
+            hidden = hidden + mixed
         return (hidden, *own_kv) if self.layer.kv_role == "producer" else (hidden,)
 
 

@@ -13,17 +13,17 @@ A layer with one branch alone (``attention`` or ``ssm``) has no norms before out
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from hymba_train.describe import LayerDescription
 from hymba_train.model.attention import AttentionBranch, needed_kv_heads
@@ -31,6 +31,7 @@ from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
 from hymba_train.model.ssm import SsmBranch, Weights
+from hymba_train.ops.gradient_slots import split_columns
 from hymba_train.parallel.cut import LocalTensor
 
 
@@ -50,7 +51,7 @@ class HybridMixer(MegatronModule):
         ops: Ops, pg_collection,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self.layer, self.tp_group = layer, pg_collection.tp
+        self.layer, self.ops, self.tp_group = layer, ops, pg_collection.tp
         dims, tp, rank = config.dims, pg_collection.tp.size(), pg_collection.tp.rank()
         self.in_slices = cuts["in_proj.weight"].slices
         linear = dict(
@@ -65,9 +66,9 @@ class HybridMixer(MegatronModule):
             self.kv_heads = needed_kv_heads(dims, tp, rank)
         channels = -(-dims.num_heads // tp) * dims.value_head_dim
         if layer.has_attention:
-            self.attention = AttentionBranch(dims, layer, ops.attention, tp, rank)
+            self.attention = AttentionBranch(dims, layer, ops, tp, rank)
         if layer.has_ssm:
-            self.ssm = SsmBranch(config, channels, ops.causal_conv, ops.selective_scan, self.tp_group)
+            self.ssm = SsmBranch(config, channels, ops, self.tp_group)
         if layer.mixer == "hybrid":
             self.attention_norm = Weights(weight=torch.empty(channels, dtype=torch.float32))
             self.ssm_norm = Weights(weight=torch.empty(channels, dtype=torch.float32))
@@ -83,16 +84,14 @@ class HybridMixer(MegatronModule):
         ``kv`` is the producer's ([N, 1, G*dk], [N, 1, G*dv]); given in a consumer layer only.
         """
         projected, _ = self.in_proj(hidden)
-        parts = dict(
-            zip(
-                (s.name for s in self.in_slices), projected.split([s.capacity for s in self.in_slices], -1), strict=True
-            )
-        )
+        widths = [s.capacity for s in self.in_slices]
+        columns = split_columns(projected[:, 0], widths)  # [N, capacity] each
+        parts = dict(zip((s.name for s in self.in_slices), columns, strict=True))
         own_kv = None
         if self.layer.has_attention:
             if kv is None:
                 k, v = (parts["k"], parts["v"]) if "k" in parts else self._project_kv(hidden)
-                kv = own_kv = (self.attention.rotate_keys(k, batch), v)
+                kv = own_kv = (self.attention.rotate_keys(k, batch), v.unsqueeze(1))
             attention = self.attention(parts["q"], *kv, batch)
         if self.layer.has_ssm:
             ssm = self.ssm(parts["x"], parts["z"], batch)
@@ -103,7 +102,7 @@ class HybridMixer(MegatronModule):
         return self.out_proj(fused)[0], own_kv
 
     def _project_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """K/V of the KV heads that this rank's queries need, from weights that every rank holds whole."""
+        """K/V [N, ...] of the KV heads that this rank's queries need, from weights that every rank holds whole."""
         d = self.config.dims
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
@@ -112,20 +111,13 @@ class HybridMixer(MegatronModule):
         k, v = self.kv_proj().weight.split([d.num_kv_heads * d.head_dim, d.num_kv_heads * d.value_head_dim])
         need = self.kv_heads
         return (
-            nn.functional.linear(hidden, k[need.start * d.head_dim : need.stop * d.head_dim]),
-            nn.functional.linear(hidden, v[need.start * d.value_head_dim : need.stop * d.value_head_dim]),
+            nn.functional.linear(hidden[:, 0], k[need.start * d.head_dim : need.stop * d.head_dim]),
+            nn.functional.linear(hidden[:, 0], v[need.start * d.value_head_dim : need.stop * d.value_head_dim]),
         )
 
     def _normed_average(self, attention: Tensor, ssm: Tensor) -> Tensor:
         """(RMSNorm(attention) + RMSNorm(ssm)) / 2, norms over the true width E (hymba-architecture 2.9)."""
-        wide = [t if t.dtype is torch.float64 else t.float() for t in (attention, ssm)]
-        sums = torch.stack([t.square().sum(-1) for t in wide], -1)
-        if self.tp_group.size() > 1:  # the sum feeds every rank's channels: reduced forward, and backward again
-            sums = reduce_from_tensor_model_parallel_region(sums, group=self.tp_group)
-            sums = copy_to_tensor_model_parallel_region(sums, group=self.tp_group)
-        scale = torch.rsqrt(sums / self.config.dims.inner_size + self.config.layernorm_epsilon)
-        normed = [
-            (t * scale[..., i : i + 1]).to(attention.dtype) * norm().weight.to(attention.dtype)
-            for i, (t, norm) in enumerate(zip(wide, (self.attention_norm, self.ssm_norm), strict=True))
-        ]
-        return (normed[0] + normed[1]) / 2
+        all_reduce = partial(distributed.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
+        weights = self.attention_norm().weight, self.ssm_norm().weight
+        eps, width = self.config.layernorm_epsilon, self.config.dims.inner_size
+        return self.ops.normed_average(attention, ssm, *weights, eps, width, all_reduce)

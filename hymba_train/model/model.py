@@ -7,7 +7,7 @@ import inspect
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
@@ -18,6 +18,7 @@ from hymba_train.model.config import HymbaConfig
 from hymba_train.model.embedding import HymbaEmbedding
 from hymba_train.model.norm import RMSNorm
 from hymba_train.model.ops import Ops
+from hymba_train.model.output import OutputLayer
 from hymba_train.model.rows import MicroBatch, TokenRows, num_token_rows
 from hymba_train.model.stack import HymbaStack, message_width
 from hymba_train.parallel.cut import LocalTensor, local_tensor, sharded
@@ -51,9 +52,9 @@ class HymbaModel(LanguageModule):
         self.decoder = HymbaStack(config, spec, layer_range, ops, pg_collection, recompute)
         if self.post_process:
             self.final_norm = RMSNorm(
-                config, config.hidden_size, config.layernorm_epsilon, sequence_parallel=config.sequence_parallel
+                config, config.hidden_size, config.layernorm_epsilon, ops, sequence_parallel=config.sequence_parallel
             )
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 config.hidden_size, vocab, config=config, init_method=None, bias=False, gather_output=False,
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
                 tp_group=self.tp_group,
@@ -112,19 +113,33 @@ class HymbaModel(LanguageModule):
         hidden, shared = self.decoder(hidden, batch, shared)
         if not self.post_process:
             return self.decoder.pack(hidden, shared, self.message_width)
+        if labels is not None and self.tp_group.size() == 1:
+            return self._losses_without_logits(hidden, labels, rows)
         logits = self._logits(hidden, rows)
         return self._gather_vocabulary(logits) if labels is None else self._token_losses(logits, labels)
 
     def _logits(self, hidden: Tensor, rows: TokenRows) -> Tensor:
         """[N(/TP), 1, D] -> this rank's vocabulary columns [B, S, V'/TP]; those that pad the vocabulary are -inf."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(self.final_norm(hidden), weight=weight)
-        logits = rows.split(logits[:, 0])[1]
+        logits, _ = self.output_layer(self.final_norm(hidden), weight=self._tied_weight())
+        logits = rows.text(logits[:, 0])
         true = self.vocab_part.count
         if true == logits.shape[-1]:
             return logits
         padding = torch.arange(logits.shape[-1], device=logits.device) >= true
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+
+    def _losses_without_logits(self, hidden: Tensor, labels: Tensor, rows: TokenRows) -> Tensor:
+        """Loss per token [B, S] from [N, 1, D], where one rank holds the whole vocabulary."""
+        text = rows.text(self.final_norm(hidden)[:, 0]).flatten(0, 1)
+        vocab = self.config.dims.vocab_size
+        losses = self.output_layer(
+            text, weight=self._tied_weight(),
+            loss=lambda hidden, weight: self.ops.linear_cross_entropy(hidden, weight, labels.flatten(), vocab),
+        )  # fmt: skip
+        return losses.view(labels.shape)
+
+    def _tied_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         predicted = labels != -100

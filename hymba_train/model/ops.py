@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -16,11 +16,18 @@ class Ops:
 
     attention: Choice
     selective_scan: Choice
-    causal_conv: Choice
+    causal_conv_rows: Choice
+    rms_norm: Choice
+    add_rms_norm: Choice
+    group_rms_norm: Choice
+    normed_average: Choice
+    swiglu: Choice
+    rotate_heads: Choice
+    linear_cross_entropy: Choice
 
     @property
     def description(self) -> str:
-        return "; ".join(c.description for c in (self.attention, self.selective_scan, self.causal_conv))
+        return "; ".join(getattr(self, field.name).description for field in fields(self))
 
 
 def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_kv: bool) -> Ops:
@@ -36,6 +43,16 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
         common |= {"deterministic"}
     state = common | {"initial_state", "state_grad"}
     wide = config.model.mamba_state_dim > 16
+    needs = common - {"segment_ids"}
+    row_wise = {
+        "rms_norm": p.norm_backend,
+        "add_rms_norm": p.norm_backend,
+        "group_rms_norm": p.norm_backend,
+        "normed_average": p.norm_backend,
+        "swiglu": p.swiglu_backend,
+        "rotate_heads": p.rope_backend,
+        "linear_cross_entropy": p.loss_backend,
+    }
     return Ops(
         attention=select(
             "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
@@ -43,5 +60,6 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
         selective_scan=select(
             "selective_scan", p.scan_backend, kind, needs=state | ({"wide_state"} if wide else set()), dtype=dtype
         ),
-        causal_conv=select("causal_conv", p.conv_backend, kind, needs=state, dtype=dtype),
+        causal_conv_rows=select("causal_conv_rows", p.conv_backend, kind, needs=common, dtype=dtype),
+        **{op: select(op, name, kind, needs=needs, dtype=dtype) for op, name in row_wise.items()},
     )

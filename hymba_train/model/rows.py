@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hymba_train.ops.gradient_slots import split_rows, view_with_slot
 from hymba_train.ops.rope import rope_tables
 
 
@@ -37,9 +38,16 @@ class TokenRows:
     num_rows: int  # N
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, ...] -> meta [M, ...], text [B, S, ...] (views)."""
-        end = self.num_meta + self.batch * self.seq
-        return rows[: self.num_meta], rows[self.num_meta : end].unflatten(0, (self.batch, self.seq))
+        """[N, ...] -> meta [M, ...], text [B, S, ...] (views), whose gradients meet in one tensor, without a sum."""
+        num_text, flat = self.batch * self.seq, rows if rows.dim() == 2 else rows.flatten(1)
+        meta, text, _ = split_rows(flat, [self.num_meta, num_text, self.num_rows - self.num_meta - num_text])
+        if rows.dim() > 2:
+            meta, text = (part.unflatten(1, rows.shape[1:]) for part in (meta, text))
+        return meta, view_with_slot(text, text.unflatten(0, (self.batch, self.seq)))
+
+    def text(self, rows: Tensor) -> Tensor:
+        """[N, ...] -> text [B, S, ...]: an ordinary view, which may be written to."""
+        return rows[self.num_meta : self.num_meta + self.batch * self.seq].unflatten(0, (self.batch, self.seq))
 
     def join(self, meta: Tensor, text: Tensor) -> Tensor:
         """meta [M, ...], text [B, S, ...] -> [N, ...]."""

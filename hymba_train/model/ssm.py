@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from hymba_train.model.config import HymbaConfig
-from hymba_train.model.norm import RMSNorm
+from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
 
 
@@ -37,55 +37,49 @@ class SsmBranch(nn.Module):
     Padding channels have zero weights everywhere, so that their output and all their gradients are zero.
     """
 
-    def __init__(self, config: HymbaConfig, num_channels: int, conv_op, scan_op, tp_group) -> None:
+    def __init__(self, config: HymbaConfig, num_channels: int, ops: Ops, tp_group) -> None:
         super().__init__()
         d, dtype = config.dims, config.params_dtype
         self.dt_rank, self.state_dim, self.tp_group = d.dt_rank, d.state_dim, tp_group
-        self.conv_op, self.scan_op = conv_op, scan_op
-        eps = config.layernorm_epsilon
+        self.ops, self.eps = ops, config.layernorm_epsilon
         self.conv = Weights(
             weight=torch.empty(num_channels, d.conv_width, dtype=dtype), bias=torch.empty(num_channels, dtype=dtype)
         )
         self.x_proj = Weights(weight=torch.empty(d.dt_rank + 2 * d.state_dim, num_channels, dtype=dtype))
-        self.dt_norm = RMSNorm(config, d.dt_rank, eps)
-        self.B_norm = RMSNorm(config, d.state_dim, eps)
-        self.C_norm = RMSNorm(config, d.state_dim, eps)
+        self.dt_norm = Weights(weight=torch.empty(d.dt_rank, dtype=torch.float32))
+        self.B_norm = Weights(weight=torch.empty(d.state_dim, dtype=torch.float32))
+        self.C_norm = Weights(weight=torch.empty(d.state_dim, dtype=torch.float32))
         self.dt_proj = Weights(weight=torch.empty(num_channels, d.dt_rank, dtype=dtype))
         self.dt_bias = nn.Parameter(torch.empty(num_channels, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(num_channels, d.state_dim, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(num_channels, dtype=torch.float32))
 
     def forward(self, x: Tensor, z: Tensor, batch: MicroBatch) -> Tensor:
-        """x, z [N, 1, channels] -> gated scan output [N, 1, channels]."""
-        rows = batch.rows
-        u = self._convolve(x[:, 0], batch)
+        """x, z [N, channels] -> gated scan output [N, 1, channels]."""
+        rows, conv = batch.rows, self.conv()
+        u = self.ops.causal_conv_rows(
+            x, conv.weight, conv.bias, num_meta=rows.num_meta, batch=rows.batch, seq=rows.seq,
+            segment_ids=batch.segment_ids,
+        )  # fmt: skip
         s = reduce_from_tensor_model_parallel_region(F.linear(u, self.x_proj().weight), group=self.tp_group)
-        dt, B, C = s.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        normed = torch.cat((self.dt_norm(dt), self.B_norm(B), self.C_norm(C)), dim=-1)
+        norms = (self.dt_norm().weight, self.B_norm().weight, self.C_norm().weight)
+        normed = self.ops.group_rms_norm(s, norms, self.eps)
         # Every rank's channels send a partial gradient back through dt, B and C. Summed here, after the norms, it is
         # whole when it reaches their weights, which therefore need no reduction of their own.
         normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
         dt, B, C = normed.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        y = self._scan(u, F.linear(dt, self.dt_proj().weight), B, C, z[:, 0], batch)
+        y = self._scan(u, F.linear(dt, self.dt_proj().weight), B, C, z, batch)
         return rows.join(*y).unsqueeze(1)
-
-    def _convolve(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        conv, rows = self.conv(), batch.rows
-        weights = (conv.weight, conv.bias)
-        meta, text = rows.split(x)
-        meta, taps = self.conv_op(meta.unsqueeze(0), *weights, initial_taps=None, segment_ids=None)
-        text, _ = self.conv_op(text, *weights, initial_taps=taps[0], segment_ids=batch.segment_ids)
-        return rows.join(meta[0], text)
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         rows = batch.rows
         (mu, u), (mdt, dt), (mB, B), (mC, C), (mz, z) = (rows.split(t) for t in (u, dt, B, C, z))
         channel = (self.D, self.dt_bias)
-        meta, state = self.scan_op(
+        meta, state = self.ops.selective_scan(
             mu.unsqueeze(0), mdt.unsqueeze(0), self.A_log, mB.unsqueeze(0), mC.unsqueeze(0), *channel, mz.unsqueeze(0),
             initial_state=None, segment_ids=None,
         )  # fmt: skip
-        text, _ = self.scan_op(
+        text, _ = self.ops.selective_scan(
             u, dt, self.A_log, B, C, *channel, z, initial_state=state[0], segment_ids=batch.segment_ids
         )
         return meta[0], text

@@ -68,14 +68,22 @@ def _is_same_memory(a: Tensor, b: Tensor) -> bool:
     if a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
         return False
     try:
-        return a.view(b.shape).stride() == b.stride()
+        a = a.view(b.shape)
     except RuntimeError:  # not a view of that shape
         return False
+    # The stride of an axis of one element means nothing, and torch does not keep it.
+    return all(x == y for x, y, size in zip(a.stride(), b.stride(), b.shape, strict=True) if size > 1)
 
 
 def slot_of(x: Tensor) -> GradientSlot | None:
     """The place reserved for x's gradient, if a split returned x."""
     return getattr(x, "_gradient_slot", None)
+
+
+def view_with_slot(part: Tensor, view: Tensor) -> Tensor:
+    """``view``, a view of all of ``part`` with the same columns, with part's slot: it is used in part's place."""
+    view._gradient_slot = slot_of(part)
+    return view
 
 
 def empty_gradient(slot: GradientSlot | None, rows: Tensor) -> Tensor:

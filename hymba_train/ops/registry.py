@@ -110,6 +110,15 @@ _ANY = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 _HERE = "hymba_train.ops"
 
+
+def _pair(op: str, triton: str, torch: str) -> tuple[Backend, Backend]:
+    """A Triton backend, of half and single precision on a GPU, and the plain one, of any kind anywhere."""
+    return (
+        Backend(op, "triton", f"{_HERE}.{triton}", _CUDA, _DETERMINISTIC, _HALF_AND_SINGLE, requires=("triton",)),
+        Backend(op, "torch", f"{_HERE}.{torch}", _ANY, _DETERMINISTIC),
+    )
+
+
 # For each op, the preferred backend first: 'auto' takes the first that can do what is asked.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
@@ -132,7 +141,23 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("selective_scan", "torch", f"{_HERE}.selective_scan:selective_scan", _ANY, _ANY_STATE),
         Backend("selective_scan", "reference", f"{_HERE}.selective_scan:selective_scan_reference", _ANY, _ANY_STATE),
     ),
-    "causal_conv": (Backend("causal_conv", "torch", f"{_HERE}.causal_conv:causal_conv", _ANY, _DETERMINISTIC),),
+    "causal_conv": _pair("causal_conv", "causal_conv_triton:causal_conv_triton", "causal_conv:causal_conv"),
+    "causal_conv_rows": _pair(
+        "causal_conv_rows", "causal_conv_triton:causal_conv_rows_triton", "causal_conv:causal_conv_rows"
+    ),
+    "rms_norm": _pair("rms_norm", "rms_norm_triton:rms_norm_triton", "rms_norm:rms_norm"),
+    "add_rms_norm": _pair("add_rms_norm", "rms_norm_triton:add_rms_norm_triton", "rms_norm:add_rms_norm"),
+    "group_rms_norm": _pair(
+        "group_rms_norm", "group_rms_norm_triton:group_rms_norm_triton", "rms_norm:group_rms_norm"
+    ),
+    "normed_average": _pair(
+        "normed_average", "normed_average_triton:normed_average_triton", "normed_average:normed_average"
+    ),
+    "swiglu": _pair("swiglu", "swiglu_triton:swiglu_triton", "swiglu:swiglu"),
+    "rotate_heads": _pair("rotate_heads", "rope_triton:rotate_heads_triton", "rope:rotate_heads"),
+    "linear_cross_entropy": _pair(
+        "linear_cross_entropy", "cross_entropy_triton:linear_cross_entropy_triton", "cross_entropy:linear_cross_entropy"
+    ),
 }  # fmt: skip
 
 
