@@ -34,8 +34,8 @@ class Contender:
     seq_length: int = 2048
 
 
-def contenders(names: Sequence[str], seq_length: int) -> list[Contender]:
-    """'ours:8', 'ours_fp8:8', 'ours_documents:8', 'dense:8', 'dense_fp8:8', 'plain:4': a name and its micro-batch.
+def contenders(names: Sequence[str], seq_length: int, overrides: Sequence[str] = ()) -> list[Contender]:
+    """``overrides`` are for our runs. Names: 'ours:8', 'ours_fp8:8', 'ours_documents:8', 'dense:8', 'dense_fp8:8', 'plain:4': a name and its micro-batch.
 
     Raises UserError for others.
     """
@@ -53,6 +53,8 @@ def contenders(names: Sequence[str], seq_length: int) -> list[Contender]:
         if name not in kinds or not size.isdigit() or int(size) < 1:
             raise UserError(f"bench step: {text!r} is no contender; write NAME:MICRO_BATCH, NAME one of {[*kinds]}")
         module, arguments = kinds[name]
+        if module is None:
+            arguments = (*arguments, *overrides)
         chosen.append(Contender(name, int(size), module, arguments, seq_length))
     return chosen
 
@@ -161,12 +163,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of our runs")
     parser.add_argument("--timeout", type=float, default=150.0, metavar="SECONDS", help="of each contender")
     args = parser.parse_args(argv)
     directory = args.output.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     results, failures = [], []
-    for contender in contenders(args.contenders, args.seq_length):
+    for contender in contenders(args.contenders, args.seq_length, args.override):
         try:
             results.append(run(contender, args.steps, directory, args.timeout))
             print(table(results[-1:])[1], flush=True)
