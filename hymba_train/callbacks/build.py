@@ -10,6 +10,7 @@ from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.checkpointing import Checkpointing, Writer
 from hymba_train.callbacks.curve import LossCurve
 from hymba_train.callbacks.evaluation import Evaluation
+from hymba_train.callbacks.garbage import CollectGarbage
 from hymba_train.callbacks.jsonl import JsonLines
 from hymba_train.callbacks.never_fatal import NeverFatal
 from hymba_train.callbacks.profile import Profile
@@ -36,6 +37,7 @@ def build_callbacks(
     callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
     if c.enabled:
         callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+    callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))
     if runtime.is_logging_rank:
         callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]

@@ -53,7 +53,7 @@ class Profile(Callback):
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profiler.start()
 
     def on_step_end(self, loop, metrics) -> None:
@@ -73,6 +73,8 @@ class Profile(Callback):
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=60)
         (self.directory / f"{name}.txt").write_text(table, encoding="utf-8")
+        shapes = profiler.key_averages(group_by_input_shape=True).table(sort_by=by, row_limit=100)
+        (self.directory / f"{name}.shapes.txt").write_text(shapes, encoding="utf-8")
         parts = device_milliseconds(profiler, step - self.first + 1)
         if parts:
             (self.directory / f"{name}.parts.json").write_text(json.dumps(parts, indent=1), encoding="utf-8")
