@@ -217,13 +217,28 @@ def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: fl
     return result
 
 
+def run_once(name: str) -> None:
+    """Three forwards and backwards at 4 x 2048; the second is the one to look at."""
+    variant = next(v for v in variants() if v.name == name)
+    given = [x.detach().requires_grad_() for x in make(4, 2048, torch.bfloat16, 0)]
+    dy = torch.randn(4, 2048, CHANNELS, device="cuda").bfloat16()
+    with variant.active():
+        for _ in range(3):
+            torch.autograd.grad(function(variant)(*given[:8], initial_state=given[8])[0], given, dy)
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--budget", type=float, default=140.0, help="seconds; what does not fit is left out and said")
     parser.add_argument("--seconds", type=float, default=0.15, help="of each timing")
     parser.add_argument("--only", default="", help="names of variants, comma-separated")
+    parser.add_argument("--once", action="store_true", help="a few calls at 4 x 2048 and no timing: for a profiler")
     args = parser.parse_args()
+    if args.once:
+        run_once(args.only or "cuda")
+        return
     begin = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.cuda.get_device_name()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +117,7 @@ class Params(ctypes.Structure):
         *((name + axis, ctypes.c_longlong) for name in ("u", "dt", "z", "dy", "B", "C") for axis in ("_row", "_token")),
         ("segment_row", ctypes.c_longlong), ("initial_row", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
-            "batch", "tokens", "channels", "states", "blocks", "chunk_tokens", "chunks", "chained", "aligned",
+            "batch", "tokens", "channels", "states", "blocks", "chunk_tokens", "chunks", "chained",
         )),
     ]  # fmt: skip
 
@@ -126,8 +127,7 @@ class _CudaScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks):
-        kernels = _kernels(u.dtype, B.dtype, u.device)
-        run = _Run(kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run = _Run(_kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         y = run.new("y", u.shape, u.dtype)
         final = run.new("final_state", (u.shape[0], *A_log.shape))
@@ -139,7 +139,7 @@ class _CudaScan(torch.autograd.Function):
         run.launch("scan_forward", run.chains * chunks.count)
         if checkpoints is not None:
             ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints)
-            ctx.kernels, ctx.chunks = kernels, chunks
+            ctx.find_kernels, ctx.chunks = _kernels, chunks
             ctx.set_materialize_grads(False)
         return y, final
 
@@ -149,10 +149,10 @@ class _CudaScan(torch.autograd.Function):
         u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints = ctx.saved_tensors
         chunks = ctx.chunks
         dy = torch.zeros_like(u) if dy is None else dy
-        run = _Run(ctx.kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run = _Run(ctx.find_kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         run.set("checkpoints", checkpoints)
-        run.set("d_final", None if d_final is None else d_final.contiguous())
+        run.set("d_final", None if d_final is None else _whole(d_final))
         du, ddt, dz = (run.new(name, u.shape, u.dtype) for name in ("du", "ddt", "dz"))
         dB, dC = (run.new(name, B.shape, B.dtype) for name in ("dB", "dC"))
         dA_log, dD, dbias = run.new("dA_log", A_log.shape), run.new("dD", D.shape), run.new("dbias", bias.shape)
@@ -165,8 +165,8 @@ class _CudaScan(torch.autograd.Function):
         if initial is not None and ctx.needs_input_grad[8]:
             d_initial = run.new("d_initial_out", initial.shape)
             run.new("d_initial", (batch, channels, num_states))
-        if segment_ids is not None:
-            run.set("d_reset", u.new_zeros(batch, chunks.count, channels, num_states, dtype=torch.float32))
+            if segment_ids is not None:
+                run.set("d_reset", u.new_zeros(batch, chunks.count, channels, num_states, dtype=torch.float32))
         run.between_chunks("scan_chunk_gradients", "scan_pass_gradients")
         run.launch("scan_backward", run.chains * chunks.count)
         run.launch("scan_sum", -(-batch * num_tokens * 8 // THREADS) + -(-channels * max(num_states, 1) // THREADS))
@@ -176,17 +176,18 @@ class _CudaScan(torch.autograd.Function):
 class _Run:
     """Parameters of the kernels of one forward or backward, and the tensors they point to."""
 
-    def __init__(self, kernels: Module, chunks: Chunks, **tensors: Tensor) -> None:
+    def __init__(self, find: Callable[..., Module], chunks: Chunks, **tensors: Tensor) -> None:
         u, A_log = tensors["u"], tensors["A_log"]
-        self.kernels, self.device, self.chunks = kernels, u.device, chunks
+        self.device, self.chunks = u.device, chunks
         self.params, self.tensors = Params(), []
         p = self.params
         (p.batch, p.tokens, p.channels), p.states = u.shape, A_log.shape[1]
         p.blocks = -(-p.channels // BLOCK_CHANNELS)
         p.chunk_tokens, p.chunks, p.chained = chunks.tokens, chunks.count, chunks.chained and chunks.count > 1
         self.chains = p.batch * p.blocks
-        p.aligned = 0 if p.channels % 2 else 16
-        for bit, name in ((1, "u"), (2, "dt"), (4, "z"), (8, "dy"), (0, "B"), (0, "C")):
+        # Without guards in the kernels: see EXACT in scan_common.cuh.
+        exact = p.channels % BLOCK_CHANNELS == 0 and p.states == MAX_STATES
+        for name, width in (("u", 2), ("dt", 2), ("z", 2), ("dy", 2), ("B", 4), ("C", 4)):
             if name not in tensors:
                 continue
             x = tensors[name]
@@ -195,10 +196,10 @@ class _Run:
             self.set(name, x)
             setattr(p, f"{name}_row", x.stride(0))
             setattr(p, f"{name}_token", x.stride(1))
-            if not (x.data_ptr() % (2 * x.element_size()) or x.stride(0) % 2 or x.stride(1) % 2):
-                p.aligned |= bit
+            exact &= not (x.data_ptr() % (width * x.element_size()) or x.stride(0) % width or x.stride(1) % width)
         for name in ("A_log", "D", "bias"):
             self.set(name, tensors[name])
+        self.kernels = find(u.dtype, tensors["B"].dtype, exact, u.device)
 
     def set(self, name: str, x: Tensor | None) -> None:
         if x is not None:
@@ -212,9 +213,9 @@ class _Run:
 
     def set_start(self, initial: Tensor | None, segment_ids: Tensor | None) -> None:
         p = self.params
-        self.set("initial", initial)
-        if initial is not None and initial.dim() == 3:
-            p.initial_row = initial.stride(0)
+        if initial is not None:
+            self.set("initial", _whole(initial))
+            p.initial_row = initial[0].numel() if initial.dim() == 3 else 0
         if segment_ids is not None:
             segment_ids = segment_ids if segment_ids.stride(1) == 1 else segment_ids.contiguous()
             self.set("segments", segment_ids)
@@ -238,6 +239,12 @@ class _Run:
         self.kernels.launch(name, blocks, SHARED_BYTES.get(name, 0), self.params)
 
 
+def _whole(x: Tensor) -> Tensor:
+    """x contiguous, at an address that loads of 16 bytes can use."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All bf16, or all float32."""
     low = all(x.dtype == torch.bfloat16 for x in tensors)
@@ -249,20 +256,24 @@ def source() -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
-def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype) -> dict[str, int]:
-    is_bf16 = {"X_BF16": int(x_dtype == torch.bfloat16), "BC_BF16": int(bc_dtype == torch.bfloat16)}
-    return is_bf16 | RESIDENT_BLOCKS | {f"{name.upper()}_SHARED": size for name, size in SHARED_BYTES.items()}
+def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[str, int]:
+    kind = {"X_BF16": x_dtype == torch.bfloat16, "BC_BF16": bc_dtype == torch.bfloat16, "EXACT": exact}
+    return (
+        {k: int(v) for k, v in kind.items()}
+        | RESIDENT_BLOCKS
+        | {f"{name.upper()}_SHARED": size for name, size in SHARED_BYTES.items()}
+    )
 
 
-def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, device: torch.device) -> Module:
+def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device: torch.device) -> Module:
     if device.type != "cuda":
         raise UserError(f"selective_scan: backend 'cuda' runs on cuda, not on {device.type}; use 'torch'")
-    return _compiled(x_dtype, bc_dtype, device.index or 0, tuple(RESIDENT_BLOCKS.values()))
+    return _compiled(tuple(defines(x_dtype, bc_dtype, exact).items()), device.index)
 
 
 @functools.cache
-def _compiled(x_dtype: torch.dtype, bc_dtype: torch.dtype, device_index: int, _variant: tuple[int, ...]) -> Module:
-    return Module(source(), defines(x_dtype, bc_dtype), device_index, THREADS)
+def _compiled(settings: tuple[tuple[str, int], ...], device_index: int) -> Module:
+    return Module(source(), dict(settings), device_index, THREADS)
 
 
 @functools.cache

@@ -49,10 +49,10 @@ def test_a_document_may_start_at_a_chunk_and_at_the_first_token(backend, device,
 @over_devices
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bc_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_slices_of_wider_rows(backend, device, x_dtype, bc_dtype, offset):
+@pytest.mark.parametrize(("offset", "C"), [(4, 128), (1, 128), (4, 66)])
+def test_slices_of_wider_rows(backend, device, x_dtype, bc_dtype, offset, C):
     """u, dt, z, B, C and the gradient to y cut out of wider rows, at even and odd places."""
-    B, S, C, N = 2, 33, 66, 16
+    B, S, N = 2, 33, 16
     tensors = [None if x is None else x.detach() for x in inputs(B=B, S=S, C=C, N=N)]
     low = {0: x_dtype, 1: x_dtype, 3: bc_dtype, 4: bc_dtype, 7: x_dtype}
     tensors = [x.to(low.get(i, torch.float32)) for i, x in enumerate(tensors)]
@@ -73,7 +73,7 @@ def test_slices_of_wider_rows(backend, device, x_dtype, bc_dtype, offset):
         return [x.double().cpu() for x in (y, state, *gradients)]
 
     expected = run(plain.selective_scan_reference, "cpu", torch.float64, 0)
-    found = run(backend, device, None, 14)
+    found = run(backend, device, None, 12)
     # bf16: every result is rounded; dB and dC are sums of products with 10 bits of mantissa.
     tolerance = 1e-2 if torch.bfloat16 in (x_dtype, bc_dtype) else 1e-5
     assert_close(found, expected, tolerance)
@@ -104,7 +104,7 @@ def test_two_runs_give_the_same_bits(backend, device, monkeypatch):
 @needs_emulator
 def test_no_checkpoints_without_gradients(monkeypatch):
     tensors = [x.detach().float() for x in inputs(B=1, S=20, C=3, N=4)]
-    kernels = emulated(torch.float32, torch.float32)
+    kernels = emulated(torch.float32, torch.float32, False)
     kernels.launched.clear()
     y, state = emulated_backend(*tensors[:8], initial_state=tensors[8])
     assert kernels.launched == ["scan_forward"]

@@ -103,7 +103,7 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
       sa[i / 4] = fmaf(state.a2[i], q, sa[i / 4]);
     }
     if (RESET && (starts >> (base + t) & 1)) {
-      store_state(p, at, reset, state.g, true);
+      if (reset) store_state(p, at, reset, state.g, true);
       for (int i = 0; i < 8; i++) state.g[i] = 0.f;
     }
     sums_b[t % 2] = halve(sb[0], sb[1], at.lane, 8);
@@ -158,19 +158,28 @@ DEVICE void backward_steps(const Params& p, const Place& at, const BackwardShare
 
 struct BackwardItems {
   Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS];
+};
+struct BackwardStreams {  // as ForwardStreams, but backwards
+  Stream u, dt, z, dy;
 
+  DEVICE void set(const Params& p, const Place& at, int first) {
+    int token = first + at.warp;
+    u.set(p.u, at.row * p.u_row, p.u_token, token, at.item);
+    dt.set(p.dt, at.row * p.dt_row, p.dt_token, token, at.item);
+    z.set(p.z, at.row * p.z_row, p.z_token, token, at.item);
+    dy.set(p.dy, at.row * p.dy_row, p.dy_token, token, at.item);
+  }
   template <bool INPUT>
-  DEVICE void load(const Params& p, const Place& at, int first) {
+  DEVICE void load(const Params& p, const Place& at, int first, BackwardItems& items) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      int token = first + i * WARPS + at.warp;
-      bool valid = token < at.last;
-      if (INPUT)
-        u[i] = load_pair(p.u, at.row * p.u_row + token * p.u_token, at.item, p.channels, valid, p.aligned & ALIGNED_U);
-      dt[i] = load_pair(p.dt, at.row * p.dt_row + token * p.dt_token, at.item, p.channels, valid, p.aligned & ALIGNED_DT);
-      z[i] = load_pair(p.z, at.row * p.z_row + token * p.z_token, at.item, p.channels, valid, p.aligned & ALIGNED_Z);
-      dy[i] = load_pair(p.dy, at.row * p.dy_row + token * p.dy_token, at.item, p.channels, valid, p.aligned & ALIGNED_DY);
+      bool valid = first + i * WARPS + at.warp < at.last;
+      if (INPUT) items.u[i] = u.load(i, at.item, p.channels, valid);
+      items.dt[i] = dt.load(i, at.item, p.channels, valid);
+      items.z[i] = z.load(i, at.item, p.channels, valid);
+      items.dy[i] = dy.load(i, at.item, p.channels, valid);
     }
+    u.move(-1), dt.move(-1), z.move(-1), dy.move(-1);
   }
 };
 
@@ -194,8 +203,10 @@ KERNEL(scan_backward) {
   float* reset = p.d_reset ? p.d_reset + (at.row * p.chunks + at.chunk) * state_size : nullptr;
   int first = at.first + (at.last - at.first - 1) / TILE * TILE;
   BackwardItems next;
+  BackwardStreams streams;
   TileRows rows;
-  next.load<true>(p, at, first);
+  streams.set(p, at, first);
+  streams.load<true>(p, at, first, next);
   rows.load(p, at, first);
   receive(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
   for (; first >= at.first; first -= TILE) {
@@ -229,7 +240,7 @@ KERNEL(scan_backward) {
     unsigned starts = vote(rows.start);
     sync_block();
     if (first > at.first) {
-      next.load<true>(p, at, first - TILE);
+      streams.load<true>(p, at, first - TILE, next);
       rows.load(p, at, first - TILE);
     }
     if (starts) {
@@ -249,6 +260,7 @@ KERNEL(scan_backward) {
       if (first + token < at.last)
         ((float4*)p.part_bc)[(((long long)at.block * p.batch + at.row) * p.tokens + first + token) * 8 + threadIdx.x % 8] = total;
     }
+    long long offset = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       int token = i * WARPS + at.warp;
@@ -261,12 +273,11 @@ KERNEL(scan_backward) {
       float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * item.z, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * item.w;
       d_skip[0] = fmaf(to_sum.x, u.x, d_skip[0]), d_skip[1] = fmaf(to_sum.y, u.y, d_skip[1]);
       d_bias[0] += r0, d_bias[1] += r1;
-      long long offset = ((long long)at.row * p.tokens + first + token) * p.channels;
-      bool aligned = p.aligned & ALIGNED_OUT;
-      store_pair(p.du, offset, at.item, p.channels, aligned,
+      long long place = offset + (long long)i * WARPS * p.channels;
+      store_pair(p.du, place, at.item, p.channels,
                  pack(fmaf(skip[0], to_sum.x, record.x * sb.x), fmaf(skip[1], to_sum.y, record.y * sb.y)));
-      store_pair(p.ddt, offset, at.item, p.channels, aligned, pack(r0, r1));
-      store_pair(p.dz, offset, at.item, p.channels, aligned,
+      store_pair(p.ddt, place, at.item, p.channels, pack(r0, r1));
+      store_pair(p.dz, place, at.item, p.channels,
                  pack(item.x * fmaf(skip[0], u.x, y.x), item.y * fmaf(skip[1], u.y, y.y)));
     }
   }
@@ -299,8 +310,10 @@ KERNEL(scan_chunk_gradients) {
   for (int c = 0; c < 2; c++) bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
   int first = at.first + (at.last - at.first - 1) / TILE * TILE;
   BackwardItems next;
+  BackwardStreams streams;
   TileRows rows;
-  next.load<false>(p, at, first);
+  streams.set(p, at, first);
+  streams.load<false>(p, at, first, next);
   rows.load(p, at, first);
   for (; first >= at.first; first -= TILE) {
 #pragma unroll
@@ -316,7 +329,7 @@ KERNEL(scan_chunk_gradients) {
     unsigned starts = vote(rows.start);
     sync_block();
     if (first > at.first) {
-      next.load<false>(p, at, first - TILE);
+      streams.load<false>(p, at, first - TILE, next);
       rows.load(p, at, first - TILE);
     }
 #pragma unroll 4

@@ -1,7 +1,8 @@
 // Selective scan: parameters, layout and small functions that all its kernels share.
 //
 // Compiled at run time (selective_scan_cuda.py), with -D X_BF16=0|1 (type of u, dt, z, y and their gradients) and
-// -D BC_BF16=0|1 (type of B and C); otherwise float32. With -D SCAN_HOST the very same source becomes C++ for a warp
+// -D BC_BF16=0|1 (type of B and C); otherwise float32. -D EXACT=1 leaves out the guards: 16 states, blocks of channels
+// without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++ for a warp
 // emulator on a CPU (tests/ops/scan_emulator.h), which supplies the primitives of the first section.
 //
 // Layout. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
@@ -62,7 +63,7 @@ struct Params {
   int *sync, *keep;
   long long u_row, u_token, dt_row, dt_token, z_row, z_token, dy_row, dy_token, B_row, B_token, C_row, C_token;
   long long segment_row, initial_row;
-  int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained, aligned;
+  int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained;
 };
 
 #if X_BF16
@@ -92,24 +93,35 @@ DEVICE float bc_float(BCElement x) { return x; }
 DEVICE BCElement bc_element(float x) { return x; }
 #endif
 
-// Bits of Params::aligned: pairs of channels of this tensor may be loaded at once.
-enum { ALIGNED_U = 1, ALIGNED_DT = 2, ALIGNED_Z = 4, ALIGNED_DY = 8, ALIGNED_OUT = 16 };
+// Two channels of every WARPS-th token of one tensor: a thread's items, tile after tile.
+struct Stream {
+  const Element* place;
+  long long step;
 
-DEVICE Pair load_pair(const void* base, long long offset, int channel, int channels, bool valid, bool aligned) {
-  const Element* at = (const Element*)base + offset + channel;
-  if (aligned && channel + 1 < channels) return valid ? *(const Pair*)at : pack(0.f, 0.f);
-  Element zero = low(pack(0.f, 0.f));
-  return pack_elements(valid && channel < channels ? at[0] : zero, valid && channel + 1 < channels ? at[1] : zero);
-}
-
-DEVICE void store_pair(void* base, long long offset, int channel, int channels, bool aligned, Pair x) {
-  Element* at = (Element*)base + offset + channel;
-  if (aligned && channel + 1 < channels) {
-    *(Pair*)at = x;
-    return;
+  DEVICE void set(const void* base, long long row, long long token_stride, int token, int channel) {
+    place = (const Element*)base + row + token * token_stride + channel, step = WARPS * token_stride;
   }
+  DEVICE void move(int tiles) { place += tiles * ITEMS * step; }
+  DEVICE Pair load(int i, int channel, int channels, bool valid) const {
+    const Element* at = place + i * step;
+    Pair zero = pack(0.f, 0.f);
+#if EXACT
+    return valid ? *(const Pair*)at : zero;
+#else
+    return pack_elements(valid && channel < channels ? at[0] : low(zero),
+                         valid && channel + 1 < channels ? at[1] : low(zero));
+#endif
+  }
+};
+
+DEVICE void store_pair(void* base, long long offset, int channel, int channels, Pair x) {
+  Element* at = (Element*)base + offset;
+#if EXACT
+  *(Pair*)at = x;
+#else
   if (channel < channels) at[0] = low(x);
   if (channel + 1 < channels) at[1] = high(x);
+#endif
 }
 
 // log(1 + q) / q on [0, 1], relative error 2e-7: no logarithm of a number near 1, where small time steps would lose
@@ -171,28 +183,41 @@ DEVICE int next_unit(const Params& p, float* shared) {
   return unit;
 }
 
-DEVICE void load_A(const Params& p, const Place& at, float (&a2)[8]) {  // exp(delta A) = exp2(delta a2)
-  for (int i = 0; i < 8; i++) {
-    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
-    a2[i] = c < p.channels && n < p.states ? -ex2(p.A_log[(long long)c * p.states + n] * LOG2E) * LOG2E : 0.f;
-  }
+// Place in [channel][state] of element i of a lane; false: there is none.
+DEVICE bool in_state(const Params& p, const Place& at, int i, long long& place) {
+  int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
+  place = (long long)c * p.states + n;
+  return EXACT || (c < p.channels && n < p.states);
 }
 
 // [channel][state] float32 in the caller's layout; null: zeros.
 DEVICE void load_state(const Params& p, const Place& at, const float* base, float (&h)[8]) {
+#if EXACT
+  const float4* from = (const float4*)(base + at.channel * STATES + at.sg * 4);
+  float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), x = base ? from[0] : zero, y = base ? from[STATES / 4] : zero;
+  h[0] = x.x, h[1] = x.y, h[2] = x.z, h[3] = x.w, h[4] = y.x, h[5] = y.y, h[6] = y.z, h[7] = y.w;
+#else
   for (int i = 0; i < 8; i++) {
-    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
-    h[i] = base && c < p.channels && n < p.states ? base[(long long)c * p.states + n] : 0.f;
+    long long place;
+    bool inside = in_state(p, at, i, place);
+    h[i] = base && inside ? base[place] : 0.f;
   }
+#endif
 }
 
 DEVICE void store_state(const Params& p, const Place& at, float* base, const float (&h)[8], bool add) {
+#pragma unroll
   for (int i = 0; i < 8; i++) {
-    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
-    if (c < p.channels && n < p.states) {
-      float* to = base + (long long)c * p.states + n;
-      *to = add ? *to + h[i] : h[i];
-    }
+    long long place;
+    if (in_state(p, at, i, place)) base[place] = add ? base[place] + h[i] : h[i];
+  }
+}
+
+DEVICE void load_A(const Params& p, const Place& at, float (&a2)[8]) {  // exp(delta A) = exp2(delta a2)
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    long long place;
+    a2[i] = in_state(p, at, i, place) ? -ex2(p.A_log[place] * LOG2E) * LOG2E : 0.f;
   }
 }
 
@@ -241,12 +266,18 @@ struct TileRows {
 
   DEVICE void load(const Params& p, const Place& at, int first) {
     int token = first + threadIdx.x / 8, quarter = threadIdx.x % 8, n = quarter % 4 * 4;
+    bool valid = token < at.last;
     const BCElement* from = quarter < 4 ? (const BCElement*)p.B + at.row * p.B_row + token * p.B_token
                                         : (const BCElement*)p.C + at.row * p.C_row + token * p.C_token;
-    for (int j = 0; j < 4; j++) {
-      bc[j] = bc_element(0.f);
-      if (token < at.last && n + j < p.states) bc[j] = from[n + j];
-    }
+#if EXACT
+    struct alignas(4 * sizeof(BCElement)) Four { BCElement x[4]; } four = {};
+    if (valid) four = *(const Four*)(from + n);
+#pragma unroll
+    for (int j = 0; j < 4; j++) bc[j] = four.x[j];
+#else
+#pragma unroll
+    for (int j = 0; j < 4; j++) bc[j] = valid && n + j < p.states ? from[n + j] : bc_element(0.f);
+#endif
     start = false;
     token = first + at.lane;
     if (p.segments && at.lane < TILE && token > 0 && token < at.last) {

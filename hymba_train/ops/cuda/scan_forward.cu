@@ -49,21 +49,29 @@ DEVICE void forward_steps(const Params& p, const Place& at, const ForwardShared&
   }
 }
 
-// Raw input of one tile, a thread's items: 4 tokens x 2 channels.
+// Raw input of one tile, a thread's items: 4 tokens x 2 channels. `load` moves on to the next tile.
 struct ForwardItems {
   Pair u[ITEMS], dt[ITEMS], z[ITEMS];
+};
+struct ForwardStreams {
+  Stream u, dt, z;
 
+  DEVICE void set(const Params& p, const Place& at) {
+    int token = at.first + at.warp;
+    u.set(p.u, at.row * p.u_row, p.u_token, token, at.item);
+    dt.set(p.dt, at.row * p.dt_row, p.dt_token, token, at.item);
+    z.set(p.z, at.row * p.z_row, p.z_token, token, at.item);
+  }
   template <bool OUTPUT>
-  DEVICE void load(const Params& p, const Place& at, int first) {
+  DEVICE void load(const Params& p, const Place& at, int first, ForwardItems& items) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      int token = first + i * WARPS + at.warp;
-      bool valid = token < at.last;
-      u[i] = load_pair(p.u, at.row * p.u_row + token * p.u_token, at.item, p.channels, valid, p.aligned & ALIGNED_U);
-      dt[i] = load_pair(p.dt, at.row * p.dt_row + token * p.dt_token, at.item, p.channels, valid, p.aligned & ALIGNED_DT);
-      if (OUTPUT)
-        z[i] = load_pair(p.z, at.row * p.z_row + token * p.z_token, at.item, p.channels, valid, p.aligned & ALIGNED_Z);
+      bool valid = first + i * WARPS + at.warp < at.last;
+      items.u[i] = u.load(i, at.item, p.channels, valid);
+      items.dt[i] = dt.load(i, at.item, p.channels, valid);
+      if (OUTPUT) items.z[i] = z.load(i, at.item, p.channels, valid);
     }
+    u.move(1), dt.move(1), z.move(1);
   }
 };
 
@@ -82,8 +90,10 @@ DEVICE void run_forward(const Params& p, float* memory) {
   }
   const float* initial = p.initial ? p.initial + at.row * p.initial_row : nullptr;
   ForwardItems next;
+  ForwardStreams streams;
   TileRows rows;
-  next.load<OUTPUT>(p, at, at.first);
+  streams.set(p, at);
+  streams.load<OUTPUT>(p, at, at.first, next);
   rows.load(p, at, at.first);
   bool any_start = false;
   if (OUTPUT) {
@@ -106,7 +116,7 @@ DEVICE void run_forward(const Params& p, float* memory) {
     unsigned starts = vote(rows.start);
     sync_block();
     if (first + TILE < at.last) {
-      next.load<OUTPUT>(p, at, first + TILE);
+      streams.load<OUTPUT>(p, at, first + TILE, next);
       rows.load(p, at, first + TILE);
     }
     if (OUTPUT && p.checkpoints) store_private(p.checkpoints + at.carry(p, first / TILE), h);
@@ -117,14 +127,14 @@ DEVICE void run_forward(const Params& p, float* memory) {
       forward_steps<false, OUTPUT>(p, at, shared, starts, initial, a2, h, total);
     }
     sync_block();
+    long long offset = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll
     for (int i = 0; i < (OUTPUT ? ITEMS : 0); i++) {
       int token = i * WARPS + at.warp;
       if (first + token >= at.last) continue;
       float2 u = unpack(items.u[i]), z = unpack(items.z[i]), y = *(const float2*)(shared.y + token * Y_STRIDE + at.lane * 2);
       float y0 = fmaf(skip[0], u.x, y.x) * z.x * sigmoid(z.x), y1 = fmaf(skip[1], u.y, y.y) * z.y * sigmoid(z.y);
-      long long offset = ((long long)at.row * p.tokens + first + token) * p.channels;
-      store_pair(p.y, offset, at.item, p.channels, p.aligned & ALIGNED_OUT, pack(y0, y1));
+      store_pair(p.y, offset + (long long)i * WARPS * p.channels, at.item, p.channels, pack(y0, y1));
     }
   }
   if (OUTPUT) {
