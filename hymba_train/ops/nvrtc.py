@@ -6,11 +6,13 @@ later ones read ``$HYMBA_KERNEL_CACHE`` (default ``~/.cache/hymba_train/kernels`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,17 +36,19 @@ class Module:
 
         self._driver = driver
         cubin = _cached_cubin(source, options)
-        with torch.cuda.device(device_index):
-            torch.cuda.current_stream()  # makes the device's primary context current
+        torch.cuda.init()
+        (device,) = _checked(driver.cuDeviceGet(device_index))
+        (self._context,) = _checked(driver.cuDevicePrimaryCtxRetain(device))  # PyTorch's own
+        with self._current():
             (self._library,) = _checked(driver.cuModuleLoadData(cubin))
         self._functions: dict[tuple[str, int], object] = {}
 
     def launch(self, name: str, blocks: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start ``blocks`` blocks of kernel ``name``, whose only parameter is the struct ``params``."""
-        function = self._functions.get((name, shared_bytes)) or self._function(name, shared_bytes)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(self.device_index).cuda_stream
-        with torch.cuda.device(self.device_index):
+        with self._current():
+            function = self._functions.get((name, shared_bytes)) or self._function(name, shared_bytes)
             _checked(
                 self._driver.cuLaunchKernel(
                     function, blocks, 1, 1, self.threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
@@ -53,7 +57,7 @@ class Module:
 
     def occupancy(self, name: str, shared_bytes: int) -> int:
         """Blocks of this kernel that one multiprocessor holds."""
-        with torch.cuda.device(self.device_index):
+        with self._current():
             (count,) = _checked(
                 self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
                     self._function(name, shared_bytes), self.threads, shared_bytes
@@ -64,8 +68,22 @@ class Module:
     def attribute(self, name: str, attribute: str) -> int:
         """``CU_FUNC_ATTRIBUTE_<attribute>`` of a kernel, as NUM_REGS or LOCAL_SIZE_BYTES."""
         key = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{attribute}")
-        (value,) = _checked(self._driver.cuFuncGetAttribute(key, self._function(name, 0)))
+        with self._current():
+            (value,) = _checked(self._driver.cuFuncGetAttribute(key, self._function(name, 0)))
         return value
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """The device's context current: a thread of autograd may have none yet, or another device's."""
+        (before,) = _checked(self._driver.cuCtxGetCurrent())
+        if int(before) == int(self._context):
+            yield
+            return
+        _checked(self._driver.cuCtxSetCurrent(self._context))
+        try:
+            yield
+        finally:
+            _checked(self._driver.cuCtxSetCurrent(before))
 
     def _function(self, name: str, shared_bytes: int):
         driver = self._driver
@@ -90,7 +108,7 @@ def compile_cubin(source: str, options: list[str]) -> bytes:
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
         log = b" " * size
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {log.decode(errors='replace').strip()}")
+        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {log.decode(errors='replace').strip(chr(0)).strip()}")
     (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
     cubin = b" " * size
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
