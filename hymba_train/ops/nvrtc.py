@@ -108,7 +108,8 @@ def compile_cubin(source: str, options: list[str]) -> bytes:
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
         log = b" " * size
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {log.decode(errors='replace').strip(chr(0)).strip()}")
+        text = log.decode(errors="replace").strip("\0\n ")
+        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {text}")
     (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
     cubin = b" " * size
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
