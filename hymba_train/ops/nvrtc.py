@@ -23,11 +23,11 @@ from hymba_train.errors import UserError
 class Module:
     """The kernels of one source on one device.
 
-    ``launch`` starts one on the current stream of that device. Blocks have ``threads`` threads, grids one dimension.
+    ``launch`` starts one on the current stream of that device. Grids and blocks have one dimension.
     """
 
-    def __init__(self, source: str, defines: dict[str, int], device_index: int, threads: int) -> None:
-        self.device_index, self.threads = device_index, threads
+    def __init__(self, source: str, defines: dict[str, int], device_index: int) -> None:
+        self.device_index = device_index
         major, minor = torch.cuda.get_device_capability(device_index)
         # 'a' unlocks what this chip alone has; there is no such target before 9.0.
         target = f"sm_{major}{minor}" + ("a" if (major, minor) >= (9, 0) else "")
@@ -43,7 +43,7 @@ class Module:
             (self._library,) = _checked(driver.cuModuleLoadData(cubin))
         self._functions: dict[tuple[str, int], object] = {}
 
-    def launch(self, name: str, blocks: int, shared_bytes: int, params: ctypes.Structure) -> None:
+    def launch(self, name: str, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start ``blocks`` blocks of kernel ``name``, whose only parameter is the struct ``params``."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(self.device_index).cuda_stream
@@ -51,16 +51,16 @@ class Module:
             function = self._functions.get((name, shared_bytes)) or self._function(name, shared_bytes)
             _checked(
                 self._driver.cuLaunchKernel(
-                    function, blocks, 1, 1, self.threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+                    function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
                 )
             )
 
-    def occupancy(self, name: str, shared_bytes: int) -> int:
+    def occupancy(self, name: str, threads: int, shared_bytes: int) -> int:
         """Blocks of this kernel that one multiprocessor holds."""
         with self._current():
             (count,) = _checked(
                 self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    self._function(name, shared_bytes), self.threads, shared_bytes
+                    self._function(name, shared_bytes), threads, shared_bytes
                 )
             )
         return count

@@ -18,18 +18,23 @@ from torch import Tensor
 from hymba_train.errors import UserError
 from hymba_train.ops.nvrtc import Module
 
-TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS = 16, 64, 16, 128
+TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS, LANE_THREADS = 16, 64, 16, 128, 64
 PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
-SHARED_BYTES = {
-    "scan_forward": 15360,
-    "scan_chunk_states": 15360,
-    "scan_backward": 69120,
-    "scan_chunk_gradients": 10240,
-}
+LANES_SHARED, SCAN_BACKWARD_SHARED = 4096, 69120
 """Shared memory of a block; checked against the layouts in ops/cuda when they are compiled."""
-RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 2}
+LAUNCH = {
+    "scan_forward": (LANE_THREADS, LANES_SHARED),
+    "scan_chunk_states": (LANE_THREADS, LANES_SHARED),
+    "scan_chunk_gradients": (LANE_THREADS, LANES_SHARED),
+    "scan_backward": (THREADS, SCAN_BACKWARD_SHARED),
+}
+"""Threads and bytes of shared memory of a block; of other kernels (THREADS, 0)."""
+RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 5, "BACKWARD_BLOCKS": 2}
 """Blocks a multiprocessor should hold: bounds the registers of a thread."""
-SOURCES = ("scan_common.cuh", "scan_forward.cu", "scan_backward.cu", "scan_sums.cu")
+SOURCES = (
+    "scan_common.cuh", "scan_backward.cu", "scan_lanes.cuh", "scan_forward.cu", "scan_chunk_gradients.cu",
+    "scan_sums.cu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Chunks:
 
 CHAIN_TOKENS = 256
 """Tokens of a chained chunk: short enough that multiprocessors finish together."""
-PARALLEL_BLOCKS = 2
+PARALLEL_BLOCKS = 4
 """Blocks a multiprocessor wanted when chunks run side by side."""
 
 
@@ -236,7 +241,8 @@ class _Run:
         self.launch(pass_name, self.chains * (PRIVATE_STATE // THREADS))
 
     def launch(self, name: str, blocks: int) -> None:
-        self.kernels.launch(name, blocks, SHARED_BYTES.get(name, 0), self.params)
+        threads, shared = LAUNCH.get(name, (THREADS, 0))
+        self.kernels.launch(name, blocks, threads, shared, self.params)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -261,7 +267,7 @@ def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[st
     return (
         {k: int(v) for k, v in kind.items()}
         | RESIDENT_BLOCKS
-        | {f"{name.upper()}_SHARED": size for name, size in SHARED_BYTES.items()}
+        | {name: globals()[name] for name in ("LANE_THREADS", "LANES_SHARED", "SCAN_BACKWARD_SHARED")}
     )
 
 
@@ -273,7 +279,7 @@ def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device: t
 
 @functools.cache
 def _compiled(settings: tuple[tuple[str, int], ...], device_index: int) -> Module:
-    return Module(source(), dict(settings), device_index, THREADS)
+    return Module(source(), dict(settings), device_index)
 
 
 @functools.cache

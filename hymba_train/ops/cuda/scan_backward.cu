@@ -1,4 +1,4 @@
-// Selective scan, backward: scan_backward, and scan_chunk_gradients for chunks that run at the same time.
+// Selective scan, backward: scan_backward.
 //
 // Tiles of 16 steps, last first. Per tile: the states before every 4th step are computed anew from the checkpoint
 // (hold), then, last window first, the decays a and a h_{t-1} of its 4 steps go to registers and the gradient g to
@@ -27,7 +27,6 @@ struct BackwardShared {
   static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 3 * RESULT + SLOTS * PART_SLOT + ITEMS * 512;
 };
 static_assert(BackwardShared::FLOATS * 4 == SCAN_BACKWARD_SHARED, "shared memory of scan_backward");
-static_assert(TILE * (PAIRS * 4 + 32) * 4 == SCAN_CHUNK_GRADIENTS_SHARED, "shared memory of scan_chunk_gradients");
 
 // d += X (16 rows of states x 8 channels, twice) times b (channels x 4 tokens x 2 halves): see the lane layout.
 // With float32 activations each number is split in two, so that the sum keeps float32's digits.
@@ -156,10 +155,23 @@ DEVICE void backward_steps(const Params& p, const Place& at, const BackwardShare
   }
 }
 
+// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
+struct TileRows {
+  Quarter bc;
+  bool start;
+
+  DEVICE void load(const Params& p, const Place& at, int first) {
+    int token = first + threadIdx.x / 8;
+    bc.load(p, at.row, token, threadIdx.x % 8, token < at.last);
+    start = document_starts(p, at, first, at.lane);
+  }
+  DEVICE void store(float* bc_shared) const { bc.store(bc_shared + threadIdx.x * 4); }  // [token][B 16 | C 16]
+};
+
 struct BackwardItems {
   Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS];
 };
-struct BackwardStreams {  // as ForwardStreams, but backwards
+struct BackwardStreams {  // `load` moves on to the tile before
   Stream u, dt, z, dy;
 
   DEVICE void set(const Params& p, const Place& at, int first) {
@@ -169,12 +181,11 @@ struct BackwardStreams {  // as ForwardStreams, but backwards
     z.set(p.z, at.row * p.z_row, p.z_token, token, at.item);
     dy.set(p.dy, at.row * p.dy_row, p.dy_token, token, at.item);
   }
-  template <bool INPUT>
   DEVICE void load(const Params& p, const Place& at, int first, BackwardItems& items) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       bool valid = first + i * WARPS + at.warp < at.last;
-      if (INPUT) items.u[i] = u.load(i, at.item, p.channels, valid);
+      items.u[i] = u.load(i, at.item, p.channels, valid);
       items.dt[i] = dt.load(i, at.item, p.channels, valid);
       items.z[i] = z.load(i, at.item, p.channels, valid);
       items.dy[i] = dy.load(i, at.item, p.channels, valid);
@@ -206,9 +217,14 @@ KERNEL(scan_backward) {
   BackwardStreams streams;
   TileRows rows;
   streams.set(p, at, first);
-  streams.load<true>(p, at, first, next);
+  streams.load(p, at, first, next);
   rows.load(p, at, first);
-  receive(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
+  await_neighbour(p, at);
+  if (at.order) {
+    load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), state.g);
+  } else {
+    load_state(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
+  }
   for (; first >= at.first; first -= TILE) {
     float h[8];
     load_private(p.checkpoints + at.carry(p, first / TILE), h);
@@ -240,7 +256,7 @@ KERNEL(scan_backward) {
     unsigned starts = vote(rows.start);
     sync_block();
     if (first > at.first) {
-      streams.load<true>(p, at, first - TILE, next);
+      streams.load(p, at, first - TILE, next);
       rows.load(p, at, first - TILE);
     }
     if (starts) {
@@ -281,7 +297,10 @@ KERNEL(scan_backward) {
                  pack(item.x * fmaf(skip[0], u.x, y.x), item.y * fmaf(skip[1], u.y, y.y)));
     }
   }
-  send(p, at, state.g);
+  if (p.chained && !at.is_last(p)) {
+    store_private(p.carry + at.carry(p, 0), state.g);
+    tell_neighbour(p, at);
+  }
   const long long part = at.row * p.chunks + at.chunk;
   store_state(p, at, p.part_A + part * state_size, state.dA, false);
   if (at.chunk == 0 && p.d_initial) store_state(p, at, p.d_initial + at.row * state_size, state.g, false);
@@ -296,56 +315,4 @@ KERNEL(scan_backward) {
     (which ? p.part_bias : p.part_D)[part * p.channels + c] = from[0] + from[64] + from[128] + from[192];
 }
 
-// The gradient that each chunk's outputs send to the state before the chunk (carry).
-KERNEL(scan_chunk_gradients) {
-  SHARED(memory);
-  float *records = memory, *bc = memory + TILE * PAIRS * 4;  // [token][pair] {delta 0, delta 1, dy 0, dy 1}
-  Place at;
-  at.set(p, blockIdx.x, true);
-  float a2[8], g[8], bias[2], total[2] = {0.f, 0.f};
-  bool any_start = false;
-  load_A(p, at, a2);
-  for (int i = 0; i < 8; i++) g[i] = 0.f;
-#pragma unroll
-  for (int c = 0; c < 2; c++) bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
-  int first = at.first + (at.last - at.first - 1) / TILE * TILE;
-  BackwardItems next;
-  BackwardStreams streams;
-  TileRows rows;
-  streams.set(p, at, first);
-  streams.load<false>(p, at, first, next);
-  rows.load(p, at, first);
-  for (; first >= at.first; first -= TILE) {
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      int token = i * WARPS + at.warp;
-      bool valid = first + token < at.last;
-      float2 dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
-      float q, delta0 = softplus(dt.x + bias[0], q), delta1 = softplus(dt.y + bias[1], q);
-      *(float4*)(records + (token * PAIRS + at.lane) * 4) = make_float4(
-          valid ? delta0 : 0.f, valid ? delta1 : 0.f, dy.x * sigmoid(z.x) * z.x, dy.y * sigmoid(z.y) * z.y);
-    }
-    rows.store(bc);
-    unsigned starts = vote(rows.start);
-    sync_block();
-    if (first > at.first) {
-      streams.load<false>(p, at, first - TILE, next);
-      rows.load(p, at, first - TILE);
-    }
-#pragma unroll 4
-    for (int t = TILE - 1; t >= 0; t--) {
-      float delta[4], C[4];
-      unpack4(records + (t * PAIRS + at.warp * 8 + at.cg) * 4, delta);
-      unpack4(bc + t * 32 + 16 + at.sg * 4, C);
-      total[0] += delta[0], total[1] += delta[1];
-#pragma unroll
-      for (int i = 0; i < 8; i++) g[i] = ex2(delta[i / 4] * a2[i]) * fmaf(C[i % 4], delta[2 + i / 4], g[i]);
-      if (starts >> t & 1)
-        for (int i = 0; i < 8; i++) g[i] = 0.f;
-    }
-    any_start |= starts != 0;
-    sync_block();
-  }
-  store_chunk(p, at, g, total, any_start);
-}
 #undef MIN_BLOCKS

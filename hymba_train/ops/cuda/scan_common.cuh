@@ -5,14 +5,14 @@
 // without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++ for a warp
 // emulator on a CPU (tests/ops/scan_emulator.h), which supplies the primitives of the first section.
 //
-// Layout. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
+// Layout of scan_backward (that of the other passes over time: scan_lanes.cuh). A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
 //     sg = lane / 8: states 4 sg + s;    cg = lane % 8: channels 2 cg + c of the warp's 16.
 // Sums over states are then two shuffles (lanes 8 and 16 apart); sums over channels go to the tensor cores, because
 // (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
 // Work in pairs of channels of one token ("item") is spread over the block: lane = pair, warp = token % 4.
 
 #ifndef SCAN_HOST
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) name(const __grid_constant__ Params p)
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name(const __grid_constant__ Params p)
 #define DEVICE __device__ __forceinline__
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -20,6 +20,7 @@ DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "
 DEVICE float shuffle_xor(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
 DEVICE unsigned vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float from_bits(unsigned x) { return __uint_as_float(x); }
 DEVICE unsigned to_bits(float x) { return __float_as_uint(x); }
 DEVICE unsigned pack_bf16(float low, float high) {
@@ -66,11 +67,14 @@ struct Params {
   int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained;
 };
 
+#define THREADS 128
 #if X_BF16
 typedef unsigned Pair;  // two channels as they lie in memory
 typedef unsigned short Element;
 DEVICE float2 unpack(Pair x) { return make_float2(from_bits(x << 16), from_bits(x & 0xffff0000u)); }
 DEVICE Pair pack(float a, float b) { return pack_bf16(a, b); }
+DEVICE float element_float(Element x) { return from_bits((unsigned)x << 16); }
+DEVICE Element to_element(float x) { return (Element)pack_bf16(x, 0.f); }
 DEVICE Pair pack_elements(Element a, Element b) { return a | (unsigned)b << 16; }
 DEVICE Element low(Pair x) { return (Element)x; }
 DEVICE Element high(Pair x) { return (Element)(x >> 16); }
@@ -79,6 +83,8 @@ typedef float2 Pair;
 typedef float Element;
 DEVICE float2 unpack(Pair x) { return x; }
 DEVICE Pair pack(float a, float b) { return make_float2(a, b); }
+DEVICE float element_float(Element x) { return x; }
+DEVICE Element to_element(float x) { return x; }
 DEVICE Pair pack_elements(Element a, Element b) { return make_float2(a, b); }
 DEVICE Element low(Pair x) { return x.x; }
 DEVICE Element high(Pair x) { return x.y; }
@@ -151,25 +157,37 @@ DEVICE float halve(float x0, float x1, int lane, int bit) {
   return (upper ? x1 : x0) + shuffle_xor(upper ? x0 : x1, bit);
 }
 
-// Where a block stands: which rows, channels and steps are its own.
-struct Place {
-  int lane, warp, sg, cg, row, block, chunk, first, last, order;
-  int channel;  // first of the lane's two
-  int item;     // first of the two channels of its items
+// What a block works on: 64 channels of a row, over a chunk of its tokens.
+struct Unit {
+  int row, block, chunk, first, last, order;
 
-  DEVICE void set(const Params& p, int unit, bool reverse) {
-    lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sg = lane >> 3, cg = lane & 7;
+  DEVICE void set_unit(const Params& p, int unit, bool reverse) {
     int wide = p.batch * p.blocks, chain = unit % wide;
     order = unit / wide;  // 0 for the chunk that comes first in the direction of the scan
     chunk = reverse ? p.chunks - 1 - order : order;
     row = chain / p.blocks, block = chain % p.blocks;
     first = chunk * p.chunk_tokens;
     last = min(first + p.chunk_tokens, p.tokens);
+  }
+  DEVICE long long private_state(const Params& p, int slot) const {  // of the block, in Params::carry and checkpoints
+    return ((long long)(slot * p.batch + row) * p.blocks + block) * PRIVATE_STATE;
+  }
+  DEVICE bool is_last(const Params& p) const { return order == p.chunks - 1; }
+};
+
+struct Place : Unit {
+  int lane, warp, sg, cg;
+  int channel;  // first of the lane's two
+  int item;     // first of the two channels of its items
+
+  DEVICE void set(const Params& p, int unit, bool reverse) {
+    set_unit(p, unit, reverse);
+    lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sg = lane >> 3, cg = lane & 7;
     channel = block * BLOCK_CHANNELS + warp * 16 + cg * 2;
     item = block * BLOCK_CHANNELS + lane * 2;
   }
-  DEVICE long long carry(const Params& p, int slot) const {  // offset of this lane in Params::carry
-    return ((long long)(slot * p.batch + row) * p.blocks + block) * PRIVATE_STATE + warp * 256 + lane * 4;
+  DEVICE long long carry(const Params& p, int slot) const {  // of this lane's first 4 states
+    return private_state(p, slot) + warp * 256 + lane * 4;
   }
 };
 
@@ -231,62 +249,50 @@ DEVICE void store_private(float* base, const float (&h)[8]) {
   *(float4*)(base + 128) = make_float4(h[4], h[5], h[6], h[7]);
 }
 
-// The state that enters this block's chunk: `edge` at the border of the sequence, else what the neighbour left.
-DEVICE void receive(const Params& p, const Place& at, const float* edge, float (&h)[8]) {
-  if (at.order == 0) {
-    load_state(p, at, edge, h);
-    return;
-  }
-  if (p.chained) {
-    if (threadIdx.x == 0) wait_at_least(p.sync + 1 + at.row * p.blocks + at.block, at.order);
-    sync_block();
-  }
-  load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), h);
+// Chained chunks: each waits until its neighbour has left its state in `carry`.
+DEVICE void await_neighbour(const Params& p, const Unit& at) {
+  if (!p.chained || at.order == 0) return;
+  if (threadIdx.x == 0) wait_at_least(p.sync + 1 + at.row * p.blocks + at.block, at.order);
+  sync_block();
 }
 
-DEVICE void send(const Params& p, const Place& at, const float (&h)[8]) {
-  if (!p.chained || at.order == p.chunks - 1) return;
-  store_private(p.carry + at.carry(p, 0), h);
+DEVICE void tell_neighbour(const Params& p, const Unit& at) {
   sync_block();
   if (threadIdx.x == 0) publish(p.sync + 1 + at.row * p.blocks + at.block, at.order + 1);
 }
 
-// What a chunk that was run on its own adds, the sum of its delta, and whether a state passes through it.
-DEVICE void store_chunk(const Params& p, const Place& at, const float (&h)[8], const float (&total)[2], bool any_start) {
-  store_private(p.carry + at.carry(p, at.chunk), h);
-  float* sums = p.sum_delta + ((long long)(at.chunk * p.batch + at.row) * p.blocks + at.block) * BLOCK_CHANNELS;
-  if (at.sg == 0) *(float2*)(sums + at.warp * 16 + at.cg * 2) = make_float2(total[0], total[1]);
-  if (at.block == 0 && threadIdx.x == 0) p.keep[at.chunk * p.batch + at.row] = !any_start;
-}
+// 4 numbers of B or C of a token: a quarter of 8.
+struct Quarter {
+  BCElement x[4];
 
-// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
-struct TileRows {
-  BCElement bc[4];
-  bool start;
-
-  DEVICE void load(const Params& p, const Place& at, int first) {
-    int token = first + threadIdx.x / 8, quarter = threadIdx.x % 8, n = quarter % 4 * 4;
-    bool valid = token < at.last;
-    const BCElement* from = quarter < 4 ? (const BCElement*)p.B + at.row * p.B_row + token * p.B_token
-                                        : (const BCElement*)p.C + at.row * p.C_row + token * p.C_token;
+  DEVICE void load(const Params& p, int row, int token, int quarter, bool valid) {
+    int n = quarter % 4 * 4;
+    const BCElement* from = quarter < 4 ? (const BCElement*)p.B + row * p.B_row + token * p.B_token
+                                        : (const BCElement*)p.C + row * p.C_row + token * p.C_token;
 #if EXACT
     struct alignas(4 * sizeof(BCElement)) Four { BCElement x[4]; } four = {};
     if (valid) four = *(const Four*)(from + n);
 #pragma unroll
-    for (int j = 0; j < 4; j++) bc[j] = four.x[j];
+    for (int j = 0; j < 4; j++) x[j] = four.x[j];
 #else
 #pragma unroll
-    for (int j = 0; j < 4; j++) bc[j] = valid && n + j < p.states ? from[n + j] : bc_element(0.f);
+    for (int j = 0; j < 4; j++) x[j] = valid && n + j < p.states ? from[n + j] : bc_element(0.f);
 #endif
-    start = false;
-    token = first + at.lane;
-    if (p.segments && at.lane < TILE && token > 0 && token < at.last) {
-      const long long* id = p.segments + at.row * p.segment_row + token;
-      start = id[0] != id[-1];
-    }
   }
-  DEVICE void store(float* bc_shared) const {  // [token][B 16 | C 16]
-    *(float4*)(bc_shared + threadIdx.x * 4) =
-        make_float4(bc_float(bc[0]), bc_float(bc[1]), bc_float(bc[2]), bc_float(bc[3]));
+  DEVICE void store(float* to) const {
+    *(float4*)to = make_float4(bc_float(x[0]), bc_float(x[1]), bc_float(x[2]), bc_float(x[3]));
   }
 };
+
+// Does a document start at token first + lane (of a tile)?
+DEVICE bool document_starts(const Params& p, const Unit& at, int first, int lane) {
+  int token = first + lane;
+  if (!p.segments || lane >= TILE || token == 0 || token >= at.last) return false;
+  const long long* id = p.segments + at.row * p.segment_row + token;
+  return id[0] != id[-1];
+}
+
+DEVICE void unpack4(const float* from, float (&to)[4]) {
+  float4 x = *(const float4*)from;
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}

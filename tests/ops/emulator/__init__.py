@@ -38,9 +38,9 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.launched: list[str] = []
 
-    def launch(self, name: str, blocks: int, shared_bytes: int, params: scan.Params) -> None:
+    def launch(self, name: str, blocks: int, threads: int, shared_bytes: int, params: scan.Params) -> None:
         self.launched.append(name)
-        assert self.library.scan_launch(name.encode(), blocks, shared_bytes, ctypes.byref(params)) == 0, name
+        assert self.library.scan_launch(name.encode(), blocks, threads, shared_bytes, ctypes.byref(params)) == 0, name
 
 
 @functools.cache
