@@ -41,19 +41,30 @@ class Module:
         (self._context,) = _checked(driver.cuDevicePrimaryCtxRetain(device))  # PyTorch's own
         with self._current():
             (self._library,) = _checked(driver.cuModuleLoadData(cubin))
-        self._functions: dict[tuple[str, int], object] = {}
+        self._handles: dict[tuple[str, int], int] = {}
 
     def launch(self, name: str, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start ``blocks`` blocks of kernel ``name``, whose only parameter is the struct ``params``."""
+        # Many calls a training step: the driver by ctypes, a few times cheaper than cuda-bindings.
+        library, context, before = _libcuda(), int(self._context), ctypes.c_void_p()
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+        handle = self._handles.get((name, shared_bytes))
+        if handle is None:
+            with self._current():
+                handle = self._handles[name, shared_bytes] = int(self._function(name, shared_bytes))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = torch.cuda.current_stream(self.device_index).cuda_stream
-        with self._current():
-            function = self._functions.get((name, shared_bytes)) or self._function(name, shared_bytes)
-            _checked(
-                self._driver.cuLaunchKernel(
-                    function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-                )
+        _check_code(library.cuCtxGetCurrent(ctypes.byref(before)))
+        # A thread of autograd may have no context yet, or another device's.
+        is_current = before.value == context
+        if not is_current:
+            _check_code(library.cuCtxSetCurrent(context))
+        try:
+            _check_code(
+                library.cuLaunchKernel(handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None)
             )
+        finally:
+            if not is_current:
+                _check_code(library.cuCtxSetCurrent(before))
 
     def occupancy(self, name: str, threads: int, shared_bytes: int) -> int:
         """Blocks of this kernel that one multiprocessor holds."""
@@ -94,7 +105,6 @@ class Module:
             _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
             share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _checked(driver.cuFuncSetAttribute(function, share, 100))
-        self._functions[name, shared_bytes] = function
         return function
 
 
@@ -139,6 +149,20 @@ def _compiler_version() -> tuple[int, int]:
 
 def _cache_directory() -> Path:
     return Path(os.environ.get("HYMBA_KERNEL_CACHE") or Path.home() / ".cache" / "hymba_train" / "kernels")
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    library.cuCtxGetCurrent.argtypes = library.cuCtxSetCurrent.argtypes = [pointer]
+    return library
+
+
+def _check_code(code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA driver call failed: error {code}")
 
 
 def _checked(result: tuple) -> tuple:

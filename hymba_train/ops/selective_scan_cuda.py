@@ -20,7 +20,7 @@ from hymba_train.ops.nvrtc import Module
 
 TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS, LANE_THREADS = 16, 64, 16, 128, 64
 PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
-LANES_SHARED, SCAN_BACKWARD_SHARED = 4096, 69120
+LANES_SHARED, SCAN_BACKWARD_SHARED = 4096, 59904
 """Shared memory of a block; checked against the layouts in ops/cuda when they are compiled."""
 LAUNCH = {
     "scan_forward": (LANE_THREADS, LANES_SHARED),
@@ -114,7 +114,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "u", "dt", "z", "dy", "B", "C", "A_log", "D", "bias", "initial", "d_final", "segments",
+            "u", "dt", "z", "dy", "B", "C", "before", "A_log", "D", "bias", "initial", "d_final", "segments",
             "y", "du", "ddt", "dz", "dB", "dC", "final_state", "checkpoints", "carry", "sum_delta",
             "part_bc", "part_A", "part_D", "part_bias", "d_initial", "d_reset",
             "dA_log", "dD", "dbias", "d_initial_out", "sync", "keep",
@@ -136,14 +136,15 @@ class _CudaScan(torch.autograd.Function):
         run.set_start(initial, segment_ids)
         y = run.new("y", u.shape, u.dtype)
         final = run.new("final_state", (u.shape[0], *A_log.shape))
-        checkpoints = None
+        checkpoints = before = None
         if any(ctx.needs_input_grad):
             tiles = -(-u.shape[1] // TILE_TOKENS)
             checkpoints = run.new("checkpoints", (tiles, run.chains, PRIVATE_STATE))
+            before = run.new("before", u.shape, u.dtype)
         run.between_chunks("scan_chunk_states", "scan_pass_states")
         run.launch("scan_forward", run.chains * chunks.count)
         if checkpoints is not None:
-            ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints)
+            ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before)
             ctx.find_kernels, ctx.chunks = _kernels, chunks
             ctx.set_materialize_grads(False)
         return y, final
@@ -151,21 +152,23 @@ class _CudaScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, d_final):
-        u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints = ctx.saved_tensors
+        u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before = ctx.saved_tensors
         chunks = ctx.chunks
         dy = torch.zeros_like(u) if dy is None else dy
         run = _Run(ctx.find_kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         run.set("checkpoints", checkpoints)
+        run.set("before", before)
         run.set("d_final", None if d_final is None else _whole(d_final))
         du, ddt, dz = (run.new(name, u.shape, u.dtype) for name in ("du", "ddt", "dz"))
         dB, dC = (run.new(name, B.shape, B.dtype) for name in ("dB", "dC"))
         dA_log, dD, dbias = run.new("dA_log", A_log.shape), run.new("dD", D.shape), run.new("dbias", bias.shape)
         (batch, num_tokens, channels), num_states = u.shape, A_log.shape[1]
-        run.new("part_bc", (run.params.blocks, batch, num_tokens, 2 * MAX_STATES))
-        run.new("part_A", (batch, chunks.count, channels, num_states))
-        run.new("part_D", (batch, chunks.count, channels))
-        run.new("part_bias", (batch, chunks.count, channels))
+        parts = batch * chunks.count * channels
+        run.work(
+            part_bc=run.params.blocks * batch * num_tokens * 2 * MAX_STATES,
+            part_A=parts * num_states, part_D=parts, part_bias=parts,
+        )  # fmt: skip
         d_initial = None
         if initial is not None and ctx.needs_input_grad[8]:
             d_initial = run.new("d_initial_out", initial.shape)
@@ -216,6 +219,16 @@ class _Run:
         self.set(name, x)
         return x
 
+    def work(self, **sizes: int) -> None:
+        """Scratch of so many 4-byte numbers each, in one allocation."""
+        starts, total = {}, 0
+        for name, size in sizes.items():
+            starts[name], total = total, total + -(-size // 64) * 64
+        scratch = torch.empty(total, dtype=torch.float32, device=self.device)
+        self.tensors.append(scratch)
+        for name, start in starts.items():
+            setattr(self.params, name, scratch.data_ptr() + 4 * start)
+
     def set_start(self, initial: Tensor | None, segment_ids: Tensor | None) -> None:
         p = self.params
         if initial is not None:
@@ -231,12 +244,15 @@ class _Run:
         p, chunks = self.params, self.chunks
         if chunks.count == 1:
             return
-        self.new("carry", (1 if chunks.chained else chunks.count, self.chains, PRIVATE_STATE))
         if chunks.chained:
+            self.work(carry=self.chains * PRIVATE_STATE)
             self.set("sync", torch.zeros(1 + self.chains, dtype=torch.int32, device=self.device))
             return
-        self.new("sum_delta", (chunks.count, self.chains, BLOCK_CHANNELS))
-        self.new("keep", (chunks.count, p.batch), torch.int32)
+        self.work(
+            carry=chunks.count * self.chains * PRIVATE_STATE,
+            sum_delta=chunks.count * self.chains * BLOCK_CHANNELS,
+            keep=chunks.count * p.batch,
+        )
         self.launch(name, self.chains * (chunks.count - 1))
         self.launch(pass_name, self.chains * (PRIVATE_STATE // THREADS))
 
@@ -274,12 +290,14 @@ def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[st
 def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device: torch.device) -> Module:
     if device.type != "cuda":
         raise UserError(f"selective_scan: backend 'cuda' runs on cuda, not on {device.type}; use 'torch'")
-    return _compiled(tuple(defines(x_dtype, bc_dtype, exact).items()), device.index)
+    return _compiled(x_dtype, bc_dtype, exact, device.index, tuple(RESIDENT_BLOCKS.values()))
 
 
 @functools.cache
-def _compiled(settings: tuple[tuple[str, int], ...], device_index: int) -> Module:
-    return Module(source(), dict(settings), device_index)
+def _compiled(
+    x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, resident: tuple[int, ...]
+) -> Module:
+    return Module(source(), defines(x_dtype, bc_dtype, exact), device_index)
 
 
 @functools.cache

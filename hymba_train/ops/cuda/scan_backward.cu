@@ -12,19 +12,19 @@ struct BackwardShared {
   float* dy;       // [token][pair] gradient to the sum before the gate
   float* bc;       // [token][32]
   float* hold;     // [window][c][thread] float4: states before each window
-  float* results;  // [sum over states of g B | of q a2 | of C h][token][Y_STRIDE]
+  float* results;  // [sum over states of g B | of q a2][token][Y_STRIDE]
   float* parts;    // [warp, half][token][36]: partial dB, dC
-  float* item;     // [ITEMS][thread] float4: gradient through the gate (2), sigmoid of the raw time step (2)
+  float* slope;    // [ITEMS][thread] float2: sigmoid of the raw time step
   DEVICE explicit BackwardShared(float* base) {
     records = base;
     dy = records + TILE * PAIRS * 4;
     bc = dy + TILE * PAIRS * 2;
     hold = bc + TILE * 32;
     results = hold + (WINDOWS - 1) * 2 * 128 * 4;
-    parts = results + 3 * RESULT;
-    item = parts + SLOTS * PART_SLOT;
+    parts = results + 2 * RESULT;
+    slope = parts + SLOTS * PART_SLOT;
   }
-  static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 3 * RESULT + SLOTS * PART_SLOT + ITEMS * 512;
+  static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 2 * RESULT + SLOTS * PART_SLOT + ITEMS * 256;
 };
 static_assert(BackwardShared::FLOATS * 4 == SCAN_BACKWARD_SHARED, "shared memory of scan_backward");
 
@@ -59,26 +59,20 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
   const float* my_records = shared.records + (at.warp * 8 + at.cg) * 4;
   const float* my_dy = shared.dy + (at.warp * 8 + at.cg) * 2;
   const int mine = at.warp * 16 + at.cg * 2 + at.sg % 2;
-  float sums[2];
 #pragma unroll
   for (int t = 0; t < WINDOW; t++) {
     if (RESET && (starts >> (base + t) & 1)) load_state(p, at, initial, h);
-    float delta[4], B[4], C[4], y[2] = {0.f, 0.f};
+    float delta[4], B[4];
     unpack4(my_records + (base + t) * PAIRS * 4, delta);
     unpack4(shared.bc + (base + t) * 32 + at.sg * 4, B);
-    unpack4(shared.bc + (base + t) * 32 + 16 + at.sg * 4, C);
     float2 dy = *(const float2*)(my_dy + (base + t) * PAIRS * 2);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       a[t][i] = ex2(delta[i / 4] * state.a2[i]);
       kept[t][i] = a[t][i] * h[i];
       h[i] = fmaf(B[i % 4], delta[2 + i / 4], kept[t][i]);
-      y[i / 4] = fmaf(C[i % 4], h[i], y[i / 4]);
     }
     add_outer(dC, h, at.sg == t ? dy.x : 0.f, at.sg == t ? dy.y : 0.f);
-    sums[t % 2] = halve(y[0], y[1], at.lane, 8);
-    if (t % 2 == 1)
-      shared.results[2 * RESULT + (base + t - 1 + at.sg / 2) * Y_STRIDE + mine] = halve(sums[0], sums[1], at.lane, 16);
   }
   float sums_b[2], sums_a[2];
 #pragma unroll
@@ -169,10 +163,10 @@ struct TileRows {
 };
 
 struct BackwardItems {
-  Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS];
+  Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS], before[ITEMS];
 };
 struct BackwardStreams {  // `load` moves on to the tile before
-  Stream u, dt, z, dy;
+  Stream u, dt, z, dy, before;
 
   DEVICE void set(const Params& p, const Place& at, int first) {
     int token = first + at.warp;
@@ -180,6 +174,7 @@ struct BackwardStreams {  // `load` moves on to the tile before
     dt.set(p.dt, at.row * p.dt_row, p.dt_token, token, at.item);
     z.set(p.z, at.row * p.z_row, p.z_token, token, at.item);
     dy.set(p.dy, at.row * p.dy_row, p.dy_token, token, at.item);
+    before.set(p.before, (long long)at.row * p.tokens * p.channels, p.channels, token, at.item);
   }
   DEVICE void load(const Params& p, const Place& at, int first, BackwardItems& items) {
 #pragma unroll
@@ -189,8 +184,9 @@ struct BackwardStreams {  // `load` moves on to the tile before
       items.dt[i] = dt.load(i, at.item, p.channels, valid);
       items.z[i] = z.load(i, at.item, p.channels, valid);
       items.dy[i] = dy.load(i, at.item, p.channels, valid);
+      items.before[i] = before.load(i, at.item, p.channels, valid);
     }
-    u.move(-1), dt.move(-1), z.move(-1), dy.move(-1);
+    u.move(-1), dt.move(-1), z.move(-1), dy.move(-1), before.move(-1);
   }
 };
 
@@ -229,14 +225,16 @@ KERNEL(scan_backward) {
     float h[8];
     load_private(p.checkpoints + at.carry(p, first / TILE), h);
     Pair raw_u[ITEMS];
+    long long offset = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       int token = i * WARPS + at.warp;
       bool valid = first + token < at.last;
       raw_u[i] = next.u[i];
       float2 u = unpack(next.u[i]), dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
-      float4 record, item;
-      float2 to_sum;
+      float2 before = unpack(next.before[i]), to_sum, slopes;
+      float4 record;
+      float dz[2];
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         float x = (c ? dt.y : dt.x) + bias[c], zc = c ? z.y : z.x, dyc = c ? dy.y : dy.x, q;
@@ -246,11 +244,14 @@ KERNEL(scan_backward) {
         float through = dyc * gate;
         (c ? record.y : record.x) = delta, (c ? record.w : record.z) = delta * (c ? u.y : u.x);
         (c ? to_sum.y : to_sum.x) = through * zc;
-        (c ? item.y : item.x) = through * fmaf(zc, 1.f - gate, 1.f), (c ? item.w : item.z) = slope;
+        (c ? slopes.y : slopes.x) = slope;
+        dz[c] = through * fmaf(zc, 1.f - gate, 1.f) * (c ? before.y : before.x);
+        d_skip[c] = fmaf(through * zc, c ? u.y : u.x, d_skip[c]);
       }
       *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = record;
       *(float2*)(shared.dy + (token * PAIRS + at.lane) * 2) = to_sum;
-      *(float4*)(shared.item + (i * 128 + threadIdx.x) * 4) = item;
+      *(float2*)(shared.slope + (i * 128 + threadIdx.x) * 2) = slopes;
+      if (valid) store_pair(p.dz, offset + (long long)i * WARPS * p.channels, at.item, p.channels, pack(dz[0], dz[1]));
     }
     rows.store(shared.bc);
     unsigned starts = vote(rows.start);
@@ -276,25 +277,21 @@ KERNEL(scan_backward) {
       if (first + token < at.last)
         ((float4*)p.part_bc)[(((long long)at.block * p.batch + at.row) * p.tokens + first + token) * 8 + threadIdx.x % 8] = total;
     }
-    long long offset = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       int token = i * WARPS + at.warp;
       if (first + token >= at.last) continue;
       float2 u = unpack(raw_u[i]), to_sum = *(const float2*)(shared.dy + (token * PAIRS + at.lane) * 2);
       float4 record = *(const float4*)(shared.records + (token * PAIRS + at.lane) * 4);
-      float4 item = *(const float4*)(shared.item + (i * 128 + threadIdx.x) * 4);
+      float2 slopes = *(const float2*)(shared.slope + (i * 128 + threadIdx.x) * 2);
       const float* result = shared.results + token * Y_STRIDE + at.lane * 2;
-      float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT), y = *(const float2*)(result + 2 * RESULT);
-      float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * item.z, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * item.w;
-      d_skip[0] = fmaf(to_sum.x, u.x, d_skip[0]), d_skip[1] = fmaf(to_sum.y, u.y, d_skip[1]);
+      float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT);
+      float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * slopes.x, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * slopes.y;
       d_bias[0] += r0, d_bias[1] += r1;
       long long place = offset + (long long)i * WARPS * p.channels;
       store_pair(p.du, place, at.item, p.channels,
                  pack(fmaf(skip[0], to_sum.x, record.x * sb.x), fmaf(skip[1], to_sum.y, record.y * sb.y)));
       store_pair(p.ddt, place, at.item, p.channels, pack(r0, r1));
-      store_pair(p.dz, place, at.item, p.channels,
-                 pack(item.x * fmaf(skip[0], u.x, y.x), item.y * fmaf(skip[1], u.y, y.y)));
     }
   }
   if (p.chained && !at.is_last(p)) {

@@ -54,6 +54,7 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 struct Params {
   const void *u, *dt, *z, *dy, *B, *C;
+  void* before;  // y before the gate [row][token][channel]; null: not wanted
   const float *A_log, *D, *bias, *initial, *d_final;  // initial, d_final may be null: zeros
   const long long* segments;                          // null: one document a row
   void *y, *du, *ddt, *dz, *dB, *dC;

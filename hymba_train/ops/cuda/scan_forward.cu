@@ -43,7 +43,7 @@ struct ForwardGroup {
 template <bool RESET, bool OUTPUT>
 DEVICE void forward_steps(const Params& p, const LanePlace& at, const float* bc, unsigned starts, int count,
                           const float* initial, const float (&a2)[STATES], const ForwardGroup& group,
-                          float (&h)[STATES], float& total, Element* out) {
+                          float (&h)[STATES], float& total, Element* out, Element* before) {
 #pragma unroll
   for (int t = 0; t < GROUP; t++) {
     if (RESET && (starts >> t & 1)) load_lane_state(p, at, initial, h);
@@ -56,7 +56,10 @@ DEVICE void forward_steps(const Params& p, const LanePlace& at, const float* bc,
       if (OUTPUT) y[n % 2] = fmaf(C[n], h[n], y[n % 2]);
     }
     if (!OUTPUT) total += group.delta[t];
-    if (OUTPUT && at.inside && t < count) out[(long long)t * p.channels] = to_element((y[0] + y[1]) * group.gate[t]);
+    if (OUTPUT && at.inside && t < count) {
+      out[(long long)t * p.channels] = to_element((y[0] + y[1]) * group.gate[t]);
+      if (before) before[(long long)t * p.channels] = to_element(y[0] + y[1]);
+    }
   }
 }
 
@@ -87,7 +90,8 @@ DEVICE void run_forward(const Params& p, float* memory) {
 #pragma unroll
     for (int n = 0; n < STATES; n++) h[n] = 0.f;
   }
-  Element* out = (Element*)p.y + ((long long)at.row * p.tokens + at.first) * p.channels + at.channel;
+  long long place = ((long long)at.row * p.tokens + at.first) * p.channels + at.channel;
+  Element *out = (Element*)p.y + place, *before = p.before ? (Element*)p.before + place : nullptr;
   unsigned starts = 0;
 #pragma unroll 1
   for (int first = at.first; first < at.last; first += GROUP) {
@@ -106,11 +110,12 @@ DEVICE void run_forward(const Params& p, float* memory) {
     unsigned mine = starts >> odd & ((1u << GROUP) - 1);
     if (mine) {
       any_start = true;
-      forward_steps<true, OUTPUT>(p, at, bc + odd * 32, mine, at.last - first, initial, a2, group, h, total, out);
+      forward_steps<true, OUTPUT>(p, at, bc + odd * 32, mine, at.last - first, initial, a2, group, h, total, out, before);
     } else {
-      forward_steps<false, OUTPUT>(p, at, bc + odd * 32, mine, at.last - first, initial, a2, group, h, total, out);
+      forward_steps<false, OUTPUT>(p, at, bc + odd * 32, mine, at.last - first, initial, a2, group, h, total, out, before);
     }
     out += (long long)GROUP * p.channels;
+    if (before) before += (long long)GROUP * p.channels;
   }
   if (!OUTPUT) {
     store_chunk(p, at, h, total, any_start);
@@ -127,7 +132,7 @@ DEVICE void run_forward(const Params& p, float* memory) {
     if (EXACT || n < p.states) final_state[n] = h[n];
 }
 
-// y, the final state and, if wanted, the states before each tile.
+// y, the final state and, if wanted (both or neither), the states before each tile and y before the gate.
 #undef THREADS
 #define THREADS LANE_THREADS
 #define MIN_BLOCKS FORWARD_BLOCKS
