@@ -1,7 +1,8 @@
 """Selective scan on a GPU: CUDA C++ kernels (ops/cuda), compiled at first use. Deterministic; float32 inside.
 
 One pass over time where rows and channels fill the GPU, else chunks of time side by side. The forward keeps the state
-before every 16th token (float32, 12.8 kB a token at 3200 channels); the backward recomputes the others.
+before every 16th token (float32, 12.8 kB a token at 3200 channels), from which the backward recomputes the others, and
+y before the gate (6.4 kB in bf16).
 """
 
 from __future__ import annotations

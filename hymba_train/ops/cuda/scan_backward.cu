@@ -221,11 +221,13 @@ KERNEL(scan_backward) {
   } else {
     load_state(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
   }
-  for (; first >= at.first; first -= TILE) {
+  const long long out_step = (long long)WARPS * p.channels;  // the same for du, ddt and dz
+  long long out = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
+#pragma unroll 1
+  for (; first >= at.first; first -= TILE, out -= ITEMS * out_step) {
     float h[8];
     load_private(p.checkpoints + at.carry(p, first / TILE), h);
     Pair raw_u[ITEMS];
-    long long offset = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       int token = i * WARPS + at.warp;
@@ -251,12 +253,14 @@ KERNEL(scan_backward) {
       *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = record;
       *(float2*)(shared.dy + (token * PAIRS + at.lane) * 2) = to_sum;
       *(float2*)(shared.slope + (i * 128 + threadIdx.x) * 2) = slopes;
-      if (valid) store_pair(p.dz, offset + (long long)i * WARPS * p.channels, at.item, p.channels, pack(dz[0], dz[1]));
+      if (valid) store_pair(p.dz, out + i * out_step, at.item, p.channels, pack(dz[0], dz[1]));
     }
     rows.store(shared.bc);
     unsigned starts = vote(rows.start);
     sync_block();
     if (first > at.first) {
+      const float* checkpoint = p.checkpoints + at.carry(p, first / TILE - 1);
+      prefetch(checkpoint), prefetch(checkpoint + 128);
       streams.load(p, at, first - TILE, next);
       rows.load(p, at, first - TILE);
     }
@@ -288,7 +292,7 @@ KERNEL(scan_backward) {
       float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT);
       float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * slopes.x, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * slopes.y;
       d_bias[0] += r0, d_bias[1] += r1;
-      long long place = offset + (long long)i * WARPS * p.channels;
+      long long place = out + i * out_step;
       store_pair(p.du, place, at.item, p.channels,
                  pack(fmaf(skip[0], to_sum.x, record.x * sb.x), fmaf(skip[1], to_sum.y, record.y * sb.y)));
       store_pair(p.ddt, place, at.item, p.channels, pack(r0, r1));

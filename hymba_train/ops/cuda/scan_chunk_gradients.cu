@@ -12,11 +12,20 @@ struct GradientStreams {
     z.set(p.z, at.row * p.z_row + first * p.z_token + at.channel, p.z_token);
     dy.set(p.dy, at.row * p.dy_row + first * p.dy_token + at.channel, p.dy_token);
   }
+  template <bool FULL>
+  DEVICE void load_group(const LanePlace& at, int count, GradientInput& input) {
+    dt.load<FULL>(at, count, input.dt);
+    z.load<FULL>(at, count, input.z);
+    dy.load<FULL>(at, count, input.dy);
+  }
   // The group that starts at token `first`; moves on to the one before.
   DEVICE void load(const LanePlace& at, int first, GradientInput& input) {
-    dt.load(at, at.last - first, input.dt);
-    z.load(at, at.last - first, input.z);
-    dy.load(at, at.last - first, input.dy);
+    int count = at.last - first;
+    if (EXACT && count >= GROUP) {
+      load_group<true>(at, count, input);
+    } else {
+      load_group<false>(at, count, input);
+    }
     dt.place -= GROUP * dt.step, z.place -= GROUP * z.step, dy.place -= GROUP * dy.step;
   }
 };

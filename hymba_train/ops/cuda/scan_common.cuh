@@ -43,6 +43,7 @@ DEVICE void wait_at_least(const int* flag, int value) {
 DEVICE void publish(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
 }
+DEVICE void prefetch(const float* x) { asm volatile("prefetch.global.L2 [%0];" :: "l"(x)); }
 DEVICE float4 load_shared_state(const float4* x) { return __ldcg(x); }  // written by another block of this launch
 #endif
 

@@ -11,12 +11,21 @@ struct ForwardStreams {
     dt.set(p.dt, at.row * p.dt_row + at.first * p.dt_token + at.channel, p.dt_token);
     z.set(p.z, at.row * p.z_row + at.first * p.z_token + at.channel, p.z_token);
   }
+  template <bool OUTPUT, bool FULL>
+  DEVICE void load_group(const LanePlace& at, int count, ForwardInput& input) {
+    u.load<FULL>(at, count, input.u);
+    dt.load<FULL>(at, count, input.dt);
+    if (OUTPUT) z.load<FULL>(at, count, input.z);
+  }
   // The group that starts at token `first`; moves on to the next.
   template <bool OUTPUT>
   DEVICE void load(const LanePlace& at, int first, ForwardInput& input) {
-    u.load(at, at.last - first, input.u);
-    dt.load(at, at.last - first, input.dt);
-    if (OUTPUT) z.load(at, at.last - first, input.z);
+    int count = at.last - first;
+    if (EXACT && count >= GROUP) {
+      load_group<OUTPUT, true>(at, count, input);
+    } else {
+      load_group<OUTPUT, false>(at, count, input);
+    }
     u.place += GROUP * u.step, dt.place += GROUP * dt.step, z.place += GROUP * z.step;
   }
 };
@@ -39,14 +48,14 @@ struct ForwardGroup {
   }
 };
 
-// GROUP steps; RESET: there are document starts among them, the set bits of `starts`.
-template <bool RESET, bool OUTPUT>
+// GROUP steps. PLAIN: no document starts among them (a set bit of `starts`), and with EXACT all of them are there.
+template <bool PLAIN, bool OUTPUT>
 DEVICE void forward_steps(const Params& p, const LanePlace& at, const float* bc, unsigned starts, int count,
                           const float* initial, const float (&a2)[STATES], const ForwardGroup& group,
                           float (&h)[STATES], float& total, Element* out, Element* before) {
 #pragma unroll
   for (int t = 0; t < GROUP; t++) {
-    if (RESET && (starts >> t & 1)) load_lane_state(p, at, initial, h);
+    if (!PLAIN && (starts >> t & 1)) load_lane_state(p, at, initial, h);
     float B[STATES], C[STATES], y[2] = {group.skip[t], 0.f};
     load_row(bc + t * 32, B);
     if (OUTPUT) load_row(bc + t * 32 + STATES, C);
@@ -56,9 +65,9 @@ DEVICE void forward_steps(const Params& p, const LanePlace& at, const float* bc,
       if (OUTPUT) y[n % 2] = fmaf(C[n], h[n], y[n % 2]);
     }
     if (!OUTPUT) total += group.delta[t];
-    if (OUTPUT && at.inside && t < count) {
+    if (OUTPUT && ((EXACT && PLAIN) || (at.inside && t < count))) {
+      before[(long long)t * p.channels] = to_element(y[0] + y[1]);
       out[(long long)t * p.channels] = to_element((y[0] + y[1]) * group.gate[t]);
-      if (before) before[(long long)t * p.channels] = to_element(y[0] + y[1]);
     }
   }
 }
@@ -91,7 +100,8 @@ DEVICE void run_forward(const Params& p, float* memory) {
     for (int n = 0; n < STATES; n++) h[n] = 0.f;
   }
   long long place = ((long long)at.row * p.tokens + at.first) * p.channels + at.channel;
-  Element *out = (Element*)p.y + place, *before = p.before ? (Element*)p.before + place : nullptr;
+  // Not wanted: written where y itself overwrites it, which costs less than a branch a token.
+  Element *out = (Element*)p.y + place, *before = p.before ? (Element*)p.before + place : out;
   unsigned starts = 0;
 #pragma unroll 1
   for (int first = at.first; first < at.last; first += GROUP) {
@@ -108,14 +118,15 @@ DEVICE void run_forward(const Params& p, float* memory) {
     group.set<OUTPUT>(input, at.last - first, bias, D);
     if (first + GROUP < at.last) streams.load<OUTPUT>(at, first + GROUP, input);
     unsigned mine = starts >> odd & ((1u << GROUP) - 1);
-    if (mine) {
-      any_start = true;
-      forward_steps<true, OUTPUT>(p, at, bc + odd * 32, mine, at.last - first, initial, a2, group, h, total, out, before);
+    any_start |= mine != 0;
+    int count = at.last - first;
+    if (mine || (EXACT && count < GROUP)) {
+      forward_steps<false, OUTPUT>(p, at, bc + odd * 32, mine, count, initial, a2, group, h, total, out, before);
     } else {
-      forward_steps<false, OUTPUT>(p, at, bc + odd * 32, mine, at.last - first, initial, a2, group, h, total, out, before);
+      forward_steps<true, OUTPUT>(p, at, bc + odd * 32, mine, count, initial, a2, group, h, total, out, before);
     }
     out += (long long)GROUP * p.channels;
-    if (before) before += (long long)GROUP * p.channels;
+    before += (long long)GROUP * p.channels;
   }
   if (!OUTPUT) {
     store_chunk(p, at, h, total, any_start);

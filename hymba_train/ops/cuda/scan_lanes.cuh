@@ -59,10 +59,11 @@ struct LaneStream {
   DEVICE void set(const void* base, long long offset, long long token_stride) {
     place = (const Element*)base + offset, step = token_stride;
   }
-  // GROUP tokens, of which `count` are there.
+  // GROUP tokens, of which `count` are there; FULL: surely all of them, and the lane's channel too.
+  template <bool FULL>
   DEVICE void load(const LanePlace& at, int count, Element (&x)[GROUP]) const {
 #pragma unroll
-    for (int t = 0; t < GROUP; t++) x[t] = at.inside && t < count ? place[t * step] : Element{};
+    for (int t = 0; t < GROUP; t++) x[t] = FULL || (at.inside && t < count) ? place[t * step] : Element{};
   }
 };
 
