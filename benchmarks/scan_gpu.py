@@ -1,9 +1,9 @@
 """Selective scan at Hymba's sizes on one GPU: every backend checked, then timed.
 
-``python -m benchmarks.scan_gpu [--out DIR] [--budget SECONDS] [--only NAME,...]``: 3,200 channels, 16 states, bf16
-activations that are slices of wider rows, B and C float32. Checks against float64 come first; then the median time of
-the forward and of forward + backward (CUDA events, inputs rotated so that none is still in the cache), the time of
-each kernel, and host time a call. Results go to DIR/scan_gpu.json; the table is printed last.
+``python -m benchmarks.scan_gpu [--out DIR] [--budget SECONDS] [--only NAME,...] [--more] [--once]``: 3,200 channels, 16
+states, bf16 activations that are slices of wider rows, B and C float32. Checks against float64 come first; then the
+median time of the forward and of forward + backward (CUDA events, inputs rotated so that none is still in the cache),
+the time of each kernel, and host time a call. Results go to DIR/scan_gpu.json; the table is printed last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hymba_train.ops import selective_scan_cuda as cuda_scan
 from hymba_train.ops.registry import BACKENDS
 
 CHANNELS, STATES = 3200, 16
-SIZES = [(4, 2048), (8, 2048), (1, 8192), (2, 8192), (1, 128)]
+SIZES = [(4, 2048), (8, 2048), (2, 8192), (1, 128)]
 RESULTS = ("y", "final", "u", "dt", "A_log", "B", "C", "D", "bias", "z", "initial")
 
 
@@ -40,6 +40,7 @@ class Variant:
     backend: str
     settings: dict[str, Any] = field(default_factory=dict)
     sizes: list[tuple[int, int]] | None = None
+    more: bool = False  # only if asked for
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -54,20 +55,15 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    tight = {"RESIDENT_BLOCKS": {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 3}}
-    square = [(4, 2048), (8, 2048)]
-    long = [(1, 8192), (2, 8192)]
+    resident = dict(cuda_scan.RESIDENT_BLOCKS)
+    square, long = [(4, 2048), (8, 2048)], [(2, 8192)]
     return [
         Variant("cuda", "cuda"),
-        Variant("cuda 3 blocks", "cuda", tight),
-        Variant("cuda chain 128", "cuda", {"CHAIN_TOKENS": 128}, square),
-        Variant("cuda chain 512", "cuda", {"CHAIN_TOKENS": 512}, square),
+        Variant("cuda forward 4", "cuda", {"RESIDENT_BLOCKS": resident | {"FORWARD_BLOCKS": 4}}, [*square, *long]),
         Variant("cuda one chunk", "cuda", {"CHUNKS": cuda_scan.Chunks(2048, 1, False)}, square),
-        Variant("cuda parallel 512", "cuda", {"CHUNKS": cuda_scan.Chunks(512, 4, False)}, square[:1]),
-        Variant("cuda parallel x4", "cuda", {"PARALLEL_BLOCKS": 4}, long),
-        Variant("cuda chain long", "cuda", {"CHUNKS": cuda_scan.Chunks(512, 16, True)}, long),
-        Variant("triton", "triton"),
-        Variant("mamba_ssm", "mamba_ssm"),
+        Variant("cuda parallel x6", "cuda", {"PARALLEL_BLOCKS": 6}, long),
+        Variant("mamba_ssm", "mamba_ssm", more=True),
+        Variant("triton", "triton", more=True),
     ]
 
 
@@ -169,6 +165,24 @@ def host_time(run: Callable[[int], Any]) -> float:
     return 1e6 * taken
 
 
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.shapes = [x.shape for x in inputs]
+        return inputs[0].new_empty(inputs[0].shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(gradient.new_empty(shape) for shape in ctx.shapes)
+
+
+def empty_host_time() -> float:
+    """What PyTorch itself takes, to compare with the host time of a scan."""
+    given = [torch.zeros(64, device="cuda", requires_grad=True) for _ in range(9)]
+    weight = torch.ones(64, device="cuda")
+    return host_time(lambda i: torch.autograd.grad(_Nothing.apply(*given), given, weight))
+
+
 def kernel_times(run: Callable[[int], Any]) -> dict[str, float]:
     """Microseconds of each kernel in one call."""
     from torch.profiler import ProfilerActivity, profile
@@ -207,6 +221,7 @@ def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: fl
     with variant.active():
         result = {"forward_ms": timed(forward, seconds), "both_ms": timed(both, seconds)}
         result["host_us"] = host_time(both)
+        result["host_forward_us"] = host_time(forward)
         if deep:
             result["kernels_us"] = kernel_times(both)
         torch.cuda.reset_peak_memory_stats()
@@ -217,19 +232,38 @@ def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: fl
     return result
 
 
+def run_once(name: str) -> None:
+    """Three forwards and backwards at 4 x 2048; the second is the one to look at."""
+    variant = next(v for v in variants() if v.name == name)
+    given = [x.detach().requires_grad_() for x in make(4, 2048, torch.bfloat16, 0)]
+    dy = torch.randn(4, 2048, CHANNELS, device="cuda").bfloat16()
+    with variant.active():
+        for _ in range(3):
+            torch.autograd.grad(function(variant)(*given[:8], initial_state=given[8])[0], given, dy)
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--budget", type=float, default=140.0, help="seconds; what does not fit is left out and said")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of each timing")
+    parser.add_argument("--budget", type=float, default=45.0, help="seconds; what does not fit is left out and said")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
     parser.add_argument("--only", default="", help="names of variants, comma-separated")
+    parser.add_argument("--more", action="store_true", help="other backends too")
+    parser.add_argument("--once", action="store_true", help="a few calls at 4 x 2048 and no timing: for a profiler")
     args = parser.parse_args()
+    if args.once:
+        run_once(args.only or "cuda")
+        return
     begin = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}", flush=True)
     report: dict[str, Any] = {"device": device, "torch": torch.__version__, "checks": {}, "times": []}
-    chosen = [v for v in variants() if not args.only or v.name in args.only.split(",")]
+    if args.only:
+        chosen = [v for v in variants() if v.name in args.only.split(",")]
+    else:
+        chosen = [v for v in variants() if args.more or not v.more]
     good = {}
     for v in chosen:
         try:
@@ -248,7 +282,7 @@ def main() -> None:
                 )
         except Exception as error:
             print(f"{v.name}: left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    for size in (4, 2048), (1, 8192):  # the whole size once, in float32 against float32
+    for size in (4, 2048), (2, 8192):  # the whole size once, in float32 against float32
         if "cuda" in good:
             errors = check(chosen[0], *size, CHANNELS, torch.bfloat16, True)
             report["checks"][f"cuda {size}"] = errors
@@ -276,13 +310,14 @@ def main() -> None:
                     print(f"{v.name} {size} kernels, us: {result['kernels_us']}", flush=True)
                 torch.cuda.empty_cache()
     (Path(args.out) / "scan_gpu.json").write_text(json.dumps(report, indent=1))
-    print(f"\n{'B x S':>9} {'variant':<20} {'fwd ms':>8} {'f+b ms':>8} {'host us':>8} {'saved MiB':>9}")
+    print(f"\n{'B x S':>9} {'variant':<20} {'fwd ms':>8} {'f+b ms':>8} {'host us':>8} {'fwd only':>8} {'saved MiB':>9}")
     for t in report["times"]:
         name = t["variant"] + (" packed" if t["packed"] else "") + ("" if t["ok"] else " WRONG")
         print(
             f"{t['size'][0]:>3} x {t['size'][1]:<4} {name:<20} {t['forward_ms']:8.3f} {t['both_ms']:8.3f} "
-            f"{t['host_us']:8.0f} {t['saved_mib']:9.1f}"
+            f"{t['host_us']:8.0f} {t['host_forward_us']:8.0f} {t['saved_mib']:9.1f}"
         )
+    print(f"host us of an autograd function that does nothing, 9 inputs, forward + backward: {empty_host_time():.0f}")
     print(f"{device}; {time.perf_counter() - begin:.0f} s")
 
 

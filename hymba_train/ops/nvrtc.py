@@ -6,11 +6,13 @@ later ones read ``$HYMBA_KERNEL_CACHE`` (default ``~/.cache/hymba_train/kernels`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,11 +23,11 @@ from hymba_train.errors import UserError
 class Module:
     """The kernels of one source on one device.
 
-    ``launch`` starts one on the current stream of that device. Blocks have ``threads`` threads, grids one dimension.
+    ``launch`` starts one on the current stream of that device. Grids and blocks have one dimension.
     """
 
-    def __init__(self, source: str, defines: dict[str, int], device_index: int, threads: int) -> None:
-        self.device_index, self.threads = device_index, threads
+    def __init__(self, source: str, defines: dict[str, int], device_index: int) -> None:
+        self.device_index = device_index
         major, minor = torch.cuda.get_device_capability(device_index)
         # 'a' unlocks what this chip alone has; there is no such target before 9.0.
         target = f"sm_{major}{minor}" + ("a" if (major, minor) >= (9, 0) else "")
@@ -34,29 +36,42 @@ class Module:
 
         self._driver = driver
         cubin = _cached_cubin(source, options)
-        with torch.cuda.device(device_index):
-            torch.cuda.current_stream()  # makes the device's primary context current
+        torch.cuda.init()
+        (device,) = _checked(driver.cuDeviceGet(device_index))
+        (self._context,) = _checked(driver.cuDevicePrimaryCtxRetain(device))  # PyTorch's own
+        with self._current():
             (self._library,) = _checked(driver.cuModuleLoadData(cubin))
-        self._functions: dict[tuple[str, int], object] = {}
+        self._handles: dict[tuple[str, int], int] = {}
 
-    def launch(self, name: str, blocks: int, shared_bytes: int, params: ctypes.Structure) -> None:
+    def launch(self, name: str, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start ``blocks`` blocks of kernel ``name``, whose only parameter is the struct ``params``."""
-        function = self._functions.get((name, shared_bytes)) or self._function(name, shared_bytes)
+        # Many calls a training step: the driver by ctypes, a few times cheaper than cuda-bindings.
+        library, context, before = _libcuda(), int(self._context), ctypes.c_void_p()
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+        handle = self._handles.get((name, shared_bytes))
+        if handle is None:
+            with self._current():
+                handle = self._handles[name, shared_bytes] = int(self._function(name, shared_bytes))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = torch.cuda.current_stream(self.device_index).cuda_stream
-        with torch.cuda.device(self.device_index):
-            _checked(
-                self._driver.cuLaunchKernel(
-                    function, blocks, 1, 1, self.threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-                )
+        _check_code(library.cuCtxGetCurrent(ctypes.byref(before)))
+        # A thread of autograd may have no context yet, or another device's.
+        is_current = before.value == context
+        if not is_current:
+            _check_code(library.cuCtxSetCurrent(context))
+        try:
+            _check_code(
+                library.cuLaunchKernel(handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None)
             )
+        finally:
+            if not is_current:
+                _check_code(library.cuCtxSetCurrent(before))
 
-    def occupancy(self, name: str, shared_bytes: int) -> int:
+    def occupancy(self, name: str, threads: int, shared_bytes: int) -> int:
         """Blocks of this kernel that one multiprocessor holds."""
-        with torch.cuda.device(self.device_index):
+        with self._current():
             (count,) = _checked(
                 self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    self._function(name, shared_bytes), self.threads, shared_bytes
+                    self._function(name, shared_bytes), threads, shared_bytes
                 )
             )
         return count
@@ -64,8 +79,22 @@ class Module:
     def attribute(self, name: str, attribute: str) -> int:
         """``CU_FUNC_ATTRIBUTE_<attribute>`` of a kernel, as NUM_REGS or LOCAL_SIZE_BYTES."""
         key = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{attribute}")
-        (value,) = _checked(self._driver.cuFuncGetAttribute(key, self._function(name, 0)))
+        with self._current():
+            (value,) = _checked(self._driver.cuFuncGetAttribute(key, self._function(name, 0)))
         return value
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """The device's context current: a thread of autograd may have none yet, or another device's."""
+        (before,) = _checked(self._driver.cuCtxGetCurrent())
+        if int(before) == int(self._context):
+            yield
+            return
+        _checked(self._driver.cuCtxSetCurrent(self._context))
+        try:
+            yield
+        finally:
+            _checked(self._driver.cuCtxSetCurrent(before))
 
     def _function(self, name: str, shared_bytes: int):
         driver = self._driver
@@ -76,7 +105,6 @@ class Module:
             _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
             share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _checked(driver.cuFuncSetAttribute(function, share, 100))
-        self._functions[name, shared_bytes] = function
         return function
 
 
@@ -90,7 +118,8 @@ def compile_cubin(source: str, options: list[str]) -> bytes:
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
         log = b" " * size
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {log.decode(errors='replace').strip()}")
+        text = log.decode(errors="replace").strip("\0\n ")
+        raise UserError(f"NVRTC cannot compile a kernel ({' '.join(options)}): {text}")
     (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
     cubin = b" " * size
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
@@ -120,6 +149,20 @@ def _compiler_version() -> tuple[int, int]:
 
 def _cache_directory() -> Path:
     return Path(os.environ.get("HYMBA_KERNEL_CACHE") or Path.home() / ".cache" / "hymba_train" / "kernels")
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    library.cuCtxGetCurrent.argtypes = library.cuCtxSetCurrent.argtypes = [pointer]
+    return library
+
+
+def _check_code(code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA driver call failed: error {code}")
 
 
 def _checked(result: tuple) -> tuple:

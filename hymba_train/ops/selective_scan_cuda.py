@@ -1,13 +1,15 @@
 """Selective scan on a GPU: CUDA C++ kernels (ops/cuda), compiled at first use. Deterministic; float32 inside.
 
 One pass over time where rows and channels fill the GPU, else chunks of time side by side. The forward keeps the state
-before every 16th token (float32, 12.8 kB a token at 3200 channels); the backward recomputes the others.
+before every 16th token (float32, 12.8 kB a token at 3200 channels), from which the backward recomputes the others, and
+y before the gate (6.4 kB in bf16).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +19,23 @@ from torch import Tensor
 from hymba_train.errors import UserError
 from hymba_train.ops.nvrtc import Module
 
-TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS = 16, 64, 16, 128
+TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS, LANE_THREADS = 16, 64, 16, 128, 64
 PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
-SHARED_BYTES = {
-    "scan_forward": 15360,
-    "scan_chunk_states": 15360,
-    "scan_backward": 69120,
-    "scan_chunk_gradients": 10240,
-}
+LANES_SHARED, SCAN_BACKWARD_SHARED = 4096, 59904
 """Shared memory of a block; checked against the layouts in ops/cuda when they are compiled."""
-RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 2}
+LAUNCH = {
+    "scan_forward": (LANE_THREADS, LANES_SHARED),
+    "scan_chunk_states": (LANE_THREADS, LANES_SHARED),
+    "scan_chunk_gradients": (LANE_THREADS, LANES_SHARED),
+    "scan_backward": (THREADS, SCAN_BACKWARD_SHARED),
+}
+"""Threads and bytes of shared memory of a block; of other kernels (THREADS, 0)."""
+RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 5, "BACKWARD_BLOCKS": 2}
 """Blocks a multiprocessor should hold: bounds the registers of a thread."""
-SOURCES = ("scan_common.cuh", "scan_forward.cu", "scan_backward.cu", "scan_sums.cu")
+SOURCES = (
+    "scan_common.cuh", "scan_backward.cu", "scan_lanes.cuh", "scan_forward.cu", "scan_chunk_gradients.cu",
+    "scan_sums.cu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Chunks:
 
 CHAIN_TOKENS = 256
 """Tokens of a chained chunk: short enough that multiprocessors finish together."""
-PARALLEL_BLOCKS = 2
+PARALLEL_BLOCKS = 4
 """Blocks a multiprocessor wanted when chunks run side by side."""
 
 
@@ -108,7 +115,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "u", "dt", "z", "dy", "B", "C", "A_log", "D", "bias", "initial", "d_final", "segments",
+            "u", "dt", "z", "dy", "B", "C", "before", "A_log", "D", "bias", "initial", "d_final", "segments",
             "y", "du", "ddt", "dz", "dB", "dC", "final_state", "checkpoints", "carry", "sum_delta",
             "part_bc", "part_A", "part_D", "part_bias", "d_initial", "d_reset",
             "dA_log", "dD", "dbias", "d_initial_out", "sync", "keep",
@@ -116,7 +123,7 @@ class Params(ctypes.Structure):
         *((name + axis, ctypes.c_longlong) for name in ("u", "dt", "z", "dy", "B", "C") for axis in ("_row", "_token")),
         ("segment_row", ctypes.c_longlong), ("initial_row", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
-            "batch", "tokens", "channels", "states", "blocks", "chunk_tokens", "chunks", "chained", "aligned",
+            "batch", "tokens", "channels", "states", "blocks", "chunk_tokens", "chunks", "chained",
         )),
     ]  # fmt: skip
 
@@ -126,47 +133,49 @@ class _CudaScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks):
-        kernels = _kernels(u.dtype, B.dtype, u.device)
-        run = _Run(kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run = _Run(_kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         y = run.new("y", u.shape, u.dtype)
         final = run.new("final_state", (u.shape[0], *A_log.shape))
-        checkpoints = None
+        checkpoints = before = None
         if any(ctx.needs_input_grad):
             tiles = -(-u.shape[1] // TILE_TOKENS)
             checkpoints = run.new("checkpoints", (tiles, run.chains, PRIVATE_STATE))
+            before = run.new("before", u.shape, u.dtype)
         run.between_chunks("scan_chunk_states", "scan_pass_states")
         run.launch("scan_forward", run.chains * chunks.count)
         if checkpoints is not None:
-            ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints)
-            ctx.kernels, ctx.chunks = kernels, chunks
+            ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before)
+            ctx.find_kernels, ctx.chunks = _kernels, chunks
             ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, d_final):
-        u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints = ctx.saved_tensors
+        u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before = ctx.saved_tensors
         chunks = ctx.chunks
         dy = torch.zeros_like(u) if dy is None else dy
-        run = _Run(ctx.kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run = _Run(ctx.find_kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         run.set("checkpoints", checkpoints)
-        run.set("d_final", None if d_final is None else d_final.contiguous())
+        run.set("before", before)
+        run.set("d_final", None if d_final is None else _whole(d_final))
         du, ddt, dz = (run.new(name, u.shape, u.dtype) for name in ("du", "ddt", "dz"))
         dB, dC = (run.new(name, B.shape, B.dtype) for name in ("dB", "dC"))
         dA_log, dD, dbias = run.new("dA_log", A_log.shape), run.new("dD", D.shape), run.new("dbias", bias.shape)
         (batch, num_tokens, channels), num_states = u.shape, A_log.shape[1]
-        run.new("part_bc", (run.params.blocks, batch, num_tokens, 2 * MAX_STATES))
-        run.new("part_A", (batch, chunks.count, channels, num_states))
-        run.new("part_D", (batch, chunks.count, channels))
-        run.new("part_bias", (batch, chunks.count, channels))
+        parts = batch * chunks.count * channels
+        run.work(
+            part_bc=run.params.blocks * batch * num_tokens * 2 * MAX_STATES,
+            part_A=parts * num_states, part_D=parts, part_bias=parts,
+        )  # fmt: skip
         d_initial = None
         if initial is not None and ctx.needs_input_grad[8]:
             d_initial = run.new("d_initial_out", initial.shape)
             run.new("d_initial", (batch, channels, num_states))
-        if segment_ids is not None:
-            run.set("d_reset", u.new_zeros(batch, chunks.count, channels, num_states, dtype=torch.float32))
+            if segment_ids is not None:
+                run.set("d_reset", u.new_zeros(batch, chunks.count, channels, num_states, dtype=torch.float32))
         run.between_chunks("scan_chunk_gradients", "scan_pass_gradients")
         run.launch("scan_backward", run.chains * chunks.count)
         run.launch("scan_sum", -(-batch * num_tokens * 8 // THREADS) + -(-channels * max(num_states, 1) // THREADS))
@@ -176,17 +185,18 @@ class _CudaScan(torch.autograd.Function):
 class _Run:
     """Parameters of the kernels of one forward or backward, and the tensors they point to."""
 
-    def __init__(self, kernels: Module, chunks: Chunks, **tensors: Tensor) -> None:
+    def __init__(self, find: Callable[..., Module], chunks: Chunks, **tensors: Tensor) -> None:
         u, A_log = tensors["u"], tensors["A_log"]
-        self.kernels, self.device, self.chunks = kernels, u.device, chunks
+        self.device, self.chunks = u.device, chunks
         self.params, self.tensors = Params(), []
         p = self.params
         (p.batch, p.tokens, p.channels), p.states = u.shape, A_log.shape[1]
         p.blocks = -(-p.channels // BLOCK_CHANNELS)
         p.chunk_tokens, p.chunks, p.chained = chunks.tokens, chunks.count, chunks.chained and chunks.count > 1
         self.chains = p.batch * p.blocks
-        p.aligned = 0 if p.channels % 2 else 16
-        for bit, name in ((1, "u"), (2, "dt"), (4, "z"), (8, "dy"), (0, "B"), (0, "C")):
+        # Without guards in the kernels: see EXACT in scan_common.cuh.
+        exact = p.channels % BLOCK_CHANNELS == 0 and p.states == MAX_STATES
+        for name, width in (("u", 2), ("dt", 2), ("z", 2), ("dy", 2), ("B", 4), ("C", 4)):
             if name not in tensors:
                 continue
             x = tensors[name]
@@ -195,10 +205,10 @@ class _Run:
             self.set(name, x)
             setattr(p, f"{name}_row", x.stride(0))
             setattr(p, f"{name}_token", x.stride(1))
-            if not (x.data_ptr() % (2 * x.element_size()) or x.stride(0) % 2 or x.stride(1) % 2):
-                p.aligned |= bit
+            exact &= not (x.data_ptr() % (width * x.element_size()) or x.stride(0) % width or x.stride(1) % width)
         for name in ("A_log", "D", "bias"):
             self.set(name, tensors[name])
+        self.kernels = find(u.dtype, tensors["B"].dtype, exact, u.device)
 
     def set(self, name: str, x: Tensor | None) -> None:
         if x is not None:
@@ -210,11 +220,21 @@ class _Run:
         self.set(name, x)
         return x
 
+    def work(self, **sizes: int) -> None:
+        """Scratch of so many 4-byte numbers each, in one allocation."""
+        starts, total = {}, 0
+        for name, size in sizes.items():
+            starts[name], total = total, total + -(-size // 64) * 64
+        scratch = torch.empty(total, dtype=torch.float32, device=self.device)
+        self.tensors.append(scratch)
+        for name, start in starts.items():
+            setattr(self.params, name, scratch.data_ptr() + 4 * start)
+
     def set_start(self, initial: Tensor | None, segment_ids: Tensor | None) -> None:
         p = self.params
-        self.set("initial", initial)
-        if initial is not None and initial.dim() == 3:
-            p.initial_row = initial.stride(0)
+        if initial is not None:
+            self.set("initial", _whole(initial))
+            p.initial_row = initial[0].numel() if initial.dim() == 3 else 0
         if segment_ids is not None:
             segment_ids = segment_ids if segment_ids.stride(1) == 1 else segment_ids.contiguous()
             self.set("segments", segment_ids)
@@ -225,17 +245,27 @@ class _Run:
         p, chunks = self.params, self.chunks
         if chunks.count == 1:
             return
-        self.new("carry", (1 if chunks.chained else chunks.count, self.chains, PRIVATE_STATE))
         if chunks.chained:
+            self.work(carry=self.chains * PRIVATE_STATE)
             self.set("sync", torch.zeros(1 + self.chains, dtype=torch.int32, device=self.device))
             return
-        self.new("sum_delta", (chunks.count, self.chains, BLOCK_CHANNELS))
-        self.new("keep", (chunks.count, p.batch), torch.int32)
+        self.work(
+            carry=chunks.count * self.chains * PRIVATE_STATE,
+            sum_delta=chunks.count * self.chains * BLOCK_CHANNELS,
+            keep=chunks.count * p.batch,
+        )
         self.launch(name, self.chains * (chunks.count - 1))
         self.launch(pass_name, self.chains * (PRIVATE_STATE // THREADS))
 
     def launch(self, name: str, blocks: int) -> None:
-        self.kernels.launch(name, blocks, SHARED_BYTES.get(name, 0), self.params)
+        threads, shared = LAUNCH.get(name, (THREADS, 0))
+        self.kernels.launch(name, blocks, threads, shared, self.params)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x contiguous, at an address that loads of 16 bytes can use."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -249,20 +279,26 @@ def source() -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
-def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype) -> dict[str, int]:
-    is_bf16 = {"X_BF16": int(x_dtype == torch.bfloat16), "BC_BF16": int(bc_dtype == torch.bfloat16)}
-    return is_bf16 | RESIDENT_BLOCKS | {f"{name.upper()}_SHARED": size for name, size in SHARED_BYTES.items()}
+def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[str, int]:
+    kind = {"X_BF16": x_dtype == torch.bfloat16, "BC_BF16": bc_dtype == torch.bfloat16, "EXACT": exact}
+    return (
+        {k: int(v) for k, v in kind.items()}
+        | RESIDENT_BLOCKS
+        | {name: globals()[name] for name in ("LANE_THREADS", "LANES_SHARED", "SCAN_BACKWARD_SHARED")}
+    )
 
 
-def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, device: torch.device) -> Module:
+def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device: torch.device) -> Module:
     if device.type != "cuda":
         raise UserError(f"selective_scan: backend 'cuda' runs on cuda, not on {device.type}; use 'torch'")
-    return _compiled(x_dtype, bc_dtype, device.index or 0, tuple(RESIDENT_BLOCKS.values()))
+    return _compiled(x_dtype, bc_dtype, exact, device.index, tuple(RESIDENT_BLOCKS.values()))
 
 
 @functools.cache
-def _compiled(x_dtype: torch.dtype, bc_dtype: torch.dtype, device_index: int, _variant: tuple[int, ...]) -> Module:
-    return Module(source(), defines(x_dtype, bc_dtype), device_index, THREADS)
+def _compiled(
+    x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, resident: tuple[int, ...]
+) -> Module:
+    return Module(source(), defines(x_dtype, bc_dtype, exact), device_index)
 
 
 @functools.cache

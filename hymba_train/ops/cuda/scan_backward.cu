@@ -1,4 +1,4 @@
-// Selective scan, backward: scan_backward, and scan_chunk_gradients for chunks that run at the same time.
+// Selective scan, backward: scan_backward.
 //
 // Tiles of 16 steps, last first. Per tile: the states before every 4th step are computed anew from the checkpoint
 // (hold), then, last window first, the decays a and a h_{t-1} of its 4 steps go to registers and the gradient g to
@@ -12,22 +12,21 @@ struct BackwardShared {
   float* dy;       // [token][pair] gradient to the sum before the gate
   float* bc;       // [token][32]
   float* hold;     // [window][c][thread] float4: states before each window
-  float* results;  // [sum over states of g B | of q a2 | of C h][token][Y_STRIDE]
+  float* results;  // [sum over states of g B | of q a2][token][Y_STRIDE]
   float* parts;    // [warp, half][token][36]: partial dB, dC
-  float* item;     // [ITEMS][thread] float4: gradient through the gate (2), sigmoid of the raw time step (2)
+  float* slope;    // [ITEMS][thread] float2: sigmoid of the raw time step
   DEVICE explicit BackwardShared(float* base) {
     records = base;
     dy = records + TILE * PAIRS * 4;
     bc = dy + TILE * PAIRS * 2;
     hold = bc + TILE * 32;
     results = hold + (WINDOWS - 1) * 2 * 128 * 4;
-    parts = results + 3 * RESULT;
-    item = parts + SLOTS * PART_SLOT;
+    parts = results + 2 * RESULT;
+    slope = parts + SLOTS * PART_SLOT;
   }
-  static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 3 * RESULT + SLOTS * PART_SLOT + ITEMS * 512;
+  static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 2 * RESULT + SLOTS * PART_SLOT + ITEMS * 256;
 };
 static_assert(BackwardShared::FLOATS * 4 == SCAN_BACKWARD_SHARED, "shared memory of scan_backward");
-static_assert(TILE * (PAIRS * 4 + 32) * 4 == SCAN_CHUNK_GRADIENTS_SHARED, "shared memory of scan_chunk_gradients");
 
 // d += X (16 rows of states x 8 channels, twice) times b (channels x 4 tokens x 2 halves): see the lane layout.
 // With float32 activations each number is split in two, so that the sum keeps float32's digits.
@@ -60,26 +59,20 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
   const float* my_records = shared.records + (at.warp * 8 + at.cg) * 4;
   const float* my_dy = shared.dy + (at.warp * 8 + at.cg) * 2;
   const int mine = at.warp * 16 + at.cg * 2 + at.sg % 2;
-  float sums[2];
 #pragma unroll
   for (int t = 0; t < WINDOW; t++) {
     if (RESET && (starts >> (base + t) & 1)) load_state(p, at, initial, h);
-    float delta[4], B[4], C[4], y[2] = {0.f, 0.f};
+    float delta[4], B[4];
     unpack4(my_records + (base + t) * PAIRS * 4, delta);
     unpack4(shared.bc + (base + t) * 32 + at.sg * 4, B);
-    unpack4(shared.bc + (base + t) * 32 + 16 + at.sg * 4, C);
     float2 dy = *(const float2*)(my_dy + (base + t) * PAIRS * 2);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       a[t][i] = ex2(delta[i / 4] * state.a2[i]);
       kept[t][i] = a[t][i] * h[i];
       h[i] = fmaf(B[i % 4], delta[2 + i / 4], kept[t][i]);
-      y[i / 4] = fmaf(C[i % 4], h[i], y[i / 4]);
     }
     add_outer(dC, h, at.sg == t ? dy.x : 0.f, at.sg == t ? dy.y : 0.f);
-    sums[t % 2] = halve(y[0], y[1], at.lane, 8);
-    if (t % 2 == 1)
-      shared.results[2 * RESULT + (base + t - 1 + at.sg / 2) * Y_STRIDE + mine] = halve(sums[0], sums[1], at.lane, 16);
   }
   float sums_b[2], sums_a[2];
 #pragma unroll
@@ -103,7 +96,7 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
       sa[i / 4] = fmaf(state.a2[i], q, sa[i / 4]);
     }
     if (RESET && (starts >> (base + t) & 1)) {
-      store_state(p, at, reset, state.g, true);
+      if (reset) store_state(p, at, reset, state.g, true);
       for (int i = 0; i < 8; i++) state.g[i] = 0.f;
     }
     sums_b[t % 2] = halve(sb[0], sb[1], at.lane, 8);
@@ -156,21 +149,44 @@ DEVICE void backward_steps(const Params& p, const Place& at, const BackwardShare
   }
 }
 
-struct BackwardItems {
-  Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS];
+// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
+struct TileRows {
+  Quarter bc;
+  bool start;
 
-  template <bool INPUT>
   DEVICE void load(const Params& p, const Place& at, int first) {
+    int token = first + threadIdx.x / 8;
+    bc.load(p, at.row, token, threadIdx.x % 8, token < at.last);
+    start = document_starts(p, at, first, at.lane);
+  }
+  DEVICE void store(float* bc_shared) const { bc.store(bc_shared + threadIdx.x * 4); }  // [token][B 16 | C 16]
+};
+
+struct BackwardItems {
+  Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS], before[ITEMS];
+};
+struct BackwardStreams {  // `load` moves on to the tile before
+  Stream u, dt, z, dy, before;
+
+  DEVICE void set(const Params& p, const Place& at, int first) {
+    int token = first + at.warp;
+    u.set(p.u, at.row * p.u_row, p.u_token, token, at.item);
+    dt.set(p.dt, at.row * p.dt_row, p.dt_token, token, at.item);
+    z.set(p.z, at.row * p.z_row, p.z_token, token, at.item);
+    dy.set(p.dy, at.row * p.dy_row, p.dy_token, token, at.item);
+    before.set(p.before, (long long)at.row * p.tokens * p.channels, p.channels, token, at.item);
+  }
+  DEVICE void load(const Params& p, const Place& at, int first, BackwardItems& items) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      int token = first + i * WARPS + at.warp;
-      bool valid = token < at.last;
-      if (INPUT)
-        u[i] = load_pair(p.u, at.row * p.u_row + token * p.u_token, at.item, p.channels, valid, p.aligned & ALIGNED_U);
-      dt[i] = load_pair(p.dt, at.row * p.dt_row + token * p.dt_token, at.item, p.channels, valid, p.aligned & ALIGNED_DT);
-      z[i] = load_pair(p.z, at.row * p.z_row + token * p.z_token, at.item, p.channels, valid, p.aligned & ALIGNED_Z);
-      dy[i] = load_pair(p.dy, at.row * p.dy_row + token * p.dy_token, at.item, p.channels, valid, p.aligned & ALIGNED_DY);
+      bool valid = first + i * WARPS + at.warp < at.last;
+      items.u[i] = u.load(i, at.item, p.channels, valid);
+      items.dt[i] = dt.load(i, at.item, p.channels, valid);
+      items.z[i] = z.load(i, at.item, p.channels, valid);
+      items.dy[i] = dy.load(i, at.item, p.channels, valid);
+      items.before[i] = before.load(i, at.item, p.channels, valid);
     }
+    u.move(-1), dt.move(-1), z.move(-1), dy.move(-1), before.move(-1);
   }
 };
 
@@ -194,11 +210,21 @@ KERNEL(scan_backward) {
   float* reset = p.d_reset ? p.d_reset + (at.row * p.chunks + at.chunk) * state_size : nullptr;
   int first = at.first + (at.last - at.first - 1) / TILE * TILE;
   BackwardItems next;
+  BackwardStreams streams;
   TileRows rows;
-  next.load<true>(p, at, first);
+  streams.set(p, at, first);
+  streams.load(p, at, first, next);
   rows.load(p, at, first);
-  receive(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
-  for (; first >= at.first; first -= TILE) {
+  await_neighbour(p, at);
+  if (at.order) {
+    load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), state.g);
+  } else {
+    load_state(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
+  }
+  const long long out_step = (long long)WARPS * p.channels;  // the same for du, ddt and dz
+  long long out = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
+#pragma unroll 1
+  for (; first >= at.first; first -= TILE, out -= ITEMS * out_step) {
     float h[8];
     load_private(p.checkpoints + at.carry(p, first / TILE), h);
     Pair raw_u[ITEMS];
@@ -208,8 +234,9 @@ KERNEL(scan_backward) {
       bool valid = first + token < at.last;
       raw_u[i] = next.u[i];
       float2 u = unpack(next.u[i]), dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
-      float4 record, item;
-      float2 to_sum;
+      float2 before = unpack(next.before[i]), to_sum, slopes;
+      float4 record;
+      float dz[2];
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         float x = (c ? dt.y : dt.x) + bias[c], zc = c ? z.y : z.x, dyc = c ? dy.y : dy.x, q;
@@ -219,17 +246,22 @@ KERNEL(scan_backward) {
         float through = dyc * gate;
         (c ? record.y : record.x) = delta, (c ? record.w : record.z) = delta * (c ? u.y : u.x);
         (c ? to_sum.y : to_sum.x) = through * zc;
-        (c ? item.y : item.x) = through * fmaf(zc, 1.f - gate, 1.f), (c ? item.w : item.z) = slope;
+        (c ? slopes.y : slopes.x) = slope;
+        dz[c] = through * fmaf(zc, 1.f - gate, 1.f) * (c ? before.y : before.x);
+        d_skip[c] = fmaf(through * zc, c ? u.y : u.x, d_skip[c]);
       }
       *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = record;
       *(float2*)(shared.dy + (token * PAIRS + at.lane) * 2) = to_sum;
-      *(float4*)(shared.item + (i * 128 + threadIdx.x) * 4) = item;
+      *(float2*)(shared.slope + (i * 128 + threadIdx.x) * 2) = slopes;
+      if (valid) store_pair(p.dz, out + i * out_step, at.item, p.channels, pack(dz[0], dz[1]));
     }
     rows.store(shared.bc);
     unsigned starts = vote(rows.start);
     sync_block();
     if (first > at.first) {
-      next.load<true>(p, at, first - TILE);
+      const float* checkpoint = p.checkpoints + at.carry(p, first / TILE - 1);
+      prefetch(checkpoint), prefetch(checkpoint + 128);
+      streams.load(p, at, first - TILE, next);
       rows.load(p, at, first - TILE);
     }
     if (starts) {
@@ -255,22 +287,21 @@ KERNEL(scan_backward) {
       if (first + token >= at.last) continue;
       float2 u = unpack(raw_u[i]), to_sum = *(const float2*)(shared.dy + (token * PAIRS + at.lane) * 2);
       float4 record = *(const float4*)(shared.records + (token * PAIRS + at.lane) * 4);
-      float4 item = *(const float4*)(shared.item + (i * 128 + threadIdx.x) * 4);
+      float2 slopes = *(const float2*)(shared.slope + (i * 128 + threadIdx.x) * 2);
       const float* result = shared.results + token * Y_STRIDE + at.lane * 2;
-      float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT), y = *(const float2*)(result + 2 * RESULT);
-      float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * item.z, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * item.w;
-      d_skip[0] = fmaf(to_sum.x, u.x, d_skip[0]), d_skip[1] = fmaf(to_sum.y, u.y, d_skip[1]);
+      float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT);
+      float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * slopes.x, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * slopes.y;
       d_bias[0] += r0, d_bias[1] += r1;
-      long long offset = ((long long)at.row * p.tokens + first + token) * p.channels;
-      bool aligned = p.aligned & ALIGNED_OUT;
-      store_pair(p.du, offset, at.item, p.channels, aligned,
+      long long place = out + i * out_step;
+      store_pair(p.du, place, at.item, p.channels,
                  pack(fmaf(skip[0], to_sum.x, record.x * sb.x), fmaf(skip[1], to_sum.y, record.y * sb.y)));
-      store_pair(p.ddt, offset, at.item, p.channels, aligned, pack(r0, r1));
-      store_pair(p.dz, offset, at.item, p.channels, aligned,
-                 pack(item.x * fmaf(skip[0], u.x, y.x), item.y * fmaf(skip[1], u.y, y.y)));
+      store_pair(p.ddt, place, at.item, p.channels, pack(r0, r1));
     }
   }
-  send(p, at, state.g);
+  if (p.chained && !at.is_last(p)) {
+    store_private(p.carry + at.carry(p, 0), state.g);
+    tell_neighbour(p, at);
+  }
   const long long part = at.row * p.chunks + at.chunk;
   store_state(p, at, p.part_A + part * state_size, state.dA, false);
   if (at.chunk == 0 && p.d_initial) store_state(p, at, p.d_initial + at.row * state_size, state.g, false);
@@ -285,54 +316,4 @@ KERNEL(scan_backward) {
     (which ? p.part_bias : p.part_D)[part * p.channels + c] = from[0] + from[64] + from[128] + from[192];
 }
 
-// The gradient that each chunk's outputs send to the state before the chunk (carry).
-KERNEL(scan_chunk_gradients) {
-  SHARED(memory);
-  float *records = memory, *bc = memory + TILE * PAIRS * 4;  // [token][pair] {delta 0, delta 1, dy 0, dy 1}
-  Place at;
-  at.set(p, blockIdx.x, true);
-  float a2[8], g[8], bias[2], total[2] = {0.f, 0.f};
-  bool any_start = false;
-  load_A(p, at, a2);
-  for (int i = 0; i < 8; i++) g[i] = 0.f;
-#pragma unroll
-  for (int c = 0; c < 2; c++) bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
-  int first = at.first + (at.last - at.first - 1) / TILE * TILE;
-  BackwardItems next;
-  TileRows rows;
-  next.load<false>(p, at, first);
-  rows.load(p, at, first);
-  for (; first >= at.first; first -= TILE) {
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      int token = i * WARPS + at.warp;
-      bool valid = first + token < at.last;
-      float2 dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
-      float q, delta0 = softplus(dt.x + bias[0], q), delta1 = softplus(dt.y + bias[1], q);
-      *(float4*)(records + (token * PAIRS + at.lane) * 4) = make_float4(
-          valid ? delta0 : 0.f, valid ? delta1 : 0.f, dy.x * sigmoid(z.x) * z.x, dy.y * sigmoid(z.y) * z.y);
-    }
-    rows.store(bc);
-    unsigned starts = vote(rows.start);
-    sync_block();
-    if (first > at.first) {
-      next.load<false>(p, at, first - TILE);
-      rows.load(p, at, first - TILE);
-    }
-#pragma unroll 4
-    for (int t = TILE - 1; t >= 0; t--) {
-      float delta[4], C[4];
-      unpack4(records + (t * PAIRS + at.warp * 8 + at.cg) * 4, delta);
-      unpack4(bc + t * 32 + 16 + at.sg * 4, C);
-      total[0] += delta[0], total[1] += delta[1];
-#pragma unroll
-      for (int i = 0; i < 8; i++) g[i] = ex2(delta[i / 4] * a2[i]) * fmaf(C[i % 4], delta[2 + i / 4], g[i]);
-      if (starts >> t & 1)
-        for (int i = 0; i < 8; i++) g[i] = 0.f;
-    }
-    any_start |= starts != 0;
-    sync_block();
-  }
-  store_chunk(p, at, g, total, any_start);
-}
 #undef MIN_BLOCKS

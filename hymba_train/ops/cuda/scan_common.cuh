@@ -1,17 +1,18 @@
 // Selective scan: parameters, layout and small functions that all its kernels share.
 //
 // Compiled at run time (selective_scan_cuda.py), with -D X_BF16=0|1 (type of u, dt, z, y and their gradients) and
-// -D BC_BF16=0|1 (type of B and C); otherwise float32. With -D SCAN_HOST the very same source becomes C++ for a warp
+// -D BC_BF16=0|1 (type of B and C); otherwise float32. -D EXACT=1 leaves out the guards: 16 states, blocks of channels
+// without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++ for a warp
 // emulator on a CPU (tests/ops/scan_emulator.h), which supplies the primitives of the first section.
 //
-// Layout. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
+// Layout of scan_backward (that of the other passes over time: scan_lanes.cuh). A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
 //     sg = lane / 8: states 4 sg + s;    cg = lane % 8: channels 2 cg + c of the warp's 16.
 // Sums over states are then two shuffles (lanes 8 and 16 apart); sums over channels go to the tensor cores, because
 // (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
 // Work in pairs of channels of one token ("item") is spread over the block: lane = pair, warp = token % 4.
 
 #ifndef SCAN_HOST
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) name(const __grid_constant__ Params p)
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name(const __grid_constant__ Params p)
 #define DEVICE __device__ __forceinline__
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -19,6 +20,7 @@ DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "
 DEVICE float shuffle_xor(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
 DEVICE unsigned vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float from_bits(unsigned x) { return __uint_as_float(x); }
 DEVICE unsigned to_bits(float x) { return __float_as_uint(x); }
 DEVICE unsigned pack_bf16(float low, float high) {
@@ -41,6 +43,7 @@ DEVICE void wait_at_least(const int* flag, int value) {
 DEVICE void publish(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
 }
+DEVICE void prefetch(const float* x) { asm volatile("prefetch.global.L2 [%0];" :: "l"(x)); }
 DEVICE float4 load_shared_state(const float4* x) { return __ldcg(x); }  // written by another block of this launch
 #endif
 
@@ -52,6 +55,7 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 struct Params {
   const void *u, *dt, *z, *dy, *B, *C;
+  void* before;  // y before the gate [row][token][channel]; null: not wanted
   const float *A_log, *D, *bias, *initial, *d_final;  // initial, d_final may be null: zeros
   const long long* segments;                          // null: one document a row
   void *y, *du, *ddt, *dz, *dB, *dC;
@@ -62,14 +66,17 @@ struct Params {
   int *sync, *keep;
   long long u_row, u_token, dt_row, dt_token, z_row, z_token, dy_row, dy_token, B_row, B_token, C_row, C_token;
   long long segment_row, initial_row;
-  int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained, aligned;
+  int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained;
 };
 
+#define THREADS 128
 #if X_BF16
 typedef unsigned Pair;  // two channels as they lie in memory
 typedef unsigned short Element;
 DEVICE float2 unpack(Pair x) { return make_float2(from_bits(x << 16), from_bits(x & 0xffff0000u)); }
 DEVICE Pair pack(float a, float b) { return pack_bf16(a, b); }
+DEVICE float element_float(Element x) { return from_bits((unsigned)x << 16); }
+DEVICE Element to_element(float x) { return (Element)pack_bf16(x, 0.f); }
 DEVICE Pair pack_elements(Element a, Element b) { return a | (unsigned)b << 16; }
 DEVICE Element low(Pair x) { return (Element)x; }
 DEVICE Element high(Pair x) { return (Element)(x >> 16); }
@@ -78,6 +85,8 @@ typedef float2 Pair;
 typedef float Element;
 DEVICE float2 unpack(Pair x) { return x; }
 DEVICE Pair pack(float a, float b) { return make_float2(a, b); }
+DEVICE float element_float(Element x) { return x; }
+DEVICE Element to_element(float x) { return x; }
 DEVICE Pair pack_elements(Element a, Element b) { return make_float2(a, b); }
 DEVICE Element low(Pair x) { return x.x; }
 DEVICE Element high(Pair x) { return x.y; }
@@ -92,24 +101,35 @@ DEVICE float bc_float(BCElement x) { return x; }
 DEVICE BCElement bc_element(float x) { return x; }
 #endif
 
-// Bits of Params::aligned: pairs of channels of this tensor may be loaded at once.
-enum { ALIGNED_U = 1, ALIGNED_DT = 2, ALIGNED_Z = 4, ALIGNED_DY = 8, ALIGNED_OUT = 16 };
+// Two channels of every WARPS-th token of one tensor: a thread's items, tile after tile.
+struct Stream {
+  const Element* place;
+  long long step;
 
-DEVICE Pair load_pair(const void* base, long long offset, int channel, int channels, bool valid, bool aligned) {
-  const Element* at = (const Element*)base + offset + channel;
-  if (aligned && channel + 1 < channels) return valid ? *(const Pair*)at : pack(0.f, 0.f);
-  Element zero = low(pack(0.f, 0.f));
-  return pack_elements(valid && channel < channels ? at[0] : zero, valid && channel + 1 < channels ? at[1] : zero);
-}
-
-DEVICE void store_pair(void* base, long long offset, int channel, int channels, bool aligned, Pair x) {
-  Element* at = (Element*)base + offset + channel;
-  if (aligned && channel + 1 < channels) {
-    *(Pair*)at = x;
-    return;
+  DEVICE void set(const void* base, long long row, long long token_stride, int token, int channel) {
+    place = (const Element*)base + row + token * token_stride + channel, step = WARPS * token_stride;
   }
+  DEVICE void move(int tiles) { place += tiles * ITEMS * step; }
+  DEVICE Pair load(int i, int channel, int channels, bool valid) const {
+    const Element* at = place + i * step;
+    Pair zero = pack(0.f, 0.f);
+#if EXACT
+    return valid ? *(const Pair*)at : zero;
+#else
+    return pack_elements(valid && channel < channels ? at[0] : low(zero),
+                         valid && channel + 1 < channels ? at[1] : low(zero));
+#endif
+  }
+};
+
+DEVICE void store_pair(void* base, long long offset, int channel, int channels, Pair x) {
+  Element* at = (Element*)base + offset;
+#if EXACT
+  *(Pair*)at = x;
+#else
   if (channel < channels) at[0] = low(x);
   if (channel + 1 < channels) at[1] = high(x);
+#endif
 }
 
 // log(1 + q) / q on [0, 1], relative error 2e-7: no logarithm of a number near 1, where small time steps would lose
@@ -139,25 +159,37 @@ DEVICE float halve(float x0, float x1, int lane, int bit) {
   return (upper ? x1 : x0) + shuffle_xor(upper ? x0 : x1, bit);
 }
 
-// Where a block stands: which rows, channels and steps are its own.
-struct Place {
-  int lane, warp, sg, cg, row, block, chunk, first, last, order;
-  int channel;  // first of the lane's two
-  int item;     // first of the two channels of its items
+// What a block works on: 64 channels of a row, over a chunk of its tokens.
+struct Unit {
+  int row, block, chunk, first, last, order;
 
-  DEVICE void set(const Params& p, int unit, bool reverse) {
-    lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sg = lane >> 3, cg = lane & 7;
+  DEVICE void set_unit(const Params& p, int unit, bool reverse) {
     int wide = p.batch * p.blocks, chain = unit % wide;
     order = unit / wide;  // 0 for the chunk that comes first in the direction of the scan
     chunk = reverse ? p.chunks - 1 - order : order;
     row = chain / p.blocks, block = chain % p.blocks;
     first = chunk * p.chunk_tokens;
     last = min(first + p.chunk_tokens, p.tokens);
+  }
+  DEVICE long long private_state(const Params& p, int slot) const {  // of the block, in Params::carry and checkpoints
+    return ((long long)(slot * p.batch + row) * p.blocks + block) * PRIVATE_STATE;
+  }
+  DEVICE bool is_last(const Params& p) const { return order == p.chunks - 1; }
+};
+
+struct Place : Unit {
+  int lane, warp, sg, cg;
+  int channel;  // first of the lane's two
+  int item;     // first of the two channels of its items
+
+  DEVICE void set(const Params& p, int unit, bool reverse) {
+    set_unit(p, unit, reverse);
+    lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sg = lane >> 3, cg = lane & 7;
     channel = block * BLOCK_CHANNELS + warp * 16 + cg * 2;
     item = block * BLOCK_CHANNELS + lane * 2;
   }
-  DEVICE long long carry(const Params& p, int slot) const {  // offset of this lane in Params::carry
-    return ((long long)(slot * p.batch + row) * p.blocks + block) * PRIVATE_STATE + warp * 256 + lane * 4;
+  DEVICE long long carry(const Params& p, int slot) const {  // of this lane's first 4 states
+    return private_state(p, slot) + warp * 256 + lane * 4;
   }
 };
 
@@ -171,28 +203,41 @@ DEVICE int next_unit(const Params& p, float* shared) {
   return unit;
 }
 
-DEVICE void load_A(const Params& p, const Place& at, float (&a2)[8]) {  // exp(delta A) = exp2(delta a2)
-  for (int i = 0; i < 8; i++) {
-    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
-    a2[i] = c < p.channels && n < p.states ? -ex2(p.A_log[(long long)c * p.states + n] * LOG2E) * LOG2E : 0.f;
-  }
+// Place in [channel][state] of element i of a lane; false: there is none.
+DEVICE bool in_state(const Params& p, const Place& at, int i, long long& place) {
+  int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
+  place = (long long)c * p.states + n;
+  return EXACT || (c < p.channels && n < p.states);
 }
 
 // [channel][state] float32 in the caller's layout; null: zeros.
 DEVICE void load_state(const Params& p, const Place& at, const float* base, float (&h)[8]) {
+#if EXACT
+  const float4* from = (const float4*)(base + at.channel * STATES + at.sg * 4);
+  float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), x = base ? from[0] : zero, y = base ? from[STATES / 4] : zero;
+  h[0] = x.x, h[1] = x.y, h[2] = x.z, h[3] = x.w, h[4] = y.x, h[5] = y.y, h[6] = y.z, h[7] = y.w;
+#else
   for (int i = 0; i < 8; i++) {
-    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
-    h[i] = base && c < p.channels && n < p.states ? base[(long long)c * p.states + n] : 0.f;
+    long long place;
+    bool inside = in_state(p, at, i, place);
+    h[i] = base && inside ? base[place] : 0.f;
   }
+#endif
 }
 
 DEVICE void store_state(const Params& p, const Place& at, float* base, const float (&h)[8], bool add) {
+#pragma unroll
   for (int i = 0; i < 8; i++) {
-    int c = at.channel + i / 4, n = at.sg * 4 + i % 4;
-    if (c < p.channels && n < p.states) {
-      float* to = base + (long long)c * p.states + n;
-      *to = add ? *to + h[i] : h[i];
-    }
+    long long place;
+    if (in_state(p, at, i, place)) base[place] = add ? base[place] + h[i] : h[i];
+  }
+}
+
+DEVICE void load_A(const Params& p, const Place& at, float (&a2)[8]) {  // exp(delta A) = exp2(delta a2)
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    long long place;
+    a2[i] = in_state(p, at, i, place) ? -ex2(p.A_log[place] * LOG2E) * LOG2E : 0.f;
   }
 }
 
@@ -206,56 +251,50 @@ DEVICE void store_private(float* base, const float (&h)[8]) {
   *(float4*)(base + 128) = make_float4(h[4], h[5], h[6], h[7]);
 }
 
-// The state that enters this block's chunk: `edge` at the border of the sequence, else what the neighbour left.
-DEVICE void receive(const Params& p, const Place& at, const float* edge, float (&h)[8]) {
-  if (at.order == 0) {
-    load_state(p, at, edge, h);
-    return;
-  }
-  if (p.chained) {
-    if (threadIdx.x == 0) wait_at_least(p.sync + 1 + at.row * p.blocks + at.block, at.order);
-    sync_block();
-  }
-  load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), h);
+// Chained chunks: each waits until its neighbour has left its state in `carry`.
+DEVICE void await_neighbour(const Params& p, const Unit& at) {
+  if (!p.chained || at.order == 0) return;
+  if (threadIdx.x == 0) wait_at_least(p.sync + 1 + at.row * p.blocks + at.block, at.order);
+  sync_block();
 }
 
-DEVICE void send(const Params& p, const Place& at, const float (&h)[8]) {
-  if (!p.chained || at.order == p.chunks - 1) return;
-  store_private(p.carry + at.carry(p, 0), h);
+DEVICE void tell_neighbour(const Params& p, const Unit& at) {
   sync_block();
   if (threadIdx.x == 0) publish(p.sync + 1 + at.row * p.blocks + at.block, at.order + 1);
 }
 
-// What a chunk that was run on its own adds, the sum of its delta, and whether a state passes through it.
-DEVICE void store_chunk(const Params& p, const Place& at, const float (&h)[8], const float (&total)[2], bool any_start) {
-  store_private(p.carry + at.carry(p, at.chunk), h);
-  float* sums = p.sum_delta + ((long long)(at.chunk * p.batch + at.row) * p.blocks + at.block) * BLOCK_CHANNELS;
-  if (at.sg == 0) *(float2*)(sums + at.warp * 16 + at.cg * 2) = make_float2(total[0], total[1]);
-  if (at.block == 0 && threadIdx.x == 0) p.keep[at.chunk * p.batch + at.row] = !any_start;
-}
+// 4 numbers of B or C of a token: a quarter of 8.
+struct Quarter {
+  BCElement x[4];
 
-// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
-struct TileRows {
-  BCElement bc[4];
-  bool start;
-
-  DEVICE void load(const Params& p, const Place& at, int first) {
-    int token = first + threadIdx.x / 8, quarter = threadIdx.x % 8, n = quarter % 4 * 4;
-    const BCElement* from = quarter < 4 ? (const BCElement*)p.B + at.row * p.B_row + token * p.B_token
-                                        : (const BCElement*)p.C + at.row * p.C_row + token * p.C_token;
-    for (int j = 0; j < 4; j++) {
-      bc[j] = bc_element(0.f);
-      if (token < at.last && n + j < p.states) bc[j] = from[n + j];
-    }
-    start = false;
-    token = first + at.lane;
-    if (p.segments && at.lane < TILE && token > 0 && token < at.last) {
-      const long long* id = p.segments + at.row * p.segment_row + token;
-      start = id[0] != id[-1];
-    }
+  DEVICE void load(const Params& p, int row, int token, int quarter, bool valid) {
+    int n = quarter % 4 * 4;
+    const BCElement* from = quarter < 4 ? (const BCElement*)p.B + row * p.B_row + token * p.B_token
+                                        : (const BCElement*)p.C + row * p.C_row + token * p.C_token;
+#if EXACT
+    struct alignas(4 * sizeof(BCElement)) Four { BCElement x[4]; } four = {};
+    if (valid) four = *(const Four*)(from + n);
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] = four.x[j];
+#else
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] = valid && n + j < p.states ? from[n + j] : bc_element(0.f);
+#endif
   }
-  DEVICE void store(float* bc_shared) const {  // [token][B 16 | C 16]
-    *(float4*)(bc_shared + threadIdx.x * 4) =
-        make_float4(bc_float(bc[0]), bc_float(bc[1]), bc_float(bc[2]), bc_float(bc[3]));
+  DEVICE void store(float* to) const {
+    *(float4*)to = make_float4(bc_float(x[0]), bc_float(x[1]), bc_float(x[2]), bc_float(x[3]));
   }
 };
+
+// Does a document start at token first + lane (of a tile)?
+DEVICE bool document_starts(const Params& p, const Unit& at, int first, int lane) {
+  int token = first + lane;
+  if (!p.segments || lane >= TILE || token == 0 || token >= at.last) return false;
+  const long long* id = p.segments + at.row * p.segment_row + token;
+  return id[0] != id[-1];
+}
+
+DEVICE void unpack4(const float* from, float (&to)[4]) {
+  float4 x = *(const float4*)from;
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}

@@ -1,142 +1,151 @@
 // Selective scan, forward: scan_forward, and scan_chunk_states for chunks that run at the same time.
 
-struct ForwardShared {
-  float* records;  // [token][pair] {delta 0, delta 1, delta u 0, delta u 1}
-  float* bc;       // [token][32]
-  float* y;        // [token][Y_STRIDE]
-  DEVICE explicit ForwardShared(float* base)
-      : records(base), bc(base + TILE * PAIRS * 4), y(base + TILE * PAIRS * 4 + TILE * 32) {}
-  static constexpr int FLOATS = TILE * (PAIRS * 4 + 32 + Y_STRIDE);
+struct ForwardInput {
+  Element u[GROUP], dt[GROUP], z[GROUP];
 };
-static_assert(ForwardShared::FLOATS * 4 == SCAN_FORWARD_SHARED, "shared memory of scan_forward");
-static_assert(ForwardShared::FLOATS * 4 == SCAN_CHUNK_STATES_SHARED, "shared memory of scan_chunk_states");
+struct ForwardStreams {
+  LaneStream u, dt, z;
 
-DEVICE void unpack4(const float* from, float (&to)[4]) {
-  float4 x = *(const float4*)from;
-  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
-
-// TILE steps; RESET: there are document starts among them, the set bits of `starts`.
-template <bool RESET, bool OUTPUT>
-DEVICE void forward_steps(const Params& p, const Place& at, const ForwardShared& shared, unsigned starts,
-                          const float* initial, const float (&a2)[8], float (&h)[8], float (&total)[2]) {
-#pragma unroll 2
-  for (int t = 0; t < TILE; t += 2) {
-    float sums[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      if (RESET && (starts >> (t + j) & 1)) load_state(p, at, initial, h);
-      float delta[4], B[4], C[4], y[2] = {0.f, 0.f};
-      unpack4(shared.records + ((t + j) * PAIRS + at.warp * 8 + at.cg) * 4, delta);
-      unpack4(shared.bc + (t + j) * 32 + at.sg * 4, B);
-      if (OUTPUT) unpack4(shared.bc + (t + j) * 32 + 16 + at.sg * 4, C);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float a = ex2(delta[i / 4] * a2[i]);
-        h[i] = fmaf(B[i % 4], delta[2 + i / 4], a * h[i]);
-        if (OUTPUT) y[i / 4] = fmaf(C[i % 4], h[i], y[i / 4]);
-      }
-      if (OUTPUT) {
-        sums[j] = halve(y[0], y[1], at.lane, 8);
-      } else {
-        total[0] += delta[0], total[1] += delta[1];
-      }
-    }
-    if (OUTPUT) {
-      float y = halve(sums[0], sums[1], at.lane, 16);
-      shared.y[(t + at.sg / 2) * Y_STRIDE + at.warp * 16 + at.cg * 2 + at.sg % 2] = y;
-    }
+  DEVICE void set(const Params& p, const LanePlace& at) {
+    u.set(p.u, at.row * p.u_row + at.first * p.u_token + at.channel, p.u_token);
+    dt.set(p.dt, at.row * p.dt_row + at.first * p.dt_token + at.channel, p.dt_token);
+    z.set(p.z, at.row * p.z_row + at.first * p.z_token + at.channel, p.z_token);
   }
-}
+  template <bool OUTPUT, bool FULL>
+  DEVICE void load_group(const LanePlace& at, int count, ForwardInput& input) {
+    u.load<FULL>(at, count, input.u);
+    dt.load<FULL>(at, count, input.dt);
+    if (OUTPUT) z.load<FULL>(at, count, input.z);
+  }
+  // The group that starts at token `first`; moves on to the next.
+  template <bool OUTPUT>
+  DEVICE void load(const LanePlace& at, int first, ForwardInput& input) {
+    int count = at.last - first;
+    if (EXACT && count >= GROUP) {
+      load_group<OUTPUT, true>(at, count, input);
+    } else {
+      load_group<OUTPUT, false>(at, count, input);
+    }
+    u.place += GROUP * u.step, dt.place += GROUP * dt.step, z.place += GROUP * z.step;
+  }
+};
 
-// Raw input of one tile, a thread's items: 4 tokens x 2 channels.
-struct ForwardItems {
-  Pair u[ITEMS], dt[ITEMS], z[ITEMS];
+struct ForwardGroup {
+  float delta[GROUP], delta_u[GROUP], skip[GROUP], gate[GROUP];  // skip: D u; gate: silu(z)
 
   template <bool OUTPUT>
-  DEVICE void load(const Params& p, const Place& at, int first) {
+  DEVICE void set(const ForwardInput& input, int count, float bias, float D) {
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      int token = first + i * WARPS + at.warp;
-      bool valid = token < at.last;
-      u[i] = load_pair(p.u, at.row * p.u_row + token * p.u_token, at.item, p.channels, valid, p.aligned & ALIGNED_U);
-      dt[i] = load_pair(p.dt, at.row * p.dt_row + token * p.dt_token, at.item, p.channels, valid, p.aligned & ALIGNED_DT);
-      if (OUTPUT)
-        z[i] = load_pair(p.z, at.row * p.z_row + token * p.z_token, at.item, p.channels, valid, p.aligned & ALIGNED_Z);
+    for (int t = 0; t < GROUP; t++) {
+      float q, u = element_float(input.u[t]);
+      delta[t] = softplus(element_float(input.dt[t]) + bias, q);
+      if (t >= count) delta[t] = 0.f;
+      delta_u[t] = delta[t] * u;
+      if (!OUTPUT) continue;
+      float z = element_float(input.z[t]);
+      skip[t] = D * u, gate[t] = z * sigmoid(z);
     }
   }
 };
+
+// GROUP steps. PLAIN: no document starts among them (a set bit of `starts`), and with EXACT all of them are there.
+template <bool PLAIN, bool OUTPUT>
+DEVICE void forward_steps(const Params& p, const LanePlace& at, const float* bc, unsigned starts, int count,
+                          const float* initial, const float (&a2)[STATES], const ForwardGroup& group,
+                          float (&h)[STATES], float& total, Element* out, Element* before) {
+#pragma unroll
+  for (int t = 0; t < GROUP; t++) {
+    if (!PLAIN && (starts >> t & 1)) load_lane_state(p, at, initial, h);
+    float B[STATES], C[STATES], y[2] = {group.skip[t], 0.f};
+    load_row(bc + t * 32, B);
+    if (OUTPUT) load_row(bc + t * 32 + STATES, C);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) {
+      h[n] = fmaf(ex2(group.delta[t] * a2[n]), h[n], B[n] * group.delta_u[t]);
+      if (OUTPUT) y[n % 2] = fmaf(C[n], h[n], y[n % 2]);
+    }
+    if (!OUTPUT) total += group.delta[t];
+    if (OUTPUT && ((EXACT && PLAIN) || (at.inside && t < count))) {
+      before[(long long)t * p.channels] = to_element(y[0] + y[1]);
+      out[(long long)t * p.channels] = to_element((y[0] + y[1]) * group.gate[t]);
+    }
+  }
+}
 
 template <bool OUTPUT>
 DEVICE void run_forward(const Params& p, float* memory) {
-  ForwardShared shared(memory);
-  Place at;
+  LanePlace at;
   at.set(p, next_unit(p, memory), false);
-  float a2[8], h[8], total[2] = {0.f, 0.f};
-  load_A(p, at, a2);
-  float bias[2], skip[2];
-#pragma unroll
-  for (int c = 0; c < 2; c++) {
-    bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
-    skip[c] = OUTPUT && at.item + c < p.channels ? p.D[at.item + c] : 0.f;
-  }
+  float* bc = memory + at.warp * TILE * 32;
+  float a2[STATES], h[STATES], total = 0.f;
+  load_lane_A(p, at, a2);
+  float bias = at.inside ? p.bias[at.channel] : 0.f, D = OUTPUT && at.inside ? p.D[at.channel] : 0.f;
   const float* initial = p.initial ? p.initial + at.row * p.initial_row : nullptr;
-  ForwardItems next;
-  TileRows rows;
-  next.load<OUTPUT>(p, at, at.first);
+  ForwardInput input;
+  ForwardStreams streams;
+  LaneRows rows;
+  streams.set(p, at);
+  streams.load<OUTPUT>(at, at.first, input);
   rows.load(p, at, at.first);
   bool any_start = false;
   if (OUTPUT) {
-    receive(p, at, initial, h);
-  } else {
-    for (int i = 0; i < 8; i++) h[i] = 0.f;
-  }
-  for (int first = at.first; first < at.last; first += TILE) {
-    ForwardItems items = next;
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      int token = i * WARPS + at.warp;
-      bool valid = first + token < at.last;
-      float2 u = unpack(items.u[i]), dt = unpack(items.dt[i]);
-      float q, delta0 = softplus(dt.x + bias[0], q), delta1 = softplus(dt.y + bias[1], q);
-      delta0 = valid ? delta0 : 0.f, delta1 = valid ? delta1 : 0.f;
-      *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = make_float4(delta0, delta1, delta0 * u.x, delta1 * u.y);
-    }
-    rows.store(shared.bc);
-    unsigned starts = vote(rows.start);
-    sync_block();
-    if (first + TILE < at.last) {
-      next.load<OUTPUT>(p, at, first + TILE);
-      rows.load(p, at, first + TILE);
-    }
-    if (OUTPUT && p.checkpoints) store_private(p.checkpoints + at.carry(p, first / TILE), h);
-    if (starts) {
-      any_start = true;
-      forward_steps<true, OUTPUT>(p, at, shared, starts, initial, a2, h, total);
+    await_neighbour(p, at);
+    if (at.order) {
+      load_lane_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), h);
     } else {
-      forward_steps<false, OUTPUT>(p, at, shared, starts, initial, a2, h, total);
+      load_lane_state(p, at, initial, h);
     }
-    sync_block();
-#pragma unroll
-    for (int i = 0; i < (OUTPUT ? ITEMS : 0); i++) {
-      int token = i * WARPS + at.warp;
-      if (first + token >= at.last) continue;
-      float2 u = unpack(items.u[i]), z = unpack(items.z[i]), y = *(const float2*)(shared.y + token * Y_STRIDE + at.lane * 2);
-      float y0 = fmaf(skip[0], u.x, y.x) * z.x * sigmoid(z.x), y1 = fmaf(skip[1], u.y, y.y) * z.y * sigmoid(z.y);
-      long long offset = ((long long)at.row * p.tokens + first + token) * p.channels;
-      store_pair(p.y, offset, at.item, p.channels, p.aligned & ALIGNED_OUT, pack(y0, y1));
-    }
-  }
-  if (OUTPUT) {
-    send(p, at, h);
-    if (at.chunk == p.chunks - 1)
-      store_state(p, at, p.final_state + (long long)at.row * p.channels * p.states, h, false);
   } else {
-    store_chunk(p, at, h, total, any_start);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) h[n] = 0.f;
   }
+  long long place = ((long long)at.row * p.tokens + at.first) * p.channels + at.channel;
+  // Not wanted: written where y itself overwrites it, which costs less than a branch a token.
+  Element *out = (Element*)p.y + place, *before = p.before ? (Element*)p.before + place : out;
+  unsigned starts = 0;
+#pragma unroll 1
+  for (int first = at.first; first < at.last; first += GROUP) {
+    int odd = (first - at.first) & GROUP;  // second group of a tile
+    if (!odd) {
+      sync_warp();
+      rows.store(at.lane, bc);
+      starts = vote(rows.start);
+      sync_warp();
+      if (OUTPUT && p.checkpoints) store_lane_private(p.checkpoints + at.carry(p, first / TILE), h);
+      if (first + TILE < at.last) rows.load(p, at, first + TILE);
+    }
+    ForwardGroup group;
+    group.set<OUTPUT>(input, at.last - first, bias, D);
+    if (first + GROUP < at.last) streams.load<OUTPUT>(at, first + GROUP, input);
+    unsigned mine = starts >> odd & ((1u << GROUP) - 1);
+    any_start |= mine != 0;
+    int count = at.last - first;
+    if (mine || (EXACT && count < GROUP)) {
+      forward_steps<false, OUTPUT>(p, at, bc + odd * 32, mine, count, initial, a2, group, h, total, out, before);
+    } else {
+      forward_steps<true, OUTPUT>(p, at, bc + odd * 32, mine, count, initial, a2, group, h, total, out, before);
+    }
+    out += (long long)GROUP * p.channels;
+    before += (long long)GROUP * p.channels;
+  }
+  if (!OUTPUT) {
+    store_chunk(p, at, h, total, any_start);
+    return;
+  }
+  if (p.chained && !at.is_last(p)) {
+    store_lane_private(p.carry + at.carry(p, 0), h);
+    tell_neighbour(p, at);
+  }
+  if (at.chunk < p.chunks - 1 || !at.inside) return;
+  float* final_state = p.final_state + ((long long)at.row * p.channels + at.channel) * p.states;
+#pragma unroll
+  for (int n = 0; n < STATES; n++)
+    if (EXACT || n < p.states) final_state[n] = h[n];
 }
 
-// y, the final state and, if wanted, the states before each tile.
+// y, the final state and, if wanted (both or neither), the states before each tile and y before the gate.
+#undef THREADS
+#define THREADS LANE_THREADS
 #define MIN_BLOCKS FORWARD_BLOCKS
 KERNEL(scan_forward) {
   SHARED(memory);
@@ -148,4 +157,3 @@ KERNEL(scan_chunk_states) {
   SHARED(memory);
   run_forward<false>(p, memory);
 }
-#undef MIN_BLOCKS

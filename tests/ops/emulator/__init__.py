@@ -25,7 +25,9 @@ needs_emulator = pytest.mark.skipif(
 
 def emulated_backend(*args, **kwargs) -> tuple[Tensor, Tensor]:
     """:func:`hymba_train.ops.selective_scan_cuda.selective_scan_cuda`, on the CPU; the backward too."""
-    with mock.patch.object(scan, "_kernels", lambda x_dtype, bc_dtype, device: emulated(x_dtype, bc_dtype)):
+    with mock.patch.object(
+        scan, "_kernels", lambda x_dtype, bc_dtype, exact, device: emulated(x_dtype, bc_dtype, exact)
+    ):
         return scan.selective_scan_cuda(*args, **kwargs)
 
 
@@ -36,15 +38,15 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.launched: list[str] = []
 
-    def launch(self, name: str, blocks: int, shared_bytes: int, params: scan.Params) -> None:
+    def launch(self, name: str, blocks: int, threads: int, shared_bytes: int, params: scan.Params) -> None:
         self.launched.append(name)
-        assert self.library.scan_launch(name.encode(), blocks, shared_bytes, ctypes.byref(params)) == 0, name
+        assert self.library.scan_launch(name.encode(), blocks, threads, shared_bytes, ctypes.byref(params)) == 0, name
 
 
 @functools.cache
-def emulated(x_dtype: torch.dtype, bc_dtype: torch.dtype) -> Emulator:
+def emulated(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> Emulator:
     library = Path(tempfile.mkdtemp(prefix="scan_emulator_")) / "scan.so"
-    defines = [f"-D{k}={v}" for k, v in scan.defines(x_dtype, bc_dtype).items()]
+    defines = [f"-D{k}={v}" for k, v in scan.defines(x_dtype, bc_dtype, exact).items()]
     include = [f"-I{HERE}", f"-I{Path(scan.__file__).with_name('cuda')}"]
     warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     flags = ["-std=c++17", "-O2", "-mfma", "-fPIC", "-shared", *warnings]

@@ -19,7 +19,8 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::min;
 
-constexpr int EMULATED_THREADS = 128;
+constexpr int MOST_THREADS = 128;
+static int block_threads;
 struct Index { int x; };
 static Index threadIdx, blockIdx;
 
@@ -32,11 +33,11 @@ struct Fiber {
   std::vector<char> stack;
   bool done = false;
 };
-static std::vector<Fiber> fibers(EMULATED_THREADS);
+static std::vector<Fiber> fibers(MOST_THREADS);
 static ucontext_t scheduler;
-static Barrier block_barrier, warp_barriers[EMULATED_THREADS / 32];
-static float exchange[EMULATED_THREADS / 32][2][8][32];
-static unsigned exchanges[EMULATED_THREADS];
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
+static float exchange[MOST_THREADS / 32][2][8][32];
+static unsigned exchanges[MOST_THREADS];
 static std::vector<float> shared_memory;
 
 inline void arrive(Barrier& barrier, int size) {
@@ -64,7 +65,8 @@ inline float (*share(const float* mine, int count))[32] {
 #define DEVICE inline
 #define SHARED(name) float* name = shared_memory.data()
 #define KERNEL(name) static void name(const Params& p)
-inline void sync_block() { arrive(block_barrier, EMULATED_THREADS); }
+inline void sync_block() { arrive(block_barrier, block_threads); }
+inline void sync_warp() { arrive(warp_barriers[threadIdx.x / 32], 32); }
 inline float ex2(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float from_bits(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
@@ -100,19 +102,20 @@ inline void wait_at_least(const int* flag, int value) {
   if (*flag < value) fprintf(stderr, "emulator: a block waits for one that has not run\n"), abort();
 }
 inline void publish(int* flag, int value) { *flag = value; }
+inline void prefetch(const float*) {}
 inline float4 load_shared_state(const float4* x) { return *x; }
 
 template <typename P>
-void run_blocks(void (*kernel)(const P&), const P& p, int blocks, int shared_bytes) {
+void run_blocks(void (*kernel)(const P&), const P& p, int blocks, int threads, int shared_bytes) {
   static void (*current)(const P&);
   static const P* argument;
-  current = kernel, argument = &p;
+  current = kernel, argument = &p, block_threads = threads;
   for (int block = 0; block < blocks; block++) {
     shared_memory.assign(shared_bytes / 4 + 1, NAN);
     block_barrier = Barrier();
     for (Barrier& b : warp_barriers) b = Barrier();
     blockIdx.x = block;
-    for (int t = 0; t < EMULATED_THREADS; t++) {
+    for (int t = 0; t < block_threads; t++) {
       Fiber& f = fibers[t];
       f.stack.resize(1 << 16);
       f.done = false;
@@ -129,7 +132,7 @@ void run_blocks(void (*kernel)(const P&), const P& p, int blocks, int shared_byt
     }
     for (bool busy = true; busy;) {
       busy = false;
-      for (int t = 0; t < EMULATED_THREADS; t++) {
+      for (int t = 0; t < block_threads; t++) {
         if (fibers[t].done) continue;
         busy = true;
         threadIdx.x = t;
