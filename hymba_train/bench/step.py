@@ -35,7 +35,7 @@ class Contender:
 
 
 def contenders(names: Sequence[str], seq_length: int, overrides: Sequence[str] = ()) -> list[Contender]:
-    """names: 'ours:8', 'ours_fp8:8', 'ours_documents:8', 'dense:8', 'dense_fp8:8', 'plain:4': a name and its micro-batch.
+    """names: 'ours:8', 'ours_fp8:8', 'ours_documents:8', 'dense:8', 'dense_fp8:8', 'plain:4': with the micro-batch.
     overrides are for our runs.
 
     Raises UserError for others.

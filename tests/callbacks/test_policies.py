@@ -179,12 +179,13 @@ def test_ctrl_c_is_not_swallowed():
         NeverFatal(Interrupted()).on_train_start(None)
 
 
-def test_profile_writes_a_trace_and_a_table(tmp_path, loop_of):
+def test_profile_writes_a_trace_and_tables(tmp_path, loop_of):
     loop = loop_of(Profile("2:3", tmp_path))
     loop.start()
     for step in range(1, 5):
         loop.step(step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["steps_2_3.trace.json", "steps_2_3.txt"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["steps_2_3.shapes.txt", "steps_2_3.trace.json", "steps_2_3.txt"]
 
 
 @pytest.mark.parametrize("text", ["", "5", "3:2", "0:4", "a:b", "-1:3", "1:2:3"])
