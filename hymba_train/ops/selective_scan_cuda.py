@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hymba_train.errors import UserError
+from hymba_train.ops.gradient_slots import GradientSlot, empty_gradient, slot_of
 from hymba_train.ops.nvrtc import Module
 
 TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS, LANE_THREADS = 16, 64, 16, 128, 64
@@ -103,9 +104,11 @@ def selective_scan_cuda(
         first = u.new_zeros(()) if initial_state is None else initial_state
         return torch.zeros_like(u), first.float().expand(batch, *A_log.shape).clone()
     chunks = CHUNKS or choose_chunks(batch, num_tokens, channels, _multiprocessors(u.device))
+    x = _alike(u, dt, z)
+    slots = tuple(slot_of(t) if t is given else None for t, given in zip(x, (u, dt, z), strict=True))
     y, final = _CudaScan.apply(
-        *_alike(u, dt, z), *_alike(B, C), *(x.float().contiguous() for x in (A_log, D, dt_bias)), initial_state,
-        None if segment_ids is None else segment_ids.long(), chunks,
+        *x, *_alike(B, C), *(x.float().contiguous() for x in (A_log, D, dt_bias)), initial_state,
+        None if segment_ids is None else segment_ids.long(), chunks, slots,
     )  # fmt: skip
     return y.to(u.dtype), final
 
@@ -121,7 +124,7 @@ class Params(ctypes.Structure):
             "dA_log", "dD", "dbias", "d_initial_out", "sync", "keep",
         )),
         *((name + axis, ctypes.c_longlong) for name in ("u", "dt", "z", "dy", "B", "C") for axis in ("_row", "_token")),
-        ("segment_row", ctypes.c_longlong), ("initial_row", ctypes.c_longlong),
+        *((name, ctypes.c_longlong) for name in ("segment_row", "initial_row", "dz_token")),
         *((name, ctypes.c_int) for name in (
             "batch", "tokens", "channels", "states", "blocks", "chunk_tokens", "chunks", "chained",
         )),
@@ -132,7 +135,7 @@ class _CudaScan(torch.autograd.Function):
     """u, dt, z of one dtype, B, C of one dtype; A_log, D, bias, initial ([C, N] or [B, C, N]) float32, contiguous."""
 
     @staticmethod
-    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks):
+    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks, slots):
         run = _Run(_kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         y = run.new("y", u.shape, u.dtype)
@@ -146,7 +149,7 @@ class _CudaScan(torch.autograd.Function):
         run.launch("scan_forward", run.chains * chunks.count)
         if checkpoints is not None:
             ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before)
-            ctx.find_kernels, ctx.chunks = _kernels, chunks
+            ctx.find_kernels, ctx.chunks, ctx.slots = _kernels, chunks, slots
             ctx.set_materialize_grads(False)
         return y, final
 
@@ -161,7 +164,9 @@ class _CudaScan(torch.autograd.Function):
         run.set("checkpoints", checkpoints)
         run.set("before", before)
         run.set("d_final", None if d_final is None else _whole(d_final))
-        du, ddt, dz = (run.new(name, u.shape, u.dtype) for name in ("du", "ddt", "dz"))
+        du, ddt, dz = (
+            run.new_gradient(name, slot, u) for name, slot in zip(("du", "ddt", "dz"), ctx.slots, strict=True)
+        )
         dB, dC = (run.new(name, B.shape, B.dtype) for name in ("dB", "dC"))
         dA_log, dD, dbias = run.new("dA_log", A_log.shape), run.new("dD", D.shape), run.new("dbias", bias.shape)
         (batch, num_tokens, channels), num_states = u.shape, A_log.shape[1]
@@ -179,7 +184,7 @@ class _CudaScan(torch.autograd.Function):
         run.between_chunks("scan_chunk_gradients", "scan_pass_gradients")
         run.launch("scan_backward", run.chains * chunks.count)
         run.launch("scan_sum", -(-batch * num_tokens * 8 // THREADS) + -(-channels * max(num_states, 1) // THREADS))
-        return du, ddt, dz, dB, dC, dA_log, dD, dbias, d_initial, None, None
+        return du, ddt, dz, dB, dC, dA_log, dD, dbias, d_initial, None, None, None
 
 
 class _Run:
@@ -217,6 +222,22 @@ class _Run:
 
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         x = torch.empty(shape, dtype=dtype, device=self.device)
+        self.set(name, x)
+        return x
+
+    def new_gradient(self, name: str, slot: GradientSlot | None, like: Tensor) -> Tensor:
+        """Memory for a gradient [B, S, C]: its slot, if this kernel can write there."""
+        x = (
+            torch.empty_like(like, memory_format=torch.contiguous_format)
+            if slot is None
+            else empty_gradient(slot, like)
+        )
+        in_order = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+        aligned = x.data_ptr() % 16 == 0 and x.stride(1) % 2 == 0
+        if not (in_order and aligned and (name == "dz" or x.is_contiguous())):
+            x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if name == "dz":
+            self.params.dz_token = x.stride(1)
         self.set(name, x)
         return x
 

@@ -1,13 +1,17 @@
 """The CUDA selective scan: chunks of time, layouts and types; on a GPU, and its very source in a warp emulator."""
 
 import itertools
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from hymba_train.errors import UserError
+from hymba_train.ops import gradient_slots
 from hymba_train.ops import selective_scan as plain
 from hymba_train.ops import selective_scan_cuda as scan
+from hymba_train.ops.gradient_slots import split_columns, split_rows, view_with_slot
 from hymba_train.ops.registry import select
 from tests.ops.emulator import emulated, emulated_backend, needs_emulator
 from tests.ops.test_op_selective_scan import assert_close, cuda_backend, inputs, needs_cuda, outputs_and_gradients
@@ -104,6 +108,38 @@ def test_slices_of_wider_rows(backend, device, x_dtype, bc_dtype, offset, C):
     # bf16: every result is rounded; dB and dC are sums of products with 10 bits of mantissa.
     tolerance = 1e-2 if torch.bfloat16 in (x_dtype, bc_dtype) else 1e-5
     assert_close(found, expected, tolerance)
+
+
+@over_devices
+def test_gradients_land_in_their_slots(backend, device):
+    """u, dt and z cut from longer and wider rows, as in the model: their gradients are those of plain tensors, and were
+    written where the whole gradient lies."""
+    B, S, C, M, extra = 2, 37, 64, 3, 6
+    generator = torch.Generator().manual_seed(3)
+    random = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
+    whole = [random(M + B * S, width).requires_grad_() for width in (C, C, extra + C)]
+    rest = [random(C, 16) * 0.1, random(B, S, 16), random(B, S, 16), random(C), random(C) - 3]
+    dy = random(B, S, C)
+
+    def run(split):
+        wide = whole[2] * 1.0  # not a leaf, as in_proj's output
+        z = split.columns(wide, [extra, C])[1]
+        u, dt, z = (split.rows(x, [M, B * S])[1] for x in (whole[0] * 1.0, whole[1] * 1.0, z))
+        u, dt, z = (view_with_slot(x, x.unflatten(0, (B, S))) for x in (u, dt, z))
+        y, _ = backend(u, dt, rest[0], rest[1], rest[2], rest[3], rest[4], z)
+        return torch.autograd.grad(y, whole, dy)
+
+    ordinary = SimpleNamespace(columns=lambda x, n: x.split(n, 1), rows=lambda x, n: x.split(n, 0))
+    expected = run(ordinary)
+    copied = []
+    with mock.patch.object(gradient_slots, "_is_same_memory", lambda a, b: copied.append(not same(a, b)) or same(a, b)):
+        found = run(SimpleNamespace(columns=split_columns, rows=split_rows))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert copied and not any(copied)
+
+
+same = gradient_slots._is_same_memory
 
 
 @over_devices

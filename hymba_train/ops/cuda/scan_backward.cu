@@ -221,7 +221,7 @@ KERNEL(scan_backward) {
   } else {
     load_state(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
   }
-  const long long out_step = (long long)WARPS * p.channels;  // the same for du, ddt and dz
+  const long long out_step = (long long)WARPS * p.channels;  // the same for du and ddt
   long long out = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll 1
   for (; first >= at.first; first -= TILE, out -= ITEMS * out_step) {
@@ -253,7 +253,10 @@ KERNEL(scan_backward) {
       *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = record;
       *(float2*)(shared.dy + (token * PAIRS + at.lane) * 2) = to_sum;
       *(float2*)(shared.slope + (i * 128 + threadIdx.x) * 2) = slopes;
-      if (valid) store_pair(p.dz, out + i * out_step, at.item, p.channels, pack(dz[0], dz[1]));
+      if (valid) {
+        long long place = ((long long)at.row * p.tokens + first + token) * p.dz_token + at.item;
+        store_pair(p.dz, place, at.item, p.channels, pack(dz[0], dz[1]));
+      }
     }
     rows.store(shared.bc);
     unsigned starts = vote(rows.start);

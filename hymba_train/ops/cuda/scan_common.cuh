@@ -65,7 +65,7 @@ struct Params {
   float *dA_log, *dD, *dbias, *d_initial_out;
   int *sync, *keep;
   long long u_row, u_token, dt_row, dt_token, z_row, z_token, dy_row, dy_token, B_row, B_token, C_row, C_token;
-  long long segment_row, initial_row;
+  long long segment_row, initial_row, dz_token;  // dz may lie in wider rows, one after the other
   int batch, tokens, channels, states, blocks, chunk_tokens, chunks, chained;
 };
 
