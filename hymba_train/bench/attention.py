@@ -82,14 +82,48 @@ def measure(backend, batch: int, seq: int, window: int | None, documents: int) -
     )  # fmt: skip
 
 
+def tune_meta_kernels() -> list[dict]:
+    """Milliseconds of both kernels of the meta prefix by rows of a block, blocks of a program and warps."""
+    from hymba_train.ops import attention_cudnn as module
+
+    batch, seq = 8, 2048
+    random = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, out, d_out, d_q = random(batch, seq, H, DK), random(batch, seq, H, DV), random(batch, seq, H, DV), None
+    meta_k, meta_v, lse = random(M, G, DK), random(M, G, DV), torch.rand(batch, H, seq, 1, device="cuda") + 5
+    d_q, merged, merged_lse = torch.zeros_like(q), torch.empty_like(out), torch.empty_like(lse)
+    launch = module.MetaLaunch.of(q, meta_k, meta_v, lse, DK**-0.5)
+    saved, rows = (module.ROWS, module.BLOCKS, module.WARPS), []
+    print("meta kernels, 8 x 2048:  rows blocks warps   merge ms  backward ms")
+    for sizes in [(64, 8, 4), (64, 8, 8), (128, 4, 8), (128, 4, 4), (64, 4, 8), (64, 16, 8), (32, 16, 4), (32, 8, 4)]:
+        module.ROWS, module.BLOCKS, module.WARPS = sizes
+        row = dict(backend="meta kernels", sizes=sizes)
+        try:
+            row["merge_ms"] = milliseconds(
+                lambda _: launch.merge(q, meta_k, meta_v, out, lse, merged, merged_lse), [None]
+            )
+            row["backward_ms"] = milliseconds(
+                lambda _: launch.backward(q, meta_k, meta_v, out, d_out, lse, d_q), [None]
+            )
+            print(f"{'':24} {sizes[0]:5} {sizes[1]:6} {sizes[2]:5} {row['merge_ms']:10.3f} {row['backward_ms']:12.3f}")
+        except Exception as error:  # a size that does not fit the chip
+            row["error"] = repr(error)[:200]
+            print(f"{'':24} {sizes} {row['error']}")
+        rows.append(row)
+    module.ROWS, module.BLOCKS, module.WARPS = saved
+    return rows
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="hymba bench attention", description=__doc__)
+    names = [backend.name for backend in BACKENDS["attention"] if "cuda" in backend.device_types]
+    parser.add_argument("--backends", nargs="+", choices=names, default=[n for n in names if n != "torch"])
+    parser.add_argument("--tune", action="store_true", help="time the meta prefix's kernels at other block sizes")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
     rows = []
     for case in CASES:
         for backend in BACKENDS["attention"]:
-            if backend.name != "torch":
+            if backend.name in args.backends:
                 try:
                     rows.append(measure(backend, *case))
                 except Exception as error:  # one backend's failure must not lose the other's figures
@@ -104,6 +138,8 @@ def main(argv: Sequence[str]) -> int:
             f"{r['backend']:7} {r['batch']:3} {r['seq']:5} {r['window']!s:>7} {r['documents']:4} "
             f"{r['forward_ms']:8.3f} {r['forward_tflops']:8.0f} {r['both_ms']:11.3f} {r['both_tflops']:8.0f}"
         )
+    if args.tune:
+        rows += tune_meta_kernels()
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1))
     return int(any("error" in r for r in rows))

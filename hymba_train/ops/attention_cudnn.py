@@ -20,6 +20,8 @@ ROWS = 64
 """Query rows of a block in the kernels of the meta prefix."""
 BLOCKS = 8
 """Blocks of a program in the backward kernel: fewer partial sums, fewer programs."""
+WARPS = 8
+"""Warps of a program in the backward kernel; the forward one has half as many."""
 
 
 def attention_cudnn(
@@ -145,7 +147,7 @@ class MetaLaunch:
 
         merge_meta[-(-self.num_rows // ROWS), self.heads](
             q, meta_k, meta_v, text, text_lse, out, lse, *self._sizes,
-            DK=self.dk, DV=self.dv, ROWS=ROWS, META=self._meta_tile, num_warps=4,
+            DK=self.dk, DV=self.dv, ROWS=ROWS, META=self._meta_tile, num_warps=WARPS // 2,
         )  # fmt: skip
 
     def backward(
@@ -161,7 +163,7 @@ class MetaLaunch:
         ]
         meta_backward[strips, self.heads](
             q, meta_k, meta_v, out, d_out, lse, d_q, *parts, *self._sizes,
-            DK=self.dk, DV=self.dv, ROWS=ROWS, META=tile, BLOCKS=BLOCKS, num_warps=8,
+            DK=self.dk, DV=self.dv, ROWS=ROWS, META=tile, BLOCKS=BLOCKS, num_warps=WARPS,
         )  # fmt: skip
         share = self.heads // self.groups
         d_k, d_v = (
