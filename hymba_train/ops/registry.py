@@ -122,11 +122,11 @@ def _pair(op: str, triton: str, torch: str) -> tuple[Backend, Backend]:
 # For each op, the preferred backend first: 'auto' takes the first that can do what is asked.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
-        Backend("attention", "flex", f"{_HERE}.attention_flex:attention_flex", _CUDA, _ATTENTION, _HALF_AND_SINGLE),
         Backend(
-            "attention", "cudnn", f"{_HERE}.attention_cudnn:attention_cudnn", _CUDA, _ATTENTION,
+            "attention", "cudnn", f"{_HERE}.attention_cudnn:attention_cudnn", _CUDA, _ATTENTION | {"deterministic"},
             frozenset({torch.bfloat16, torch.float16}), requires=("transformer_engine", "triton"),
         ),
+        Backend("attention", "flex", f"{_HERE}.attention_flex:attention_flex", _CUDA, _ATTENTION, _HALF_AND_SINGLE),
         Backend("attention", "torch", f"{_HERE}.attention:attention", _ANY, _ATTENTION | {"deterministic"}),
     ),
     "selective_scan": (

@@ -113,3 +113,20 @@ def test_empty_documents_at_the_end_change_nothing_on_gpu():
     )
     for a, b in zip(exact, rounded, strict=True):
         assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_runs_give_the_same_bits_on_gpu(packed):
+    tensors = inputs(B=2, S=1024, M=128, H=10, G=2, dk=64, dv=128, dtype=torch.bfloat16, device="cuda")
+    ids = segments(2, 1024, every=90).cuda() if packed else None
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            outputs_and_gradients(module.attention_cudnn, tensors, window=100, scale=0.125, segment_ids=ids)
+            for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
