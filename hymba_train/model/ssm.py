@@ -59,7 +59,7 @@ class SsmBranch(nn.Module):
         rows, conv = batch.rows, self.conv()
         u = self.ops.causal_conv_rows(
             x, conv.weight, conv.bias, num_meta=rows.num_meta, batch=rows.batch, seq=rows.seq,
-            segment_ids=batch.segment_ids,
+            segment_ids=batch.segment_ids, reach=batch.reach,
         )  # fmt: skip
         s = reduce_from_tensor_model_parallel_region(F.linear(u, self.x_proj().weight), group=self.tp_group)
         norms = (self.dt_norm().weight, self.B_norm().weight, self.C_norm().weight)
