@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
+from hymba_train.ops.rms_norm import aligned
 
 
 class Weights(nn.Module):
@@ -29,6 +30,30 @@ class Weights(nn.Module):
 
     def forward(self) -> Weights:
         return self
+
+
+ALIGNMENT = 8
+"""Columns at multiples of which dt, B and C start, so that matrix products move 16 bytes of bf16 at a time. Hymba's 100
+columns of dt would leave the GPU with kernels of half the speed."""
+
+
+class _AlignGroups(torch.autograd.Function):
+    """Rows of a weight in groups of ``widths``, each followed by zero rows up to a multiple of ALIGNMENT."""
+
+    @staticmethod
+    def forward(ctx, weight, widths):
+        ctx.widths = widths
+        parts = []
+        for part, width in zip(weight.split(widths), widths, strict=True):
+            parts.append(part)
+            if width % ALIGNMENT:
+                parts.append(weight.new_zeros(-width % ALIGNMENT, weight.shape[1]))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        parts = d_out.split([aligned(width, ALIGNMENT) for width in ctx.widths])
+        return torch.cat([part[:width] for part, width in zip(parts, ctx.widths, strict=True)]), None
 
 
 class SsmBranch(nn.Module):
@@ -61,14 +86,21 @@ class SsmBranch(nn.Module):
             x, conv.weight, conv.bias, num_meta=rows.num_meta, batch=rows.batch, seq=rows.seq,
             segment_ids=batch.segment_ids, reach=batch.reach,
         )  # fmt: skip
-        s = reduce_from_tensor_model_parallel_region(F.linear(u, self.x_proj().weight), group=self.tp_group)
         norms = (self.dt_norm().weight, self.B_norm().weight, self.C_norm().weight)
-        normed = self.ops.group_rms_norm(s, norms, self.eps)
+        weight = _AlignGroups.apply(self.x_proj().weight, [w.shape[0] for w in norms])
+        s = reduce_from_tensor_model_parallel_region(F.linear(u, weight), group=self.tp_group)
+        normed = self.ops.group_rms_norm(s, norms, self.eps, ALIGNMENT)
         # Every rank's channels send a partial gradient back through dt, B and C. Summed here, after the norms, it is
         # whole when it reaches their weights, which therefore need no reduction of their own.
         normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
-        dt, B, C = normed.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        y = self._scan(u, F.linear(dt, self.dt_proj().weight), B, C, z, batch)
+        room = [aligned(w.shape[0], ALIGNMENT) for w in norms]
+        dt, B, C = normed.split(room, dim=-1)
+        if room[1] > self.state_dim:
+            B, C = B[:, : self.state_dim], C[:, : self.state_dim]
+        weight = self.dt_proj().weight
+        if room[0] > self.dt_rank:
+            weight = F.pad(weight, (0, room[0] - self.dt_rank))
+        y = self._scan(u, F.linear(dt, weight), B, C, z, batch)
         return rows.join(*y).unsqueeze(1)
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
