@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
+from hymba_train.ops.gradient_slots import view_with_slot
 from hymba_train.ops.rms_norm import aligned
 
 
@@ -56,6 +57,29 @@ class _AlignGroups(torch.autograd.Function):
         return torch.cat([part[:width] for part, width in zip(parts, ctx.widths, strict=True)]), None
 
 
+class _Project(torch.autograd.Function):
+    """u [N, C], weight [K, C] -> u @ weight.T and u. The gradient from the second use is what the matrix product of the
+    backward pass adds to, in place, rather than a third tensor that both are summed into.
+
+    That gradient must be nobody else's: the one of hymba_train.ops.gradient_slots' splits is not.
+    """
+
+    @staticmethod
+    def forward(ctx, u, weight):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, weight)
+        return F.linear(u, weight), u.view_as(u)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_u):
+        u, weight = ctx.saved_tensors
+        if d_out is None:
+            return d_u, None
+        d_u = d_out @ weight if d_u is None else d_u.addmm_(d_out, weight)
+        return d_u, d_out.t() @ u
+
+
 class SsmBranch(nn.Module):
     """Parameters live in the mixer's name space (mixer.conv.weight, mixer.A_log, ...): the mixer owns this as a part.
 
@@ -88,7 +112,8 @@ class SsmBranch(nn.Module):
         )  # fmt: skip
         norms = (self.dt_norm().weight, self.B_norm().weight, self.C_norm().weight)
         weight = _AlignGroups.apply(self.x_proj().weight, [w.shape[0] for w in norms])
-        s = reduce_from_tensor_model_parallel_region(F.linear(u, weight), group=self.tp_group)
+        s, u = _Project.apply(u, weight)
+        s = reduce_from_tensor_model_parallel_region(s, group=self.tp_group)
         normed = self.ops.group_rms_norm(s, norms, self.eps, ALIGNMENT)
         # Every rank's channels send a partial gradient back through dt, B and C. Summed here, after the norms, it is
         # whole when it reaches their weights, which therefore need no reduction of their own.
@@ -106,11 +131,11 @@ class SsmBranch(nn.Module):
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         rows = batch.rows
         (mu, u), (mdt, dt), (mB, B), (mC, C), (mz, z) = (rows.split(t) for t in (u, dt, B, C, z))
+        mu, mdt, mB, mC, mz = (view_with_slot(t, t.unsqueeze(0)) for t in (mu, mdt, mB, mC, mz))
         channel = (self.D, self.dt_bias)
         meta, state = self.ops.selective_scan(
-            mu.unsqueeze(0), mdt.unsqueeze(0), self.A_log, mB.unsqueeze(0), mC.unsqueeze(0), *channel, mz.unsqueeze(0),
-            initial_state=None, segment_ids=None,
-        )  # fmt: skip
+            mu, mdt, self.A_log, mB, mC, *channel, mz, initial_state=None, segment_ids=None
+        )
         text, _ = self.ops.selective_scan(
             u, dt, self.A_log, B, C, *channel, z, initial_state=state[0], segment_ids=batch.segment_ids
         )
