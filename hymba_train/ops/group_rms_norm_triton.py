@@ -101,7 +101,7 @@ def group_forward(
     c = tl.arange(0, BLOCK)[None, :]
     ok = (row < num_rows) & (c < WIDTH)
     grouped = (c < END0) | ((c >= START1) & (c < END1)) | ((c >= START2) & (c < END2))
-    x = tl.load(X + row * stride + c, mask=ok & grouped, other=0.0).to(tl.float32)
+    x = tl.where(grouped, tl.load(X + row * stride + c, mask=ok, other=0.0).to(tl.float32), 0.0)
     w = tl.load(W + c, mask=c < WIDTH, other=0.0).to(OUT.dtype.element_ty).to(tl.float32)
     normed = x * (1.0 / tl.sqrt(_group_mean(x * x, c, END0, START1, END1, START2, END2) + eps))
     out = normed.to(OUT.dtype.element_ty).to(tl.float32) * w
@@ -118,8 +118,8 @@ def group_backward(
     c = tl.arange(0, BLOCK)[None, :]
     ok = (row < num_rows) & (c < WIDTH)
     grouped = (c < END0) | ((c >= START1) & (c < END1)) | ((c >= START2) & (c < END2))
-    x = tl.load(X + row * stride_x + c, mask=ok & grouped, other=0.0).to(tl.float32)
-    d_out = tl.load(DOUT + row * stride_o + c, mask=ok & grouped, other=0.0).to(tl.float32)
+    x = tl.where(grouped, tl.load(X + row * stride_x + c, mask=ok, other=0.0).to(tl.float32), 0.0)
+    d_out = tl.where(grouped, tl.load(DOUT + row * stride_o + c, mask=ok, other=0.0).to(tl.float32), 0.0)
     w = tl.load(W + c, mask=c < WIDTH, other=0.0).to(DX.dtype.element_ty).to(tl.float32)
     scale = 1.0 / tl.sqrt(_group_mean(x * x, c, END0, START1, END1, START2, END2) + eps)
     normed, d_normed = x * scale, d_out * w
