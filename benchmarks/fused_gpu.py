@@ -1,11 +1,13 @@
 """The fused ops on one GPU: each against float64, then its time against plain torch and torch.compile.
 
-python -m benchmarks.fused_gpu [--seconds 110] [--tune] [--only NAME ...]
+python -m benchmarks.fused_gpu [--seconds 110] [--tune] [--fused-alone] [--only NAME ...]
 
 Widths are Hymba-1.5B's, rows those of a micro-batch of 8192 or 16384 tokens with 128 meta tokens, bf16, documents of
 about 1000 tokens. Times are medians of CUDA graph replays with a cold L2. GB/s counts every tensor once (an input read,
-an output written). ``--tune`` tries other block sizes after that. What does not fit into ``--seconds`` is left out, and
-said. Details go to $OUT/fused_gpu.json, if OUT is set.
+an output written). Inputs that are slices of in_proj's output lie in rows as wide as that; ``in_proj's parts`` has them
+all at once, with their gradients in one tensor. ``--tune`` tries other block sizes after that, ``--fused-alone`` times
+nothing else. What does not fit into ``--seconds`` is left out, and said. Details go to $OUT/fused_gpu.json, if OUT is
+set.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from hymba_train.ops.normed_average import normed_average
 from hymba_train.ops.normed_average_triton import normed_average_triton
 from hymba_train.ops.rms_norm import add_rms_norm, group_rms_norm, rms_norm
 from hymba_train.ops.rope import rope_tables, rotate_heads
+from hymba_train.ops.segments import rows_reach
 from hymba_train.ops.swiglu import swiglu
 from hymba_train.ops.swiglu_triton import swiglu_triton as swiglu_fused
 
@@ -58,7 +61,12 @@ class Case:
     row_bytes: tuple[int, int]
     float32: frozenset[int] = frozenset()  # inputs that are float32 whatever the dtype
     flops_per_row: int = 0  # matrix products, forward
-    knobs: list[tuple[object, dict[str, list[int]]]] = field(default_factory=list)
+    columns: dict[int, slice] = field(default_factory=dict)  # an input's columns that are the op's
+    knobs: list[tuple[object, tuple[str, ...], list[tuple[int, ...]]]] = field(default_factory=list)
+
+    def leaves(self, inputs: list[Tensor]) -> list[Tensor]:
+        parts = [x[:, self.columns[i]] if i in self.columns else x for i, x in enumerate(inputs)]
+        return [x.detach().requires_grad_() for x in parts]
 
 
 def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -78,14 +86,19 @@ def tables(rows: int) -> tuple[Tensor, Tensor]:
 
 def conv(function: Callable) -> Callable:
     def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ids = segment_ids(x.shape[0])
-        return function(
-            x[:, 2560:5760], weight, bias, num_meta=META, batch=4, seq=(x.shape[0] - META) // 4, segment_ids=ids
-        )
+        return function(x, weight, bias, **conv_sizes(x.shape[0]))
 
     return call
 
 
+def conv_sizes(rows: int) -> dict:
+    if rows not in _reach:
+        sizes = dict(num_meta=META, batch=4, seq=(rows - META) // 4, segment_ids=segment_ids(rows))
+        _reach[rows] = {**sizes, "reach": rows_reach(*list(sizes.values())[:3], rows, segment_ids(rows), 3, DEVICE)}
+    return _reach[rows]
+
+
+_reach: dict[int, dict] = {}
 _ids: dict[int, Tensor] = {}
 _tables: dict[int, tuple[Tensor, Tensor]] = {}
 _labels: dict[int, Tensor] = {}
@@ -113,9 +126,7 @@ def labels(rows: int) -> Tensor:
 def parts_plain(projected: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     q, k, v, x, z = projected.split(PARTS, -1)
     rows, cos_sin = projected.shape[0], rotation(projected.shape[0])
-    out = causal_conv_rows(
-        x, weight, bias, num_meta=META, batch=4, seq=(rows - META) // 4, segment_ids=segment_ids(rows)
-    )
+    out = causal_conv_rows(x, weight, bias, **conv_sizes(rows))
     pieces = [t for part in (v, z) for t in (part[:META], part[META:])]
     return rotate_heads(q, *cos_sin, HEADS), rotate_heads(k, *cos_sin, KV_HEADS), out, *(p.sigmoid() for p in pieces)
 
@@ -123,9 +134,7 @@ def parts_plain(projected: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor
 def parts_fused(projected: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     q, k, v, x, z = split_columns(projected, PARTS)
     rows, cos_sin = projected.shape[0], rotation(projected.shape[0])
-    out = causal_conv_rows_triton(
-        x, weight, bias, num_meta=META, batch=4, seq=(rows - META) // 4, segment_ids=segment_ids(rows)
-    )
+    out = causal_conv_rows_triton(x, weight, bias, **conv_sizes(rows))
     pieces = [t for part in (v, z) for t in split_rows(part, [META, rows - META])]
     turn = rope_triton.rotate_heads_triton
     return turn(q, *cos_sin, HEADS), turn(k, *cos_sin, KV_HEADS), out, *(p.sigmoid() for p in pieces)
@@ -141,14 +150,19 @@ def conv_inputs(rows: int, dtype: torch.dtype) -> list[Tensor]:
 
 def cases() -> list[Case]:
     b = 2  # bytes of a bf16 number
-    norm_knobs = [(rows_triton, {"ROWS_PER_PROGRAM": [8, 16, 32], "VALUES_PER_THREAD": [8, 16, 32]})]
+    tuned = itertools.product
+    norm_knobs = [(rows_triton, ("ROWS_PER_PROGRAM", "VALUES_PER_THREAD"), list(tuned([16, 32], [16, 32])))]
     conv_knobs = [
-        (conv_module, {"FORWARD_CHUNK": [32, 64, 128], "FORWARD_CHANNELS": [64, 128, 256]}),
-        (conv_module, {"BACKWARD_CHUNK": [32, 64, 128], "BACKWARD_CHANNELS": [64, 128, 256]}),
+        (conv_module, tuple(f"{pass_}_{name}" for name in ("CHUNK", "CHANNELS", "REGISTERS")), tried)
+        for pass_, tried in (
+            ("FORWARD", [(64, 128, 128), (32, 128, 128), (64, 64, 64), (128, 64, 64)]),
+            ("BACKWARD", [(64, 128, 200), (64, 128, 168), (64, 64, 128), (128, 64, 128), (64, 64, 96)]),
+        )
     ]
+    rope_knobs = [(rope_triton, ("ROWS", "VALUES_PER_THREAD"), [(2, 8), (1, 8), (4, 8), (2, 4)])]
     loss_knobs = [
-        (loss_module, {"FORWARD_BLOCK": [2048, 4096, 8192], "FORWARD_WARPS": [4, 8, 16]}),
-        (loss_module, {"BACKWARD_BLOCK": [1024, 2048, 4096, 8192], "BACKWARD_WARPS": [4, 8]}),
+        (loss_module, ("FORWARD_BLOCK", "FORWARD_WARPS"), list(tuned([2048, 4096, 8192], [4, 8, 16]))),
+        (loss_module, ("BACKWARD_BLOCK", "BACKWARD_WARPS"), list(tuned([1024, 2048, 4096, 8192], [4, 8]))),
     ]
     norm, fused_norm = (lambda x, w: rms_norm(x, w, EPS)), (lambda x, w: rms_norm_triton.rms_norm_triton(x, w, EPS))
     return [
@@ -170,13 +184,14 @@ def cases() -> list[Case]:
              {"triton": lambda *x: normed_average_triton(*x, EPS, E, lambda s: None)},
              (5 * E * b, 8 * E * b), frozenset({2, 3})),
         Case("swiglu", lambda n, t: [randn(n, 2 * F)], swiglu, {"triton": swiglu_fused}, (3 * F * b, 5 * F * b),
-             knobs=[(swiglu_triton, {"ROWS": [1, 2, 4, 8], "COLUMNS": [512, 1024, 2048], "WARPS": [4, 8]})]),
+             knobs=[(swiglu_triton, ("ROWS", "COLUMNS", "WARPS"), list(tuned([1, 2, 4], [512, 1024], [4, 8])))]),
         Case("conv_rows", conv_inputs, conv(causal_conv_rows), {"triton": conv(causal_conv_rows_triton)},
-             (2 * E * b, 3 * E * b), knobs=conv_knobs),
-        Case("rope of q", lambda n, t: [randn(n, sum(PARTS))],
-             lambda x: rotate_heads(x[:, :D], *rotation(x.shape[0]), HEADS),
-             {"triton": lambda x: rope_triton.rotate_heads_triton(x[:, :D], *rotation(x.shape[0]), HEADS)},
-             (2 * D * b + 256, 2 * D * b + 256), knobs=[(rope_triton, {"ROWS": [1, 2, 4, 8], "WARPS": [2, 4, 8]})]),
+             (2 * E * b, 3 * E * b), columns={0: slice(2560, 2560 + E)}, knobs=conv_knobs),
+        *(Case(f"rope of {name}", lambda n, t: [randn(n, sum(PARTS))],
+               lambda x, heads=heads: rotate_heads(x, *rotation(x.shape[0]), heads),
+               {"triton": lambda x, heads=heads: rope_triton.rotate_heads_triton(x, *rotation(x.shape[0]), heads)},
+               (heads * 256 + 256, heads * 256 + 256), columns={0: slice(first, first + 64 * heads)}, knobs=rope_knobs)
+          for name, heads, first in (("q", HEADS, 0), ("k", KV_HEADS, D))),
         Case("in_proj's parts", conv_inputs, parts_plain, {"triton": parts_fused},
              (2 * (D + 320 + E + 640 + E) * b + 320, (2 * (D + 320) + 3 * E + 3 * (640 + E)) * b + 320)),
         Case("linear_cross_entropy", lambda n, t: [randn(n, D), randn(PADDED_VOCAB, D, scale=0.03)],
@@ -190,8 +205,8 @@ def cases() -> list[Case]:
 # -- right? ------------------------------------------------------------------------------------------------------------
 
 
-def results(function: Callable, inputs: list[Tensor], seeds: int = 7) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def results(case: Case, function: Callable, inputs: list[Tensor], seeds: int = 7) -> list[Tensor]:
+    leaves = case.leaves(inputs)
     out = function(*leaves)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator(DEVICE).manual_seed(seeds)
@@ -208,12 +223,12 @@ def check(case: Case) -> dict[str, float]:
         torch.manual_seed(0)
         base = case.make(META + (260 if DEVICE == "cuda" else 12), dtype)
         inputs = [x.to(torch.float32 if i in case.float32 else dtype) for i, x in enumerate(base)]
-        expected = results(case.plain, [x.double() for x in inputs])
-        found = results(function, inputs)
+        expected = results(case, case.plain, [x.double() for x in inputs])
+        found = results(case, function, inputs)
         errors = [
             ((a.double() - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(found, expected, strict=True)
         ]
-        again = all(torch.equal(a, b) for a, b in zip(found, results(function, inputs), strict=True))
+        again = all(torch.equal(a, b) for a, b in zip(found, results(case, function, inputs), strict=True))
         key = f"{name} {str(dtype).removeprefix('torch.')}"
         worst[key] = max(errors) if all(e == e for e in errors) else math.nan
         if not worst[key] <= TOLERANCE[dtype]:
@@ -251,9 +266,9 @@ def milliseconds(function: Callable[[], object]) -> tuple[float, bool]:
     return found, True
 
 
-def both_times(function: Callable, inputs: list[Tensor]) -> dict[str, float]:
+def both_times(case: Case, function: Callable, inputs: list[Tensor]) -> dict[str, float]:
     """ms forward alone, and forward with backward."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = case.leaves(inputs)
     out = function(*leaves)
     out = out if isinstance(out, tuple) else (out,)
     upstream = [torch.randn_like(o) for o in out]
@@ -271,13 +286,13 @@ def both_times(function: Callable, inputs: list[Tensor]) -> dict[str, float]:
     return {"forward": f, "both": fb, "graph": captured and also}
 
 
-def time_case(case: Case, rows: int, deadline: float, compiled: bool) -> dict[str, dict]:
+def time_case(case: Case, rows: int, deadline: float, compiled: bool, plain: bool = True) -> dict[str, dict]:
     inputs = [
         x.to(torch.float32 if i in case.float32 else torch.bfloat16)
         for i, x in enumerate(case.make(rows, torch.bfloat16))
     ]
     contenders = {"compiled": torch.compile(case.plain, dynamic=False)} if compiled else dict(case.fused)
-    if not compiled:
+    if plain and not compiled:
         contenders["plain"] = case.plain
     found = {}
     for name, function in contenders.items():
@@ -285,7 +300,7 @@ def time_case(case: Case, rows: int, deadline: float, compiled: bool) -> dict[st
             print(f"  out of time: {case.name}, {rows} rows, {name}", flush=True)
             continue
         try:
-            found[name] = both_times(function, inputs)
+            found[name] = both_times(case, function, inputs)
         except Exception as error:
             print(f"  FAILED {case.name} {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         torch.cuda.empty_cache()
@@ -298,17 +313,17 @@ def tune(case: Case, rows: int, deadline: float) -> list[tuple[float, float, dic
     inputs = [x.to(torch.float32 if i in case.float32 else torch.bfloat16)
               for i, x in enumerate(case.make(rows, torch.bfloat16))]  # fmt: skip
     tried = []
-    for module, values in case.knobs:
-        before = {name: getattr(module, name) for name in values}
-        for combination in itertools.product(*values.values()):
+    for module, names, combinations in case.knobs:
+        before = {name: getattr(module, name) for name in names}
+        for combination in combinations:
             if time.monotonic() > deadline:
                 print(f"  out of time: tuning {case.name}", flush=True)
                 break
-            settings = dict(zip(values, combination, strict=True))
+            settings = dict(zip(names, combination, strict=True))
             for name, value in settings.items():
                 setattr(module, name, value)
             try:
-                t = both_times(function, inputs)
+                t = both_times(case, function, inputs)
                 tried.append((t["both"], t["forward"], settings))
             except Exception as error:
                 print(f"  FAILED {case.name} {settings}: {type(error).__name__}: {str(error)[:200]}", flush=True)
@@ -346,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=110)
     parser.add_argument("--tune", action="store_true", help="try other block sizes in the time that is left")
+    parser.add_argument("--fused-alone", action="store_true", help="time neither plain torch nor torch.compile")
     parser.add_argument("--only", nargs="*", help="names of ops")
     parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 16384])
     given = parser.parse_args(arguments)
@@ -371,12 +387,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"FAILED check of {case.name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
         save()
     print(f"checks done after {given.seconds - deadline + time.monotonic():.0f} s", flush=True)
-    for compiled in (False, True) if on_gpu else ():
+    for compiled in ((False,) if given.fused_alone else (False, True)) if on_gpu else ():
         for case, rows in itertools.product(working, sizes):
             times = report["ops"].setdefault(case.name, {}).setdefault(rows, {})
             if compiled and (rows != sizes[-1] or case.name == "linear_cross_entropy"):
                 continue  # torch.compile at the larger size alone: its compilation takes most of the time
-            times.update(time_case(case, rows, deadline, compiled))
+            times.update(time_case(case, rows, deadline, compiled, not given.fused_alone))
             save()
     if given.tune and on_gpu:
         for case in working:
@@ -385,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 save()
     for name, tried in report["tuned"].items():
         print(f"{name}: both, forward ms")
-        for both, forward, settings in tried[:5]:
+        for both, forward, settings in tried[:10]:
             print(f"   {both:.3f} {forward:.3f} {settings}")
         best = min(tried, key=lambda x: x[1], default=None)
         if best:

@@ -48,7 +48,8 @@ class AttentionBranch(nn.Module):
             document_ends=batch.document_ends,
         )  # fmt: skip
         out = rows.join(meta, text).flatten(1).unsqueeze(1)
-        return F.pad(out, (0, (self.head_capacity - self.num_heads) * d.value_head_dim))
+        padding = (self.head_capacity - self.num_heads) * d.value_head_dim
+        return F.pad(out, (0, padding)) if padding else out  # F.pad by nothing copies
 
 
 def needed_kv_heads(dims: ModelDims, tensor_size: int, tensor_rank: int) -> range:

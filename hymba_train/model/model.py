@@ -104,8 +104,9 @@ class HymbaModel(LanguageModule):
         dims = self.config.dims
         rows = TokenRows(dims.num_meta_tokens, b, s, self.num_token_rows(b, s))
         batch = MicroBatch.of(
-            rows, positions, segment_ids, document_ends, dims.head_dim, self.rotary_base, tokens.device
-        )
+            rows, positions, segment_ids, document_ends, dims.head_dim, self.rotary_base, dims.conv_width - 1,
+            tokens.device,
+        )  # fmt: skip
         if self.pre_process:
             hidden, shared = self.embedding(tokens, rows), {}
         else:

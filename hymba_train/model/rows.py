@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hymba_train.ops.gradient_slots import split_rows, view_with_slot
 from hymba_train.ops.rope import rope_tables
+from hymba_train.ops.segments import rows_reach
 
 
 def num_token_rows(num_meta_tokens: int, batch: int, seq: int, multiple: int = 1) -> int:
@@ -67,15 +68,20 @@ class MicroBatch:
     sin: Tensor
     segment_ids: Tensor | None  # [B, S]
     document_ends: Tensor | None  # see hymba_train.ops.segments
+    reach: Tensor  # int32 [N], likewise: of the convolution
 
     @classmethod
     def of(
         cls, rows: TokenRows, positions: Tensor | None, segment_ids: Tensor | None, document_ends: Tensor | None,
-        head_dim: int, rotary_base: float, device: torch.device,
+        head_dim: int, rotary_base: float, num_taps: int, device: torch.device,
     ) -> MicroBatch:  # fmt: skip
-        """RoPE positions: 0..M-1 for meta tokens, M + position for text (in its document; None: in its sequence)."""
+        """RoPE positions: 0..M-1 for meta tokens, M + position for text (in its document; None: in its sequence).
+
+        ``num_taps``: inputs before its own that a convolution looks at.
+        """
         if positions is None:
             positions = torch.arange(rows.seq, device=device).expand(rows.batch, -1)
         meta = torch.arange(rows.num_meta, device=device)
         cos, sin = rope_tables(rows.join(meta, positions + rows.num_meta), head_dim, rotary_base)
-        return cls(rows, cos, sin, segment_ids, document_ends)
+        reach = rows_reach(rows.num_meta, rows.batch, rows.seq, rows.num_rows, segment_ids, num_taps, device)
+        return cls(rows, cos, sin, segment_ids, document_ends, reach)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
+from hymba_train.ops.gradient_slots import view_with_slot
+from hymba_train.ops.rms_norm import aligned
 
 
 class Weights(nn.Module):
@@ -29,6 +31,53 @@ class Weights(nn.Module):
 
     def forward(self) -> Weights:
         return self
+
+
+ALIGNMENT = 16
+"""Columns at multiples of which dt, B and C start: their matrix products and norms then move 16 bytes of bf16 at a
+time, which rows of Hymba's 100 + 16 + 16 columns do not allow."""
+
+
+class _AlignGroups(torch.autograd.Function):
+    """Rows of a weight in groups of ``widths``, each followed by zero rows up to a multiple of ALIGNMENT."""
+
+    @staticmethod
+    def forward(ctx, weight, widths):
+        ctx.widths = widths
+        parts = []
+        for part, width in zip(weight.split(widths), widths, strict=True):
+            parts.append(part)
+            if width % ALIGNMENT:
+                parts.append(weight.new_zeros(-width % ALIGNMENT, weight.shape[1]))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        parts = d_out.split([aligned(width, ALIGNMENT) for width in ctx.widths])
+        return torch.cat([part[:width] for part, width in zip(parts, ctx.widths, strict=True)]), None
+
+
+class _Project(torch.autograd.Function):
+    """u [N, C], weight [K, C] -> u @ weight.T and u. The gradient from the second use is what the matrix product of the
+    backward pass adds to, in place, rather than a third tensor that both are summed into.
+
+    That gradient must be nobody else's: the one of hymba_train.ops.gradient_slots' splits is not.
+    """
+
+    @staticmethod
+    def forward(ctx, u, weight):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, weight)
+        return F.linear(u, weight), u.view_as(u)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_u):
+        u, weight = ctx.saved_tensors
+        if d_out is None:
+            return d_u, None
+        d_u = d_out @ weight if d_u is None else d_u.addmm_(d_out, weight)
+        return d_u, d_out.t() @ u
 
 
 class SsmBranch(nn.Module):
@@ -59,26 +108,34 @@ class SsmBranch(nn.Module):
         rows, conv = batch.rows, self.conv()
         u = self.ops.causal_conv_rows(
             x, conv.weight, conv.bias, num_meta=rows.num_meta, batch=rows.batch, seq=rows.seq,
-            segment_ids=batch.segment_ids,
+            segment_ids=batch.segment_ids, reach=batch.reach,
         )  # fmt: skip
-        s = reduce_from_tensor_model_parallel_region(F.linear(u, self.x_proj().weight), group=self.tp_group)
         norms = (self.dt_norm().weight, self.B_norm().weight, self.C_norm().weight)
-        normed = self.ops.group_rms_norm(s, norms, self.eps)
+        weight = _AlignGroups.apply(self.x_proj().weight, [w.shape[0] for w in norms])
+        s, u = _Project.apply(u, weight)
+        s = reduce_from_tensor_model_parallel_region(s, group=self.tp_group)
+        normed = self.ops.group_rms_norm(s, norms, self.eps, ALIGNMENT)
         # Every rank's channels send a partial gradient back through dt, B and C. Summed here, after the norms, it is
         # whole when it reaches their weights, which therefore need no reduction of their own.
         normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
-        dt, B, C = normed.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        y = self._scan(u, F.linear(dt, self.dt_proj().weight), B, C, z, batch)
+        room = [aligned(w.shape[0], ALIGNMENT) for w in norms]
+        dt, B, C = normed.split(room, dim=-1)
+        if room[1] > self.state_dim:
+            B, C = B[:, : self.state_dim], C[:, : self.state_dim]
+        weight = self.dt_proj().weight
+        if room[0] > self.dt_rank:
+            weight = F.pad(weight, (0, room[0] - self.dt_rank))
+        y = self._scan(u, F.linear(dt, weight), B, C, z, batch)
         return rows.join(*y).unsqueeze(1)
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         rows = batch.rows
         (mu, u), (mdt, dt), (mB, B), (mC, C), (mz, z) = (rows.split(t) for t in (u, dt, B, C, z))
+        mu, mdt, mB, mC, mz = (view_with_slot(t, t.unsqueeze(0)) for t in (mu, mdt, mB, mC, mz))
         channel = (self.D, self.dt_bias)
         meta, state = self.ops.selective_scan(
-            mu.unsqueeze(0), mdt.unsqueeze(0), self.A_log, mB.unsqueeze(0), mC.unsqueeze(0), *channel, mz.unsqueeze(0),
-            initial_state=None, segment_ids=None,
-        )  # fmt: skip
+            mu, mdt, self.A_log, mB, mC, *channel, mz, initial_state=None, segment_ids=None
+        )
         text, _ = self.ops.selective_scan(
             u, dt, self.A_log, B, C, *channel, z, initial_state=state[0], segment_ids=batch.segment_ids
         )

@@ -48,12 +48,15 @@ def causal_conv(
 
 
 def causal_conv_rows(
-    x: Tensor, weight: Tensor, bias: Tensor, *, num_meta: int, batch: int, seq: int, segment_ids: Tensor | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, *, num_meta: int, batch: int, seq: int,
+    segment_ids: Tensor | None = None, reach: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`causal_conv` on the flat token axis (hymba_train.model.rows); backend ``torch``.
 
     x [N, C]: num_meta meta tokens (from zero taps), then batch * seq tokens of text, every document of which (by
     segment_ids [B, S]) starts from the last meta tokens; further rows are padding. Returns [N, C], padding zero.
+    ``reach`` is what :func:`hymba_train.ops.segments.rows_reach` makes of the same segment_ids, for backends that would
+    compute it in every layer; this one has no use for it.
     """
     end = num_meta + batch * seq
     meta, taps = causal_conv(x[:num_meta].unsqueeze(0), weight, bias)

@@ -1,9 +1,9 @@
-"""Triton kernels of the causal convolution; launched by :mod:`hymba_train.ops.causal_conv_triton`.
+"""Triton kernels of the causal convolution on flat rows; launched by :mod:`hymba_train.ops.causal_conv_triton`.
 
-A program walks over CHUNK tokens of BC channels, four tokens a round, with the inputs (backward: and the gradients of
-the pre-activation) of three neighbouring tokens in registers: every value is loaded once. A document starts at t where
-SEG[t] != SEG[t - 1]; tokens then see the initial taps in place of what lies before t. Chunks without a start, all but
-few, take a path that knows nothing of documents and taps.
+A program, one warp, walks over CHUNK rows of BC channels, four rows a round. What neighbouring rows share stays in
+registers, every value is loaded once, and a round's values are asked for one round ahead: the time of a round is that
+of its arithmetic, not of memory. Documents cost nothing where none starts: REACH says for each row how many of the
+inputs before it are of its own document, and only rounds with a row that reaches less than three look at it.
 """
 
 import triton
@@ -11,136 +11,119 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(pointer, c, ok):
-    return tl.load(pointer + c, mask=ok, other=0.0).to(tl.float32)
+def _row(X, t, stride, c, ok):
+    """x[t] in its own dtype, zero unless ok."""
+    return tl.load(X + t * stride + c, mask=ok, other=0.0)
 
 
 @triton.jit
-def _start(SEG, t, num_tokens, SEGMENTS: tl.constexpr):
-    """A document starts at t. Not at token 0: what lies before that are the taps anyway."""
-    if SEGMENTS:
-        inside = (t > 0) & (t < num_tokens)
-        return tl.load(SEG + t, mask=inside, other=0) != tl.load(SEG + t - 1, mask=inside, other=0)
-    else:
-        return t < -1000000000  # False
-
-
-@triton.jit
-def _has_start(SEG, first, last, num_tokens, SPAN: tl.constexpr, SEGMENTS: tl.constexpr):
-    """A document, or the row, starts in first..last (at most SPAN tokens)."""
-    found = first <= 0
-    if SEGMENTS:
-        t = first + tl.arange(0, SPAN)
-        inside = (t > 0) & (t < num_tokens) & (t <= last)
-        here = tl.load(SEG + t, mask=inside, other=0)
-        before = tl.load(SEG + t - 1, mask=inside, other=0)
-        found = found | (tl.max((here != before).to(tl.int32), 0) > 0)
-    return found
-
-
-@triton.jit
-def _input(X, TAPS, t, stride, C, c, inside, num_tokens, RESETS: tl.constexpr):
-    """x[t]; before token 0 the taps."""
-    x = _load(X + t * stride, c, inside & (t >= 0) & (t < num_tokens))
-    if RESETS:  # a constant  # noqa: SIM102
-        if t < 0:
-            x = _load(TAPS + (t + 3) * C, c, inside & (t >= -3))
-    return x
+def _reach(REACH, t, ok):
+    """Past the end: three, which is no reason to look closer."""
+    return tl.load(REACH + t, mask=ok, other=3)
 
 
 @triton.jit
 def _weights(W, BIAS, c, inside):
-    w0, w1, w2, w3 = (
-        _load(W, 4 * c, inside), _load(W + 1, 4 * c, inside), _load(W + 2, 4 * c, inside), _load(W + 3, 4 * c, inside)
-    )  # fmt: skip
-    return w0, w1, w2, w3, _load(BIAS, c, inside)
+    w0 = tl.load(W + 4 * c, mask=inside, other=0.0).to(tl.float32)
+    w1 = tl.load(W + 4 * c + 1, mask=inside, other=0.0).to(tl.float32)
+    w2 = tl.load(W + 4 * c + 2, mask=inside, other=0.0).to(tl.float32)
+    w3 = tl.load(W + 4 * c + 3, mask=inside, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _taps(X, num_meta, stride, c, inside):
+    """What a document sees before its first row: the last, second and third last meta row."""
+    m1 = _row(X, num_meta - 1, stride, c, inside & (num_meta >= 1)).to(tl.float32)
+    m2 = _row(X, num_meta - 2, stride, c, inside & (num_meta >= 2)).to(tl.float32)
+    m3 = _row(X, num_meta - 3, stride, c, inside & (num_meta >= 3)).to(tl.float32)
+    return m1, m2, m3
+
+
+@triton.jit
+def _seen(h1, h2, h3, reach, m1, m2, m3):
+    """What a row sees one, two and three back, where h1, h2, h3 are the rows before it, its document's or not."""
+    e1 = tl.where(reach >= 1, h1, m1)
+    e2 = tl.where(reach >= 2, h2, tl.where(reach == 1, m1, m2))
+    e3 = tl.where(reach >= 3, h3, tl.where(reach == 2, m1, tl.where(reach == 1, m2, m3)))
+    return e1, e2, e3
 
 
 @triton.jit
 def _forward_step(
-    x, h1, h2, h3, t, end, SEG, TAPS, Y, stride, C, c, inside, w0, w1, w2, w3, bias, num_tokens,
-    RESETS: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """One token; h1, h2, h3 lie one, two, three tokens before it. Returns them for the next one."""
-    if RESETS and SEGMENTS:  # noqa: SIM102
-        if _start(SEG, t, num_tokens, SEGMENTS):
-            h1, h2, h3 = _load(TAPS + 2 * C, c, inside), _load(TAPS + C, c, inside), _load(TAPS, c, inside)
+    x, h1, h2, h3, reach, t, Y, stride, num_rows, c, inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR: tl.constexpr
+):
+    if NEAR:
+        h1, h2, h3 = _seen(h1, h2, h3, reach, m1, m2, m3)
     y = bias + w3 * x + w2 * h1 + w1 * h2 + w0 * h3
     y = y / (1.0 + tl.exp(-y))
-    tl.store(Y + t * stride + c, y.to(Y.dtype.element_ty), mask=inside & (t < end))
-    return x, h1, h2
+    if NEAR:
+        y = tl.where(reach >= 0, y, 0.0)  # padding
+    tl.store(Y + t * stride + c, y.to(Y.dtype.element_ty), mask=inside & (t < num_rows))
 
 
 @triton.jit
-def _forward_chunk(
-    X, W, BIAS, TAPS, SEG, Y, stride_x, stride_y, first, num_tokens, C, c, inside,
-    CHUNK: tl.constexpr, RESETS: tl.constexpr, SEGMENTS: tl.constexpr,
+def _forward_round(
+    x0, x1, x2, x3, h1, h2, h3, r0, r1, r2, r3, t, X, Y, stride_x, stride_y, num_rows, num_meta, c, inside,
+    w0, w1, w2, w3, bias, NEAR: tl.constexpr,
 ):  # fmt: skip
-    w0, w1, w2, w3, bias = _weights(W, BIAS, c, inside)
-    h1 = _input(X, TAPS, first - 1, stride_x, C, c, inside, num_tokens, RESETS)
-    h2 = _input(X, TAPS, first - 2, stride_x, C, c, inside, num_tokens, RESETS)
-    h3 = _input(X, TAPS, first - 3, stride_x, C, c, inside, num_tokens, RESETS)
-    if RESETS and SEGMENTS:
-        if _start(SEG, first - 2, num_tokens, SEGMENTS):
-            h3 = _load(TAPS + 2 * C, c, inside)
-        if _start(SEG, first - 1, num_tokens, SEGMENTS):
-            h2, h3 = _load(TAPS + 2 * C, c, inside), _load(TAPS + C, c, inside)
-    end = tl.minimum(first + CHUNK, num_tokens)
-    LOADS: tl.constexpr = 1 if RESETS else 4
-    for t in range(first, end, LOADS):
-        x0 = _load(X + t * stride_x, c, inside)
-        if LOADS == 4:
-            x1 = _load(X + (t + 1) * stride_x, c, inside & (t + 1 < end))
-            x2 = _load(X + (t + 2) * stride_x, c, inside & (t + 2 < end))
-            x3 = _load(X + (t + 3) * stride_x, c, inside & (t + 3 < end))
-        for i in tl.static_range(LOADS):
-            if i == 0:
-                x = x0
-            elif i == 1:
-                x = x1
-            elif i == 2:
-                x = x2
-            else:
-                x = x3
-            h1, h2, h3 = _forward_step(
-                x, h1, h2, h3, t + i, end, SEG, TAPS, Y, stride_y, C, c, inside, w0, w1, w2, w3, bias, num_tokens,
-                RESETS, SEGMENTS,
-            )  # fmt: skip
+    """Rows t..t + 3, which are x0..x3; h1, h2, h3 lie one, two, three before t."""
+    m1, m2, m3 = h1, h2, h3
+    if NEAR:
+        m1, m2, m3 = _taps(X, num_meta, stride_x, c, inside)
+    _forward_step(
+        x0, h1, h2, h3, r0, t, Y, stride_y, num_rows, c, inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR
+    )  # fmt: skip
+    _forward_step(
+        x1, x0, h1, h2, r1, t + 1, Y, stride_y, num_rows, c, inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR
+    )  # fmt: skip
+    _forward_step(
+        x2, x1, x0, h1, r2, t + 2, Y, stride_y, num_rows, c, inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR
+    )  # fmt: skip
+    _forward_step(
+        x3, x2, x1, x0, r3, t + 3, Y, stride_y, num_rows, c, inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR
+    )  # fmt: skip
 
 
 @triton.jit
 def conv_forward(
-    X, W, BIAS, TAPS, SEG, Y, num_tokens, C, batch_x, stride_x, batch_t, batch_y, stride_y,
-    CHUNK: tl.constexpr, BC: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """Y = silu(conv(X) + bias). batch_*, stride_*: from row to row and from token to token."""
-    b = tl.program_id(2).to(tl.int64)
+    X, W, BIAS, REACH, Y, num_rows, num_meta, C, stride_x, stride_y, CHUNK: tl.constexpr, BC: tl.constexpr
+):
+    """Y = silu(conv(X) + bias), every document from the last meta rows on; zero in rows of reach -1. CHUNK % 4 == 0."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     first = tl.program_id(1).to(tl.int64) * CHUNK
-    X, Y, TAPS, SEG = X + b * batch_x, Y + b * batch_y, TAPS + b * batch_t, SEG + b * num_tokens
-    resets = _has_start(SEG, first - 2, first + CHUNK - 1, num_tokens, 2 * CHUNK, SEGMENTS)
-    if resets:
-        _forward_chunk(
-            X, W, BIAS, TAPS, SEG, Y, stride_x, stride_y, first, num_tokens, C, c, inside, CHUNK, True, SEGMENTS
-        )
-    else:
-        _forward_chunk(
-            X, W, BIAS, TAPS, SEG, Y, stride_x, stride_y, first, num_tokens, C, c, inside, CHUNK, False, SEGMENTS
-        )
-
-
-@triton.jit
-def _seen(r1, r2, r3, t, SEG, TAPS, C, c, inside, num_tokens, RESETS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """What token t sees one, two, three tokens back: r1, r2, r3 as far as they are of its document, else taps."""
-    if RESETS and SEGMENTS:
-        if _start(SEG, t - 2, num_tokens, SEGMENTS):
-            r3 = _load(TAPS + 2 * C, c, inside)
-        if _start(SEG, t - 1, num_tokens, SEGMENTS):
-            r2, r3 = _load(TAPS + 2 * C, c, inside), _load(TAPS + C, c, inside)
-        if _start(SEG, t, num_tokens, SEGMENTS):
-            r1, r2, r3 = _load(TAPS + 2 * C, c, inside), _load(TAPS + C, c, inside), _load(TAPS, c, inside)
-    return r1, r2, r3
+    end = tl.minimum(first + CHUNK, num_rows)
+    x0, x1 = _row(X, first, stride_x, c, inside), _row(X, first + 1, stride_x, c, inside & (first + 1 < end))
+    x2 = _row(X, first + 2, stride_x, c, inside & (first + 2 < end))
+    x3 = _row(X, first + 3, stride_x, c, inside & (first + 3 < end))
+    r0, r1 = _reach(REACH, first, True), _reach(REACH, first + 1, first + 1 < end)
+    r2, r3 = _reach(REACH, first + 2, first + 2 < end), _reach(REACH, first + 3, first + 3 < end)
+    h1 = _row(X, first - 1, stride_x, c, inside & (first >= 1)).to(tl.float32)
+    h2 = _row(X, first - 2, stride_x, c, inside & (first >= 2)).to(tl.float32)
+    h3 = _row(X, first - 3, stride_x, c, inside & (first >= 3)).to(tl.float32)
+    w0, w1, w2, w3, bias = _weights(W, BIAS, c, inside)
+    for t in range(first, end, 4):
+        n0 = _row(X, t + 4, stride_x, c, inside & (t + 4 < end))
+        n1 = _row(X, t + 5, stride_x, c, inside & (t + 5 < end))
+        n2 = _row(X, t + 6, stride_x, c, inside & (t + 6 < end))
+        n3 = _row(X, t + 7, stride_x, c, inside & (t + 7 < end))
+        s0, s1 = _reach(REACH, t + 4, t + 4 < end), _reach(REACH, t + 5, t + 5 < end)
+        s2, s3 = _reach(REACH, t + 6, t + 6 < end), _reach(REACH, t + 7, t + 7 < end)
+        f0, f1, f2, f3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+        if (r0 < 3) | (r1 < 3) | (r2 < 3) | (r3 < 3):
+            _forward_round(
+                f0, f1, f2, f3, h1, h2, h3, r0, r1, r2, r3, t, X, Y, stride_x, stride_y, num_rows, num_meta, c, inside,
+                w0, w1, w2, w3, bias, True,
+            )  # fmt: skip
+        else:
+            _forward_round(
+                f0, f1, f2, f3, h1, h2, h3, r0, r1, r2, r3, t, X, Y, stride_x, stride_y, num_rows, num_meta, c, inside,
+                w0, w1, w2, w3, bias, False,
+            )  # fmt: skip
+        h1, h2, h3 = f3, f2, f1
+        x0, x1, x2, x3 = n0, n1, n2, n3
+        r0, r1, r2, r3 = s0, s1, s2, s3
 
 
 @triton.jit
@@ -153,123 +136,179 @@ def _d_pre(dy, x, e1, e2, e3, w0, w1, w2, w3, bias):
 
 @triton.jit
 def _backward_step(
-    new, dy, t, r0, r1, r2, g1, g2, g3, dw0, dw1, dw2, dw3, d_bias, d0, d1, d2,
-    SEG, TAPS, DX, stride, C, c, inside, w0, w1, w2, w3, bias, num_tokens,
-    RESETS: tl.constexpr, SEGMENTS: tl.constexpr,
+    dy, x, h1, h2, h3, reach, t, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride, num_rows, c, inside,
+    w0, w1, w2, w3, bias, m1, m2, m3, NEAR: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Token t. r0, r1, r2: x[t], x[t - 1], x[t - 2]; new: x[t - 3]. g1, g2, g3: d_pre of t + 1, t + 2, t + 3."""
-    e1, e2, e3 = _seen(r1, r2, new, t, SEG, TAPS, C, c, inside, num_tokens, RESETS, SEGMENTS)
-    g = _d_pre(dy, r0, e1, e2, e3, w0, w1, w2, w3, bias)
-    dx = w3 * g + w2 * g1 + w1 * g2 + w0 * g3
-    tl.store(DX + t * stride + c, dx.to(DX.dtype.element_ty), mask=inside & (t < num_tokens))
-    dw3 += g * r0
-    dw2 += g * e1
-    dw1 += g * e2
-    dw0 += g * e3
-    d_bias += g
-    g1, g2, g3 = g, g1, g2
-    if RESETS:  # noqa: SIM102
-        if (t == 0) | _start(SEG, t, num_tokens, SEGMENTS):
-            d2 += w2 * g1 + w1 * g2 + w0 * g3
-            d1 += w1 * g1 + w0 * g2
-            d0 += w0 * g1
-            g1, g2, g3 = g1 * 0, g2 * 0, g3 * 0
-    return r1, r2, new, g1, g2, g3, dw0, dw1, dw2, dw3, d_bias, d0, d1, d2
+    """Row t. a0, a1, a2: what later rows add to the gradients of rows t, t - 1, t - 2. COUNT: the row is this chunk's.
+
+    dw*, d_bias: gradients of the weights; d1, d2, d3: of the last, second and third last meta row, from documents.
+    """
+    dy = dy.to(tl.float32)
+    if NEAR:
+        dy = tl.where(reach >= 0, dy, 0.0)  # padding
+        e1, e2, e3 = _seen(h1, h2, h3, reach, m1, m2, m3)
+    else:
+        e1, e2, e3 = h1, h2, h3
+    g = _d_pre(dy, x, e1, e2, e3, w0, w1, w2, w3, bias)
+    to1, to2, to3 = w2 * g, w1 * g, w0 * g
+    if COUNT:
+        tl.store(DX + t * stride + c, (w3 * g + a0).to(DX.dtype.element_ty), mask=inside & (t < num_rows))
+        dw3 += g * x
+        dw2 += g * e1
+        dw1 += g * e2
+        dw0 += g * e3
+        d_bias += g
+        if NEAR:
+            d1 += tl.where(reach == 0, to1, tl.where(reach == 1, to2, tl.where(reach == 2, to3, 0.0)))
+            d2 += tl.where(reach == 0, to2, tl.where(reach == 1, to3, 0.0))
+            d3 += tl.where(reach == 0, to3, 0.0)
+    if NEAR:
+        to1, to2, to3 = (
+            tl.where(reach >= 1, to1, 0.0), tl.where(reach >= 2, to2, 0.0), tl.where(reach >= 3, to3, 0.0)
+        )  # fmt: skip
+    return a1 + to1, a2 + to2, to3, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3
 
 
 @triton.jit
-def _backward_chunk(
-    X, W, BIAS, TAPS, SEG, DY, DX, PARTIAL, DTAPS, stride_x, stride_dy, stride_dx, first, num_tokens, C, c, inside,
-    write_taps, CHUNK: tl.constexpr, BC: tl.constexpr, RESETS: tl.constexpr, SEGMENTS: tl.constexpr,
+def _backward_round(
+    x0, x1, x2, n0, n1, n2, n3, y0, y1, y2, y3, r0, r1, r2, r3, t, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3,
+    X, DX, stride_x, stride_d, num_rows, num_meta, c, inside, w0, w1, w2, w3, bias, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """From the last token to the first. g1, g2, g3: d_pre one, two, three tokens on, zero past the document's end."""
-    w0, w1, w2, w3, bias = _weights(W, BIAS, c, inside)
-    g1, g2, g3 = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-    last = first + CHUNK
-    r0 = _load(X + (last + 2) * stride_x, c, inside & (last + 2 < num_tokens))
-    r1 = _load(X + (last + 1) * stride_x, c, inside & (last + 1 < num_tokens))
-    r2 = _load(X + last * stride_x, c, inside & (last < num_tokens))
-    for i in tl.static_range(3):  # the next chunk's first tokens, last of them first
-        t = last + 2 - i
-        new = _input(X, TAPS, t - 3, stride_x, C, c, inside, num_tokens, RESETS)
-        dy = _load(DY + t * stride_dy, c, inside & (t < num_tokens))
-        e1, e2, e3 = _seen(r1, r2, new, t, SEG, TAPS, C, c, inside, num_tokens, RESETS, SEGMENTS)
-        g1, g2, g3 = _d_pre(dy, r0, e1, e2, e3, w0, w1, w2, w3, bias), g1, g2
-        r0, r1, r2 = r1, r2, new
-        if RESETS and SEGMENTS:  # noqa: SIM102
-            if _start(SEG, t, num_tokens, SEGMENTS):
-                g1, g2, g3 = g1 * 0, g2 * 0, g3 * 0
-    dw0, dw1 = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-    dw2, dw3 = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-    d_bias = tl.zeros([BC], tl.float32)
-    d0, d1, d2 = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-    # Chunks with a start are few: one token a round, which keeps the other path's registers.
-    LOADS: tl.constexpr = 1 if RESETS else 4
-    for turn in range(0, CHUNK // LOADS):
-        top = last - 1 - LOADS * turn
-        x0 = _input(X, TAPS, top - 3, stride_x, C, c, inside, num_tokens, RESETS)
-        dy0 = _load(DY + top * stride_dy, c, inside & (top < num_tokens))
-        if LOADS == 4:
-            x1 = _input(X, TAPS, top - 4, stride_x, C, c, inside, num_tokens, RESETS)
-            x2 = _input(X, TAPS, top - 5, stride_x, C, c, inside, num_tokens, RESETS)
-            x3 = _input(X, TAPS, top - 6, stride_x, C, c, inside, num_tokens, RESETS)
-            dy1 = _load(DY + (top - 1) * stride_dy, c, inside & (top - 1 < num_tokens))
-            dy2 = _load(DY + (top - 2) * stride_dy, c, inside & (top - 2 < num_tokens))
-            dy3 = _load(DY + (top - 3) * stride_dy, c, inside & (top - 3 < num_tokens))
-        for i in tl.static_range(LOADS):
-            if i == 0:
-                new, dy = x0, dy0
-            elif i == 1:
-                new, dy = x1, dy1
-            elif i == 2:
-                new, dy = x2, dy2
-            else:
-                new, dy = x3, dy3
-            r0, r1, r2, g1, g2, g3, dw0, dw1, dw2, dw3, d_bias, d0, d1, d2 = _backward_step(
-                new, dy, top - i, r0, r1, r2, g1, g2, g3, dw0, dw1, dw2, dw3, d_bias, d0, d1, d2,
-                SEG, TAPS, DX, stride_dx, C, c, inside, w0, w1, w2, w3, bias, num_tokens, RESETS, SEGMENTS,
-            )  # fmt: skip
-    tl.store(PARTIAL + c, dw0, mask=inside)
-    tl.store(PARTIAL + C + c, dw1, mask=inside)
-    tl.store(PARTIAL + 2 * C + c, dw2, mask=inside)
-    tl.store(PARTIAL + 3 * C + c, dw3, mask=inside)
-    tl.store(PARTIAL + 4 * C + c, d_bias, mask=inside)
-    tl.store(DTAPS + c, d0, mask=inside & write_taps)
-    tl.store(DTAPS + C + c, d1, mask=inside & write_taps)
-    tl.store(DTAPS + 2 * C + c, d2, mask=inside & write_taps)
+    """Rows t, t - 1, t - 2, t - 3, in this order. x0, x1, x2, n0..n3: x from row t down; y0..y3, r0..r3: dy, reach."""
+    m1, m2, m3 = x0, x1, x2
+    if NEAR:
+        m1, m2, m3 = _taps(X, num_meta, stride_x, c, inside)
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        y0, x0, x1, x2, n0, r0, t, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows, c,
+        inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR, True,
+    )  # fmt: skip
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        y1, x1, x2, n0, n1, r1, t - 1, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows, c,
+        inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR, True,
+    )  # fmt: skip
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        y2, x2, n0, n1, n2, r2, t - 2, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows, c,
+        inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR, True,
+    )  # fmt: skip
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        y3, n0, n1, n2, n3, r3, t - 3, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows, c,
+        inside, w0, w1, w2, w3, bias, m1, m2, m3, NEAR, True,
+    )  # fmt: skip
+    return a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3
 
 
 @triton.jit
 def conv_backward(
-    X, W, BIAS, TAPS, SEG, DY, DX, PARTIAL, DTAPS,
-    num_tokens, C, batch_x, stride_x, batch_t, batch_dy, stride_dy, batch_dx, stride_dx,
-    CHUNK: tl.constexpr, BC: tl.constexpr, SEGMENTS: tl.constexpr,
+    X, W, BIAS, REACH, DY, DX, PARTIAL, num_rows, num_meta, C, stride_x, stride_y, stride_d,
+    CHUNK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """DX; PARTIAL [B, chunks, 5, C]: what each chunk adds to the gradients of the four weights and the bias.
+    """DX but for what documents add to the meta rows; that, and gradients of the weights, as sums over each chunk.
 
-    DTAPS [B, chunks, 3, C] likewise for the taps; without SEGMENTS [B, 1, 3, C], from the first chunk.
+    PARTIAL, float32 [chunks, 8, C]: four weights, bias, last, second and third last meta row.
     """
-    b = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
-    chunk = tl.program_id(1).to(tl.int64)
-    first = chunk * CHUNK
-    X, DY, DX = X + b * batch_x, DY + b * batch_dy, DX + b * batch_dx
-    TAPS, SEG = TAPS + b * batch_t, SEG + b * num_tokens
-    line = b * tl.num_programs(1) + chunk
-    PARTIAL += line * 5 * C
-    DTAPS += (line if SEGMENTS else b) * 3 * C
-    write_taps = chunk == 0
-    if SEGMENTS:
-        write_taps = chunk >= 0
-    resets = _has_start(SEG, first - 2, first + CHUNK + 2, num_tokens, 2 * CHUNK, SEGMENTS)
-    if resets:
-        _backward_chunk(
-            X, W, BIAS, TAPS, SEG, DY, DX, PARTIAL, DTAPS, stride_x, stride_dy, stride_dx, first, num_tokens, C, c,
-            inside, write_taps, CHUNK, BC, True, SEGMENTS,
-        )  # fmt: skip
-    else:
-        _backward_chunk(
-            X, W, BIAS, TAPS, SEG, DY, DX, PARTIAL, DTAPS, stride_x, stride_dy, stride_dx, first, num_tokens, C, c,
-            inside, write_taps, CHUNK, BC, False, SEGMENTS,
-        )  # fmt: skip
+    first = tl.program_id(1).to(tl.int64) * CHUNK
+    last = first + CHUNK
+    # The next chunk's first three rows, of which this one's last rows are inputs.
+    x0 = _row(X, last + 2, stride_x, c, inside & (last + 2 < num_rows)).to(tl.float32)
+    x1 = _row(X, last + 1, stride_x, c, inside & (last + 1 < num_rows)).to(tl.float32)
+    x2 = _row(X, last, stride_x, c, inside & (last < num_rows)).to(tl.float32)
+    k0 = _row(X, last - 1, stride_x, c, inside & (last - 1 < num_rows)).to(tl.float32)
+    k1 = _row(X, last - 2, stride_x, c, inside & (last - 2 < num_rows)).to(tl.float32)
+    k2 = _row(X, last - 3, stride_x, c, inside & (last - 3 < num_rows)).to(tl.float32)
+    q0 = _row(DY, last + 2, stride_y, c, inside & (last + 2 < num_rows))
+    q1 = _row(DY, last + 1, stride_y, c, inside & (last + 1 < num_rows))
+    q2 = _row(DY, last, stride_y, c, inside & (last < num_rows))
+    s0, s1 = _reach(REACH, last + 2, last + 2 < num_rows), _reach(REACH, last + 1, last + 1 < num_rows)
+    s2 = _reach(REACH, last, last < num_rows)
+    # And the first round of this one.
+    n0 = _row(X, last - 4, stride_x, c, inside & (last - 4 < num_rows))
+    n1 = _row(X, last - 5, stride_x, c, inside & (last >= 5) & (last - 5 < num_rows))
+    n2 = _row(X, last - 6, stride_x, c, inside & (last >= 6) & (last - 6 < num_rows))
+    n3 = _row(X, last - 7, stride_x, c, inside & (last >= 7) & (last - 7 < num_rows))
+    y0 = _row(DY, last - 1, stride_y, c, inside & (last - 1 < num_rows))
+    y1 = _row(DY, last - 2, stride_y, c, inside & (last - 2 < num_rows))
+    y2 = _row(DY, last - 3, stride_y, c, inside & (last - 3 < num_rows))
+    y3 = _row(DY, last - 4, stride_y, c, inside & (last - 4 < num_rows))
+    r0, r1 = _reach(REACH, last - 1, last - 1 < num_rows), _reach(REACH, last - 2, last - 2 < num_rows)
+    r2, r3 = _reach(REACH, last - 3, last - 3 < num_rows), _reach(REACH, last - 4, last - 4 < num_rows)
+    w0, w1, w2, w3, bias = _weights(W, BIAS, c, inside)
+    m1, m2, m3 = _taps(X, num_meta, stride_x, c, inside)
+    zero = tl.zeros([BC], tl.float32)
+    a0, a1, a2 = zero, zero, zero
+    dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = zero, zero, zero, zero, zero, zero, zero, zero
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        q0, x0, x1, x2, k0, s0, last + 2, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows,
+        c, inside, w0, w1, w2, w3, bias, m1, m2, m3, True, False,
+    )  # fmt: skip
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        q1, x1, x2, k0, k1, s1, last + 1, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows,
+        c, inside, w0, w1, w2, w3, bias, m1, m2, m3, True, False,
+    )  # fmt: skip
+    a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_step(
+        q2, x2, k0, k1, k2, s2, last, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3, DX, stride_d, num_rows, c,
+        inside, w0, w1, w2, w3, bias, m1, m2, m3, True, False,
+    )  # fmt: skip
+    x0, x1, x2 = k0, k1, k2
+    for turn in range(0, CHUNK // 4):
+        t = last - 1 - 4 * turn
+        more = t - 4 >= first  # another round follows; its rows are t - 4 .. t - 7, of which x is seen to t - 10
+        u = t - 4
+        e0 = _row(X, u - 3, stride_x, c, inside & more & (u - 3 < num_rows) & (u >= 3))
+        e1 = _row(X, u - 4, stride_x, c, inside & more & (u - 4 < num_rows) & (u >= 4))
+        e2 = _row(X, u - 5, stride_x, c, inside & more & (u - 5 < num_rows) & (u >= 5))
+        e3 = _row(X, u - 6, stride_x, c, inside & more & (u - 6 < num_rows) & (u >= 6))
+        z0 = _row(DY, u, stride_y, c, inside & more & (u < num_rows))
+        z1 = _row(DY, u - 1, stride_y, c, inside & more & (u - 1 < num_rows))
+        z2 = _row(DY, u - 2, stride_y, c, inside & more & (u - 2 < num_rows))
+        z3 = _row(DY, u - 3, stride_y, c, inside & more & (u - 3 < num_rows))
+        s0, s1 = _reach(REACH, u, more & (u < num_rows)), _reach(REACH, u - 1, more & (u - 1 < num_rows))
+        s2, s3 = _reach(REACH, u - 2, more & (u - 2 < num_rows)), _reach(REACH, u - 3, more & (u - 3 < num_rows))
+        f0, f1, f2, f3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+        if (r0 < 3) | (r1 < 3) | (r2 < 3) | (r3 < 3):
+            a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_round(
+                x0, x1, x2, f0, f1, f2, f3, y0, y1, y2, y3, r0, r1, r2, r3, t, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias,
+                d1, d2, d3, X, DX, stride_x, stride_d, num_rows, num_meta, c, inside, w0, w1, w2, w3, bias, True,
+            )  # fmt: skip
+        else:
+            a0, a1, a2, dw0, dw1, dw2, dw3, d_bias, d1, d2, d3 = _backward_round(
+                x0, x1, x2, f0, f1, f2, f3, y0, y1, y2, y3, r0, r1, r2, r3, t, a0, a1, a2, dw0, dw1, dw2, dw3, d_bias,
+                d1, d2, d3, X, DX, stride_x, stride_d, num_rows, num_meta, c, inside, w0, w1, w2, w3, bias, False,
+            )  # fmt: skip
+        x0, x1, x2 = f1, f2, f3
+        n0, n1, n2, n3 = e0, e1, e2, e3
+        y0, y1, y2, y3 = z0, z1, z2, z3
+        r0, r1, r2, r3 = s0, s1, s2, s3
+    line = PARTIAL + tl.program_id(1).to(tl.int64) * 8 * C + c
+    tl.store(line, dw0, mask=inside)
+    tl.store(line + C, dw1, mask=inside)
+    tl.store(line + 2 * C, dw2, mask=inside)
+    tl.store(line + 3 * C, dw3, mask=inside)
+    tl.store(line + 4 * C, d_bias, mask=inside)
+    tl.store(line + 5 * C, d1, mask=inside)
+    tl.store(line + 6 * C, d2, mask=inside)
+    tl.store(line + 7 * C, d3, mask=inside)
+
+
+@triton.jit
+def conv_finish(PARTIAL, DW, DBIAS, DX, lines, num_meta, C, stride_d, LINES: tl.constexpr, BC: tl.constexpr):
+    """Adds up the chunks' lines: into DW [C, 4], DBIAS [C], and onto DX of the last three meta rows."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < C
+    for part in tl.static_range(8):
+        total = tl.zeros([BC], tl.float32)
+        for first in range(0, lines, LINES):
+            line = first + tl.arange(0, LINES)[:, None]
+            at = PARTIAL + (line.to(tl.int64) * 8 + part) * C + c[None, :]
+            total += tl.sum(tl.load(at, mask=(line < lines) & inside[None, :], other=0.0), 0)
+        if part < 4:
+            tl.store(DW + 4 * c + part, total.to(DW.dtype.element_ty), mask=inside)
+        elif part == 4:
+            tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=inside)
+        else:
+            row = num_meta - (part - 4)
+            ok = inside & (row >= 0)
+            place = DX + row * stride_d + c
+            d = tl.load(place, mask=ok, other=0.0).to(tl.float32) + total
+            tl.store(place, d.to(DX.dtype.element_ty), mask=ok)

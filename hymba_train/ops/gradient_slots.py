@@ -7,7 +7,7 @@ its input's gradient right there; what comes from other ops is copied in.
 
     q, x, z = split_columns(projected, [1600, 3200, 3200])     # [N, 8000]
     meta, text = split_rows(x, [128, 8192])                    # slots inside x's slot
-    u, _ = causal_conv_triton(text[None], ...)                 # takes no slot: text[None] is another tensor
+    y = rms_norm_triton(text[None], ...)                       # takes no slot: text[None] is another tensor
 
 A slot belongs to the tensor that the split returned, not to views of it, and such a part must go to one op that uses
 slots (to others as often as you like): two would overwrite each other.

@@ -141,7 +141,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("selective_scan", "torch", f"{_HERE}.selective_scan:selective_scan", _ANY, _ANY_STATE),
         Backend("selective_scan", "reference", f"{_HERE}.selective_scan:selective_scan_reference", _ANY, _ANY_STATE),
     ),
-    "causal_conv": _pair("causal_conv", "causal_conv_triton:causal_conv_triton", "causal_conv:causal_conv"),
+    "causal_conv": (Backend("causal_conv", "torch", f"{_HERE}.causal_conv:causal_conv", _ANY, _DETERMINISTIC),),
     "causal_conv_rows": _pair(
         "causal_conv_rows", "causal_conv_triton:causal_conv_rows_triton", "causal_conv:causal_conv_rows"
     ),

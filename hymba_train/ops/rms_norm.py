@@ -25,7 +25,22 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
     return total, rms_norm(total, weight, eps)
 
 
-def group_rms_norm(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
-    """:func:`rms_norm` of each group of columns by itself: x [..., sum of widths], one weight a group. ``torch``."""
-    parts = x.split([w.shape[0] for w in weights], dim=-1)
-    return torch.cat([rms_norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True)], dim=-1)
+def group_rms_norm(x: Tensor, weights: Sequence[Tensor], eps: float, alignment: int = 1) -> Tensor:
+    """:func:`rms_norm` of each group of columns by itself; backend ``torch``.
+
+    x [..., W], one weight a group. Every group starts at the next multiple of ``alignment`` columns, and W is such a
+    multiple; columns in between are ignored, and zero in the result.
+    """
+    widths = [w.shape[0] for w in weights]
+    parts = x.split([aligned(width, alignment) for width in widths], dim=-1)
+    normed = []
+    for part, weight, width in zip(parts, weights, widths, strict=True):
+        normed.append(rms_norm(part[..., :width], weight, eps))
+        if part.shape[-1] > width:
+            normed.append(x.new_zeros(*x.shape[:-1], part.shape[-1] - width))
+    return torch.cat(normed, dim=-1)
+
+
+def aligned(width: int, alignment: int) -> int:
+    """The next multiple of ``alignment``."""
+    return -(-width // alignment) * alignment

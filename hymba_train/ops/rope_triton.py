@@ -13,8 +13,8 @@ from torch import Tensor
 from hymba_train.errors import UserError
 from hymba_train.ops.gradient_slots import empty_gradient, slot_of
 
-ROWS, WARPS = 2, 4
-"""Rows of a program, and its warps."""
+ROWS, VALUES_PER_THREAD = 2, 8
+"""Rows of a program, and values of each half of a row that a thread holds: eight of bf16 are 16 bytes."""
 
 
 def rotate_heads_triton(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
@@ -55,11 +55,13 @@ class _Rotate(torch.autograd.Function):
 
 def _launch(x, cos, sin, out, num_heads, stride_x, stride_o, *, backward: bool) -> None:
     n, half = x.shape[0], cos.shape[-1]
+    block = triton.next_power_of_2(num_heads)
     if n:
         with torch.cuda.device_of(x):
             rotate[(triton.cdiv(n, ROWS),)](
                 x, cos, sin, out, stride_x, stride_o, n, HEADS=num_heads, HALF=half,
-                HEADS_BLOCK=triton.next_power_of_2(num_heads), ROWS=ROWS, BACKWARD=backward, num_warps=WARPS,
+                HEADS_BLOCK=block, ROWS=ROWS, BACKWARD=backward,
+                num_warps=min(16, max(1, block * half // (32 * VALUES_PER_THREAD))),
             )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from hymba_train.errors import UserError
 
 ROWS_PER_PROGRAM = 16
 """Rows that one program of a backward kernel adds up into its line of a weight's gradient."""
-VALUES_PER_THREAD = 16
+VALUES_PER_THREAD = 32
 """Columns of a row that a thread holds, where a program holds a whole row."""
 
 

@@ -29,3 +29,20 @@ def document_offsets(segment_ids: Tensor) -> Tensor:
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     first = torch.where(document_starts(segment_ids), index, 0)
     return index - first.cummax(dim=1).values
+
+
+def rows_reach(
+    num_meta: int, batch: int, seq: int, num_rows: int, segment_ids: Tensor | None, most: int, device: torch.device
+) -> Tensor:
+    """int32 [N] on the flat token axis (hymba_train.model.rows): rows before each row that are of its own document.
+
+    Not more than ``most``. Meta tokens, before whose first there is nothing to keep apart, have ``most``; padding -1.
+    """
+    reach = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
+    reach[:num_meta] = most
+    if segment_ids is None:
+        offsets = torch.arange(seq, device=device).expand(batch, seq)
+    else:
+        offsets = document_offsets(segment_ids)
+    reach[num_meta : num_meta + batch * seq] = offsets.clamp(max=most).flatten().int()
+    return reach

@@ -6,7 +6,7 @@ import torch
 from hymba_train.errors import UserError
 from hymba_train.ops.gradient_slots import split_columns
 from hymba_train.ops.normed_average import normed_average
-from hymba_train.ops.rms_norm import add_rms_norm, group_rms_norm, rms_norm
+from hymba_train.ops.rms_norm import add_rms_norm, aligned, group_rms_norm, rms_norm
 from hymba_train.ops.rope import rope_tables, rotate_heads
 from hymba_train.ops.swiglu import swiglu
 from tests.ops.fused import DEVICE, DTYPES, INTERPRET, check, needs_triton, outputs_and_gradients, random
@@ -175,15 +175,27 @@ def test_gradients_go_straight_into_the_slots_of_a_split():
 
 
 @dtypes
-@pytest.mark.parametrize("widths", [[100, 16, 16], [7, 3], [20]])
-def test_group_rms_norm(dtype, widths):
+@pytest.mark.parametrize(
+    ("widths", "alignment"), [([100, 16, 16], 1), ([100, 16, 16], 8), ([7, 3], 1), ([7, 3], 4), ([20], 1), ([5], 8)]
+)
+def test_group_rms_norm(dtype, widths, alignment):
+    """Whatever lies between the groups changes nothing."""
     from hymba_train.ops.group_rms_norm_triton import group_rms_norm_triton
 
-    tensors = [random(2, 17, sum(widths)), *(random(w) for w in widths)]
+    tensors = [random(2, 17, sum(aligned(w, alignment) for w in widths)), *(random(w) for w in widths)]
     check(
-        lambda x, *w: group_rms_norm_triton(x, w, EPS), lambda x, *w: group_rms_norm(x, w, EPS), tensors, dtype,
-        keep=set(range(1, 4)),
+        lambda x, *w: group_rms_norm_triton(x, w, EPS, alignment), lambda x, *w: group_rms_norm(x, w, EPS, alignment),
+        tensors, dtype, keep=set(range(1, 4)),
     )  # fmt: skip
+
+
+def test_groups_lie_at_multiples_of_the_alignment():
+    x, weights = random(3, 16), [random(5), random(3)]
+    found = group_rms_norm(x, weights, EPS, 8)
+    torch.testing.assert_close(found[:, :5], rms_norm(x[:, :5], weights[0], EPS))
+    torch.testing.assert_close(found[:, 8:11], rms_norm(x[:, 8:11], weights[1], EPS))
+    assert not found[:, 5:8].any()
+    assert not found[:, 11:].any()
 
 
 def test_more_than_three_groups_are_refused():

@@ -42,9 +42,9 @@ def test_an_explicit_choice_never_falls_back():
 
 def test_nothing_can():
     with pytest.raises(
-        UserError, match=r"no backend of causal_conv can do this on tpu: triton .*; torch runs on cpu and cuda"
+        UserError, match=r"no backend of causal_conv_rows can do this on tpu: triton .*; torch runs on cpu and cuda"
     ):
-        select("causal_conv", "auto", "tpu")
+        select("causal_conv_rows", "auto", "tpu")
 
 
 def test_mistakes_of_the_caller_are_not_user_errors():
