@@ -1,7 +1,5 @@
 """Packed documents do not see one another: in every op backend, and in every layout of tests/data/leak_worker.py."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -18,19 +16,10 @@ KEYS = {"attention": "attention_backend", "selective_scan": "scan_backend", "cau
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
 
-def case(op: str, backend: Backend, device: str):
-    """One backend on one device, in float32 if it has that."""
-    marks = [pytest.mark.gpu] if device == "cuda" else []
-    marks += [
-        pytest.mark.skip(reason=f"{op} {backend.name} needs the package {package}")
-        for package in backend.requires if importlib.util.find_spec(package) is None
-    ]  # fmt: skip
-    dtype = next(name for dtype, name in DTYPES.items() if dtype in backend.dtypes)
-    return pytest.param(KEYS[op], backend.name, device, dtype, marks=marks, id=f"{op}-{backend.name}-{device}")
-
-
 EVERY_BACKEND = [
-    case(op, backend, device)
+    pytest.param(
+        op, backend, device, marks=[pytest.mark.gpu] if device == "cuda" else [], id=f"{op}-{backend.name}-{device}"
+    )
     for op in KEYS  # the others are row by row
     for backend in BACKENDS[op]
     if "segment_ids" in backend.can  # the others are refused, see below
@@ -110,17 +99,25 @@ def assert_equals_one_by_one(made, loss_tolerance: float = 1e-6):
         assert (gradient - sums[name]).abs().max() <= 1e-5 * max(1, scale), name
 
 
-@pytest.mark.parametrize(("key", "backend", "device", "dtype"), EVERY_BACKEND)
-def test_changing_one_document_changes_no_other(key, backend, device, dtype, make):
-    assert_no_leak(make(device=device, params=dtype, **{key: backend}))
+def precision_of(op: str, backend: Backend, device: str) -> dict[str, str]:
+    """What asks for this backend, in float32 if it has that. Skips, saying why, what this machine cannot run."""
+    dtype = next(dtype for dtype in DTYPES if dtype in backend.dtypes)
+    if obstacles := backend.obstacles(device, {"segment_ids", "backward"}, dtype):
+        pytest.skip(f"{op} {backend.name} {', '.join(obstacles)}")
+    return {"params": DTYPES[dtype], KEYS[op]: backend.name}
 
 
-@pytest.mark.parametrize(("key", "backend", "device", "dtype"), EVERY_BACKEND)
-def test_a_pack_equals_its_documents_one_by_one(key, backend, device, dtype, make):
-    if dtype != "float32":
-        pytest.skip(f"{backend} has no float32: rounding hides what this test looks for")
-    made = make(device=device, params=dtype, **{key: backend})
-    assert_equals_one_by_one(made, 1e-6 if device == "cpu" else 1e-5)
+@pytest.mark.parametrize(("op", "backend", "device"), EVERY_BACKEND)
+def test_changing_one_document_changes_no_other(op, backend, device, make):
+    assert_no_leak(make(device=device, **precision_of(op, backend, device)))
+
+
+@pytest.mark.parametrize(("op", "backend", "device"), EVERY_BACKEND)
+def test_a_pack_equals_its_documents_one_by_one(op, backend, device, make):
+    precision = precision_of(op, backend, device)
+    if precision["params"] != "float32":
+        pytest.skip(f"{backend.name} has no float32: rounding hides what this test looks for")
+    assert_equals_one_by_one(make(device=device, **precision), 1e-6 if device == "cpu" else 1e-5)
 
 
 @pytest.mark.gpu
