@@ -122,11 +122,19 @@ def _hash_shard(file: InputFile, settings: DedupSettings, max_bad_lines: int | N
         exact += [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in parsed.texts]
         if settings.method == "minhash" and parsed.texts:
             signatures.append(signatures_of(parsed.texts, settings))
-    np.save(f"{target}.records.npy", np.array(records, dtype=np.int64))
-    np.save(f"{target}.exact.npy", np.frombuffer(b"".join(exact), dtype=np.uint64).reshape(-1, 2))
+    arrays = {
+        "records": np.array(records, dtype=np.int64),
+        "exact": np.frombuffer(b"".join(exact), dtype=np.uint64).reshape(-1, 2),
+    }
     if settings.method == "minhash":
-        none = np.empty((0, settings.num_hashes), np.uint32)
-        np.save(f"{target}.signatures.npy", np.concatenate([none, *signatures]))
+        arrays["signatures"] = np.concatenate([np.empty((0, settings.num_hashes), np.uint32), *signatures])
+    for name, array in arrays.items():
+        path = f"{target}.{name}.npy"
+        try:
+            np.save(path, array)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason}) while hashing {file.path}: make room") from error
     return bad_lines
 
 

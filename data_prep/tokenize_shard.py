@@ -15,6 +15,7 @@ import numpy as np
 
 from data_prep.inputs import InputFile
 from data_prep.records import Chunk, ShardReader, parse_chunk
+from hymba_train import __version__
 from hymba_train.data.indexed import bin_path, idx_path, token_dtype
 from hymba_train.data.indexed_writer import IndexedWriter, write_atomically
 from hymba_train.data.manifest import Manifest, check_spots, file_sha256, manifest_path, read_manifest, with_spots
@@ -159,8 +160,9 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Of Python and the packages that made the tokens."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in ("numpy", backend)}}
+    """Of Python, of this software and of the packages that made the tokens."""
+    packages = {name: _version(name) for name in ("numpy", backend)}
+    return {"python": platform.python_version(), "hymba_train": __version__, **packages}
 
 
 @functools.cache

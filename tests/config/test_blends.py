@@ -17,6 +17,11 @@ def test_phases_refer_to_a_blend_by_name():
     assert changed.data.phases["stable"].blend == {"books": 3.0, "code": 2.0}
 
 
+def test_the_blend_of_a_recipe():
+    phase = "data.phases.main={tokens: 1000000, seq_length: 2048, global_batch_size: 8, blend: web}"
+    assert compose(["data=fineweb", phase]).data.phases["main"].blend == {"fineweb": 0.8, "fineweb_edu": 0.2}
+
+
 def test_a_phase_may_have_weights_of_its_own():
     blend = compose(["experiment=demo"]).data.phases["stable"].blend
     assert compose(["experiment=demo", BLENDS]).data.phases["stable"].blend == blend

@@ -7,7 +7,6 @@ from hymba_train.errors import UserError
 from hymba_train.model import build_model_chunks
 from hymba_train.ops import registry
 from hymba_train.ops.registry import BACKENDS, Backend
-from hymba_train.parallel import initialize
 from tests.data.leak_worker import LAYOUTS
 from tests.data.packed_documents import STACKS, alone, config_of, documents, of_unchanged, pack
 from tests.distributed.conftest import torchrun
@@ -25,15 +24,6 @@ EVERY_BACKEND = [
     if "segment_ids" in backend.can  # the others are refused, see below
     for device in sorted(backend.device_types)
 ]
-
-
-@pytest.fixture(scope="module")
-def gpu_runtime():
-    """As in tests/gpu: a process is for the CPU or for a GPU, so these run apart, with -m gpu."""
-    config = config_of()
-    config.run.device = "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return initialize(config)
 
 
 @pytest.fixture

@@ -138,6 +138,20 @@ def test_shards_come_out_in_their_formats_without_the_duplicates(shards, tmp_pat
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, small_disk, capsys, workers):
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        lines = [json.dumps({"text": f"{shard} {i} and some more words"}).encode() for i in range(500)]
+        (tmp_path / "in" / f"{shard}.jsonl").write_bytes(b"\n".join(lines))
+    command = ["dedup", "--input", str(tmp_path / "in"), "--output-dir", str(small_disk / "out"), "--quiet"]
+    assert main([*command, "--method", "minhash", "--workers", workers]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot be written" in err
+    assert list((small_disk / "out").iterdir()) == []
+
+
 def test_exact_keeps_near_duplicates(shards, tmp_path, capsys):
     command = ["dedup", "--input", str(shards[0]), "--output-dir", str(tmp_path / "out"), "--quiet", "--workers", "1"]
     assert main(command) == 0

@@ -89,7 +89,7 @@ def test_manifest_tells_what_was_done(run, tmp_path, tokenizer):
             "bytes": path.stat().st_size, "sha256": file_sha256(path), "spots": spot_hashes(path),
         }  # fmt: skip
     assert manifest.backend == "tokenizers"
-    assert set(manifest.versions) == {"python", "numpy", "tokenizers"}
+    assert set(manifest.versions) == {"python", "hymba_train", "numpy", "tokenizers"}
 
 
 def test_result_does_not_depend_on_the_number_of_workers(demo, tmp_path, monkeypatch):
@@ -299,7 +299,7 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path):
 
 
 @pytest.mark.parametrize(("is_terminal", "expected"), [
-    (True, "\r 25.0%  3.0 MB  1.5 MB/s  0:00:06 left"),  # once half a second is over
+    (True, "\r[#####...............]  25.0%  3.0 MB  1.5 MB/s  0:00:06 left"),  # once half a second is over
     (False, ""),  # in a log, a line a minute
 ])  # fmt: skip
 def test_progress(capsys, monkeypatch, is_terminal, expected):
@@ -310,4 +310,4 @@ def test_progress(capsys, monkeypatch, is_terminal, expected):
         progress.update(1_000_000, 3_000_000)
         assert capsys.readouterr().err.startswith(expected)
         progress.update(2_000_000, 14_000_000)
-        assert " 50.0%  14.0 MB  0.2 MB/s  0:01:10 left" in capsys.readouterr().err
+        assert "[##########..........]  50.0%  14.0 MB  0.2 MB/s  0:01:10 left" in capsys.readouterr().err
