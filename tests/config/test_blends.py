@@ -19,7 +19,8 @@ def test_phases_refer_to_a_blend_by_name():
 
 def test_the_blend_of_a_recipe():
     phase = "data.phases.main={tokens: 1000000, seq_length: 2048, global_batch_size: 8, blend: web}"
-    assert compose(["data=fineweb", phase]).data.phases["main"].blend == {"fineweb": 0.8, "fineweb_edu": 0.2}
+    config = compose(["model=hymba_tiny", "data=fineweb", phase])
+    assert config.data.phases["main"].blend == {"fineweb": 0.8, "fineweb_edu": 0.2}
 
 
 def test_a_phase_may_have_weights_of_its_own():
