@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep import inspect_data
-from data_prep.dedup import dedup
+from data_prep.dedup import REPORT, dedup
 from data_prep.demo import DOMAINS, prepare_demo
 from data_prep.duplicates import DedupSettings
 from data_prep.flags import parse
@@ -23,7 +23,7 @@ from data_prep.merge import find_prefixes, merge_sources
 from data_prep.progress import Progress
 from data_prep.stats import source_stats, stats_lines
 from data_prep.tokenize_corpus import tokenize_files, tokenize_shards
-from data_prep.tokenize_shard import Settings
+from data_prep.tokenize_shard import MAX_BAD_LINES_SHOWN, Settings
 from hymba_train.data.indexed import IndexedTokens
 from hymba_train.data.manifest import Manifest
 from hymba_train.errors import UserError
@@ -86,7 +86,7 @@ def _tokenize_to_one(args: argparse.Namespace, key: str, prefix: str) -> Manifes
         raise UserError("--part goes with --output-dir: jobs that share the shards cannot share one output")
     return tokenize_files(
         args.input, prefix, args.tokenizer, json_key=key, append_eod=args.append_eod, num_workers=args.workers,
-        skip_bad_lines=args.skip_bad_lines, shuffle_seed=args.shuffle_documents, overwrite=args.overwrite,
+        max_bad_lines=args.max_bad_lines, shuffle_seed=args.shuffle_documents, overwrite=args.overwrite,
         show_progress=not args.quiet, backend=args.backend,
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ def _tokenize_to_one(args: argparse.Namespace, key: str, prefix: str) -> Manifes
 def _tokenize_to_many(args: argparse.Namespace, key: str, output_dir: str) -> tuple[list[Manifest], int]:
     if args.shuffle_documents is not None:
         raise UserError("--shuffle-documents goes with --output-prefix, or with `hymba data merge`")
-    settings = Settings(args.tokenizer, key, args.append_eod, args.backend, args.skip_bad_lines)
+    settings = Settings(args.tokenizer, key, args.append_eod, args.backend, args.max_bad_lines)
     return tokenize_shards(
         find_inputs(args.input, args.part), output_dir, settings, num_workers=args.workers, overwrite=args.overwrite,
         show_progress=not args.quiet,
@@ -117,8 +117,13 @@ def _say_tokenized(name: str, manifests: list[Manifest], before: int, seconds: f
 def run_train_tokenizer(args: argparse.Namespace) -> None:
     from data_prep.train_tokenizer import train_tokenizer
 
-    train_tokenizer(args.input, args.output, args.vocab_size, args.json_key)
-    print(f"{args.output}: tokenizer.json and tokenizer.model with {args.vocab_size} pieces")
+    bad_lines = train_tokenizer(args.input, args.output, args.vocab_size, args.json_key, args.max_bad_lines)
+    for line in bad_lines[:MAX_BAD_LINES_SHOWN]:
+        print(f"bad line: {line}", file=sys.stderr)
+    print(
+        f"{args.output}: tokenizer.json and tokenizer.model with {args.vocab_size} pieces"
+        + (f"; {len(bad_lines)} bad lines left out" if bad_lines else "")
+    )
 
 
 def run_convert_tokenizer(args: argparse.Namespace) -> None:
@@ -156,13 +161,14 @@ def run_dedup(args: argparse.Namespace) -> None:
     say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     report = dedup(
         find_inputs(args.input), args.output_dir, settings, num_workers=args.workers,
-        skip_bad_lines=args.skip_bad_lines, overwrite=args.overwrite, say=say,
+        max_bad_lines=args.max_bad_lines, overwrite=args.overwrite, say=say,
     )  # fmt: skip
     share = report["num_removed"] / max(1, report["num_documents"])
     print(
         f"{args.output_dir}: {report['num_documents'] - report['num_removed']:,} of {report['num_documents']:,} "
         f"documents stay, {report['num_removed']:,} ({share:.1%}) were duplicates (removed.jsonl lists them); "
         f"{len(report['bad_lines'])} bad lines were passed on"
+        + (f" ({args.output_dir}/{REPORT} lists them)" if report["bad_lines"] else "")
     )
 
 

@@ -23,7 +23,7 @@ from data_prep.duplicates import DedupSettings, ShardHashes, find_duplicates, si
 from data_prep.inputs import InputFile
 from data_prep.records import ShardReader, parse_chunk
 from data_prep.rewrite import rewrite_shard
-from data_prep.tokenize_shard import input_facts
+from data_prep.tokenize_shard import check_bad_lines, input_facts
 from hymba_train.data.extras import import_extra
 from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.errors import UserError
@@ -37,7 +37,7 @@ def dedup(
     settings: DedupSettings,
     *,
     num_workers: int = 1,
-    skip_bad_lines: int | None = 0,
+    max_bad_lines: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def dedup(
         report_path.unlink()
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dedup-", dir=output) as scratch:
-        jobs = [(file, settings, skip_bad_lines, f"{scratch}/{i}") for i, file in enumerate(files)]
+        jobs = [(file, settings, max_bad_lines, f"{scratch}/{i}") for i, file in enumerate(files)]
         bad_lines = []
         for number, bad in enumerate(_map(_hash_shard, jobs, num_workers), 1):
             bad_lines += bad
@@ -111,23 +111,30 @@ def _map(function: Callable[..., Any], jobs: Sequence[tuple], num_workers: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def _hash_shard(file: InputFile, settings: DedupSettings, skip_bad_lines: int | None, target: str) -> list[str]:
+def _hash_shard(file: InputFile, settings: DedupSettings, max_bad_lines: int | None, target: str) -> list[str]:
     """Pass 1 of a shard, into TARGET.*.npy. Returns its bad lines."""
     records, exact, signatures, bad_lines = [], [], [], []
     for chunk in ShardReader(file, settings.json_key):
         parsed = parse_chunk(chunk, settings.json_key)
         bad_lines += parsed.bad_lines
-        if skip_bad_lines is not None and len(bad_lines) > skip_bad_lines:
-            raise UserError(*bad_lines[:20])
+        check_bad_lines(bad_lines, max_bad_lines)
         records += parsed.numbers
         exact += [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in parsed.texts]
         if settings.method == "minhash" and parsed.texts:
             signatures.append(signatures_of(parsed.texts, settings))
-    np.save(f"{target}.records.npy", np.array(records, dtype=np.int64))
-    np.save(f"{target}.exact.npy", np.frombuffer(b"".join(exact), dtype=np.uint64).reshape(-1, 2))
+    arrays = {
+        "records": np.array(records, dtype=np.int64),
+        "exact": np.frombuffer(b"".join(exact), dtype=np.uint64).reshape(-1, 2),
+    }
     if settings.method == "minhash":
-        none = np.empty((0, settings.num_hashes), np.uint32)
-        np.save(f"{target}.signatures.npy", np.concatenate([none, *signatures]))
+        arrays["signatures"] = np.concatenate([np.empty((0, settings.num_hashes), np.uint32), *signatures])
+    for name, array in arrays.items():
+        path = f"{target}.{name}.npy"
+        try:
+            np.save(path, array)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason}) while hashing {file.path}: make room") from error
     return bad_lines
 
 

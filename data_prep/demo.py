@@ -36,7 +36,9 @@ def prepare_demo(output: str | Path) -> bool:
     write_tokenizer(train_sentencepiece(texts, VOCAB_SIZE), directory / "tokenizer")
     for domain in DOMAINS:
         manifest_path(directory / domain).unlink(missing_ok=True)  # else what is damaged would be taken for done
-        tokenize_files([CORPUS / f"{domain}.jsonl"], directory / domain, directory / "tokenizer", overwrite=True)
+        tokenize_files(
+            [CORPUS / f"{domain}.jsonl"], directory / domain, directory / "tokenizer", max_bad_lines=0, overwrite=True
+        )
     made = [Path("tokenizer", name) for name in ("tokenizer.json", "tokenizer.model")]
     made += [Path(f"{domain}.{suffix}") for domain in DOMAINS for suffix in ("bin", "idx", "json")]
     facts = {

@@ -61,7 +61,7 @@ def _tokenize(commands) -> None:
     _workers(tokenize)
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end each document with the end-of-document token (default: yes)")  # fmt: skip
-    _skip_bad_lines(tokenize)
+    _max_bad_lines(tokenize)
     add("--shuffle-documents", type=int, metavar="SEED", help="write the documents in a seeded order")
     add("--part", type=_part, default=(0, 1), metavar="I/N", help="take every N-th shard from the I-th (from 0) on: "
         "the share of one of N jobs")  # fmt: skip
@@ -83,6 +83,7 @@ def _train_tokenizer(commands) -> None:
     train.add_argument("--json-key", default="text", help="key of the text (default: text)")
     train.add_argument("--vocab-size", type=int, default=32000, help="pieces, bytes and specials included")
     train.add_argument("--output", required=True, metavar="DIR", help="gets tokenizer.json and tokenizer.model")
+    _max_bad_lines(train)
 
 
 def _convert_tokenizer(commands) -> None:
@@ -116,7 +117,7 @@ def _dedup(commands) -> None:
     add("--threshold", type=float, default=default.threshold, help="estimated Jaccard similarity from which documents "
         f"are duplicates ({default.threshold})")  # fmt: skip
     _workers(command)
-    _skip_bad_lines(command)
+    _max_bad_lines(command)
     _overwrite(command)
     _quiet(command)
 
@@ -168,14 +169,14 @@ def _workers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=int, default=cores, help="processes (default: all cores it may use)")
 
 
-def _skip_bad_lines(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--skip-bad-lines", type=_count, nargs="?", const=None, default=0, metavar="N",
-                         help="pass over bad lines, at most N a shard if N is given (default: 0)")  # fmt: skip
+def _max_bad_lines(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-bad-lines", type=_count, metavar="N", help="end the run when a shard has more than N "
+                         "bad lines; 0: at the first (default: pass over and list them all)")  # fmt: skip
 
 
 def _count(text: str) -> int:
     if not text.isdigit():
-        raise UserError(f"--skip-bad-lines {text}: give a number, or nothing")
+        raise UserError(f"--max-bad-lines {text}: give a number")
     return int(text)
 
 

@@ -7,10 +7,11 @@ import sys
 import time
 
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 60.0
+BAR_CELLS = 20
 
 
 class Progress:
-    """Share done, MB of text, MB/s and the time left, on standard error. Silent unless ``show``.
+    """A bar, the share done, MB of text, MB/s and the time left, on standard error. Silent unless ``show``.
 
     Args:
         total_bytes: of all input, as stored.
@@ -41,7 +42,9 @@ class Progress:
         left_seconds = round(elapsed_seconds * (1 - share) / share) if share else 0
         left = f"{left_seconds // 3600}:{left_seconds // 60 % 60:02}:{left_seconds % 60:02} left" if share else ""
         megabytes = self.text_bytes / 1e6
-        return f"{share:6.1%}  {megabytes:,.1f} MB  {megabytes / max(elapsed_seconds, 1e-9):.1f} MB/s  {left}"
+        full = int(share * BAR_CELLS)
+        rate = megabytes / max(elapsed_seconds, 1e-9)
+        return f"[{'#' * full}{'.' * (BAR_CELLS - full)}] {share:6.1%}  {megabytes:,.1f} MB  {rate:.1f} MB/s  {left}"
 
     def __enter__(self) -> Progress:
         return self
@@ -49,4 +52,4 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.show and self._on_terminal:
             with contextlib.suppress(OSError):
-                print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+                print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)

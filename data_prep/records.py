@@ -15,6 +15,8 @@ from hymba_train.data.extras import import_extra
 from hymba_train.errors import UserError
 
 READ_BYTES = 2**17
+BUFFER_BYTES = 2**20
+"""Of a file being read: lines of many kB are put together of few pieces, in a quarter of the time."""
 CHUNK_BYTES = 2**20
 """Text of one unit of work for a process; a longer line is a chunk of its own."""
 
@@ -107,7 +109,7 @@ class ShardReader:
 
     def _lines(self) -> Iterator[Chunk]:
         path = self.file.path
-        with open(path, "rb") as raw, open_lines(self.file, raw) as stream:
+        with open(path, "rb", buffering=BUFFER_BYTES) as raw, open_lines(self.file, raw) as stream:
             while lines := self._readlines(stream):
                 yield Chunk(str(path), self.num_records + 1, lines, False, raw.tell())
                 self.num_records += len(lines)

@@ -77,7 +77,7 @@ def tokenize_files(
     json_key: str = "text",
     append_eod: bool = True,
     num_workers: int = 1,
-    skip_bad_lines: int | None = 0,
+    max_bad_lines: int | None = None,
     shuffle_seed: int | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
@@ -91,13 +91,13 @@ def tokenize_files(
 
     Args:
         inputs: as :func:`data_prep.inputs.find_inputs` takes them.
-        tokenizer, json_key, append_eod, skip_bad_lines, backend: see :class:`data_prep.tokenize_shard.Settings`.
+        tokenizer, json_key, append_eod, max_bad_lines, backend: see :class:`data_prep.tokenize_shard.Settings`.
         shuffle_seed: shuffle the documents with this seed; None keeps their order.
 
     Raises UserError: missing input, existing output without ``overwrite``, too many bad lines, no document at all.
     """
     prefix, files = Path(output_prefix), find_inputs(inputs)
-    settings = Settings(str(tokenizer), json_key, append_eod, backend, skip_bad_lines)
+    settings = Settings(str(tokenizer), json_key, append_eod, backend, max_bad_lines)
     loaded = Tokenizer.load(tokenizer, backend)
     before = finished(files, prefix, settings, loaded, shuffle_seed)
     if before:

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_prep.inputs import InputFile
 from data_prep.records import Chunk, ShardReader, parse_chunk
+from hymba_train import __version__
 from hymba_train.data.indexed import bin_path, idx_path, token_dtype
 from hymba_train.data.indexed_writer import IndexedWriter, write_atomically
 from hymba_train.data.manifest import Manifest, check_spots, file_sha256, manifest_path, read_manifest, with_spots
@@ -22,6 +23,8 @@ from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
 MAX_BAD_LINES_SHOWN = 20
+HOPELESS_BAD_LINES = 10_000
+"""A shard that begins with so many bad lines and no good one is given up."""
 CHECKED_CHUNKS, CHECKED_CHARACTERS = 16, 4_000
 """A faster backend is held to the tokenizer's own library on the beginning of one text in every 16 MB, so that a
 difference shows on the user's own text as well."""
@@ -34,14 +37,14 @@ class Settings:
     Attributes:
         tokenizer: as :meth:`Tokenizer.load` takes it.
         backend: library that encodes; it changes the speed alone.
-        skip_bad_lines: bad lines of a shard to pass over and list; one more is an error. None: any number.
+        max_bad_lines: bad lines of a shard that are passed over and listed; one more is an error. None: any number.
     """
 
     tokenizer: str
     json_key: str = "text"
     append_eod: bool = True
     backend: str = "default"
-    skip_bad_lines: int | None = 0
+    max_bad_lines: int | None = None
 
 
 @dataclass
@@ -109,16 +112,17 @@ def tokenize_shard(
     with IndexedWriter(prefix, dtype) as writer:
         for chunk in tokenize_chunks(reader):
             bad_lines += chunk.bad_lines
-            if settings.skip_bad_lines is not None and len(bad_lines) > settings.skip_bad_lines:
-                raise _bad_lines_error(bad_lines, settings.skip_bad_lines)
+            check_bad_lines(bad_lines, settings.max_bad_lines)
             num_empty += chunk.num_empty
             text_bytes += chunk.text_bytes
             if chunk.tokens.size:
                 max_token_id = max(max_token_id, int(chunk.tokens.max()))
                 writer.add_documents(chunk.tokens, chunk.lengths)
+            if len(bad_lines) >= HOPELESS_BAD_LINES and not writer.num_documents + num_empty:
+                raise no_document(file, settings.json_key, bad_lines)  # a wrong key, say
             on_chunk(chunk)
         if not writer.num_documents and not allow_empty:
-            raise UserError(f"{file.path}: no document with any text under {settings.json_key!r}")
+            raise no_document(file, settings.json_key, bad_lines)
         manifest_path(prefix).unlink(missing_ok=True)  # from here on the old manifest would be wrong
         files = with_spots(prefix, writer.publish())
     write_bad_lines(prefix, bad_lines)
@@ -156,8 +160,9 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Of Python and the packages that made the tokens."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in ("numpy", backend)}}
+    """Of Python, of this software and of the packages that made the tokens."""
+    packages = {name: _version(name) for name in ("numpy", backend)}
+    return {"python": platform.python_version(), "hymba_train": __version__, **packages}
 
 
 @functools.cache
@@ -175,7 +180,7 @@ def finished(
         return None
     if manifest is None or shuffle_seed != manifest.shuffle_seed or len(files) != len(manifest.inputs):
         return None
-    allowed = settings.skip_bad_lines
+    allowed = settings.max_bad_lines
     same = (
         manifest.tokenizer == tokenizer_facts(tokenizer)
         and (manifest.json_key, manifest.append_eod) == (settings.json_key, settings.append_eod)
@@ -216,8 +221,17 @@ def write_bad_lines(prefix: Path, bad_lines: list[str]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _bad_lines_error(bad_lines: list[str], allowed: int) -> UserError:
+def check_bad_lines(bad_lines: list[str], allowed: int | None) -> None:
+    """Raises UserError with the first of them when a shard has more than ``allowed``; None allows any number."""
+    if allowed is None or len(bad_lines) <= allowed:
+        return
     shown = bad_lines[:MAX_BAD_LINES_SHOWN]
     more = f" (and {len(bad_lines) - len(shown)} more so far)" if len(bad_lines) > len(shown) else ""
-    shown[-1] += f"{more}; mend the input, or pass over bad lines with --skip-bad-lines [N] (now {allowed})"
-    return UserError(*shown)
+    shown[-1] += f"{more}; mend the input, or allow more than --max-bad-lines {allowed}"
+    raise UserError(*shown)
+
+
+def no_document(file: InputFile, json_key: str, bad_lines: list[str]) -> UserError:
+    """The error for a shard without a document; it shows the first bad line, which often says why."""
+    first = f"; {len(bad_lines)} bad lines, the first is {bad_lines[0]}" if bad_lines else ""
+    return UserError(f"{file.path}: no document with any text under {json_key!r}{first}")

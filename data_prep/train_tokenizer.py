@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.convert_tokenizer import write_tokenizer
 from data_prep.inputs import find_inputs
 from data_prep.records import ShardReader, parse_chunk
+from data_prep.tokenize_shard import check_bad_lines
 from hymba_train.errors import UserError
 
 # <unk>, <s>, </s> and one piece a byte.
@@ -56,20 +57,33 @@ def train_sentencepiece(texts: Iterator[str] | Sequence[str], vocab_size: int) -
     return model.getvalue()
 
 
-def train_tokenizer(inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text") -> None:
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    json_key: str = "text",
+    max_bad_lines: int | None = None,
+) -> list[str]:
     """Train on JSON lines or Parquet and write tokenizer.model and tokenizer.json (same ids) into directory ``output``.
 
-    Raises UserError for missing files, bad lines or too little text.
+    Returns the bad lines that were passed over, as "file:line: reason".
+
+    Raises UserError: missing files, more bad lines in a shard than ``max_bad_lines``, or too little text.
     """
-    write_tokenizer(train_sentencepiece(_texts(inputs, json_key), vocab_size), output)
+    texts, bad_lines = _texts(inputs, json_key, max_bad_lines)
+    write_tokenizer(train_sentencepiece(texts, vocab_size), output)
+    return bad_lines
 
 
-def _texts(inputs: Sequence[str | Path], json_key: str) -> list[str]:
+def _texts(inputs: Sequence[str | Path], json_key: str, max_bad_lines: int | None) -> tuple[list[str], list[str]]:
     texts: list[str] = []
+    all_bad: list[str] = []
     for file in find_inputs(inputs):
+        bad_lines: list[str] = []
         for chunk in ShardReader(file, json_key):
             parsed = parse_chunk(chunk, json_key)
-            if parsed.bad_lines:
-                raise UserError(*parsed.bad_lines)
+            bad_lines += parsed.bad_lines
+            check_bad_lines(bad_lines, max_bad_lines)
             texts += parsed.texts
-    return texts
+        all_bad += bad_lines
+    return texts, all_bad

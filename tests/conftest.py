@@ -34,3 +34,17 @@ def lone_runtime():
     config = Config()
     config.run.device = "cpu"
     return initialize(config)
+
+
+@pytest.fixture(scope="session")
+def gpu_runtime():
+    """The same on a GPU, without TF32. A process is for the CPU or for a GPU: these tests run apart, with -m gpu."""
+    import torch
+
+    from hymba_train.config.schema import Config
+    from hymba_train.parallel import initialize
+
+    config = Config()
+    config.run.device = "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return initialize(config)

@@ -1,12 +1,14 @@
 """Samples a second of one loader thread, and how long a training step waits for it.
 
 The step is a sleep of the time that a GPU takes, which leaves this process's CPU to the loader as a GPU does. What the
-step finds ready costs nothing; what it waits for is exposed.
+step finds ready costs nothing; what it waits for is exposed. For the worst case it is also a loop in pure Python, which
+has to share the interpreter with the loader's thread.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -45,7 +47,8 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
             build_packs(source.training, pack_location(config, phase, source), packing, seq_length)
         opened = data.build_training_data(config, seed=1, vocab_size=VOCAB_SIZE)
         row = {"packing": packing, "seq_length": seq_length, "batch": batch}
-        row |= _rate(opened, batch) | _exposed(opened, batch, step_seconds)
+        row |= _rate(opened, batch) | _exposed(opened, batch, step_seconds) | _slower(opened, batch, step_seconds)
+        row["source_mb"] = (directory / "loader.bin").stat().st_size / 1e6
         rows.append(row)
         print("  " + json.dumps(row), file=sys.stderr)
     return rows
@@ -67,15 +70,52 @@ def _rate(opened, batch: int, num_steps: int = 400) -> dict:
     return {"samples_per_cpu_second": samples / seconds, "tokens_per_cpu_second": tokens / seconds}
 
 
-def _exposed(opened, batch: int, step_seconds: float, num_steps: int = 60) -> dict:
-    from hymba_train.data import Prefetcher, micro_batches
+def _batches(opened, batch: int, num_steps: int):
+    from hymba_train.data import micro_batches
 
-    batches = (
+    return (
         micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
         for step in range(num_steps)
     )
+
+
+def _slower(opened, batch: int, step_seconds: float, num_steps: int = 6, rounds: int = 5) -> dict:
+    """How much longer steps in pure Python take with a loader beside them than without: median of rounds."""
+    from hymba_train.data import Prefetcher
+
+    def work(count: int) -> int:
+        total = 0
+        for i in range(count):
+            total += i
+        return total
+
+    start = time.perf_counter()
+    work(10**6)
+    count = int(10**6 * step_seconds / (time.perf_counter() - start))
+
+    def steps(items) -> float:
+        iterator = iter(items)
+        for _ in range(3):  # the first are waited for by every loader
+            next(iterator)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            next(iterator)
+            work(count)
+        return time.perf_counter() - start
+
+    ratios = []
+    for _ in range(rounds):
+        alone = steps([None] * (num_steps + 3))
+        with Prefetcher(_batches(opened, batch, num_steps + 5)) as prefetcher:
+            ratios.append(steps(prefetcher) / alone)
+    return {"slower_share": statistics.median(ratios) - 1}
+
+
+def _exposed(opened, batch: int, step_seconds: float, num_steps: int = 60) -> dict:
+    from hymba_train.data import Prefetcher
+
     waited = []
-    with Prefetcher(batches) as prefetcher:
+    with Prefetcher(_batches(opened, batch, num_steps)) as prefetcher:
         for _ in range(num_steps):
             start = time.perf_counter()
             next(prefetcher)

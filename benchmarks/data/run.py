@@ -1,4 +1,4 @@
-"""Measure the data path and write benchmarks/data.md. Takes about ten minutes on an idle machine.
+"""Measure the data path and write benchmarks/data.md. Takes about four minutes on an idle machine.
 
 python -m benchmarks.data.run [--quick] [--corpus DIR] [--output FILE]
 
@@ -26,7 +26,7 @@ from data_prep.demo import CORPUS, DOMAINS
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 32_000
-LARGE = "large"
+LARGE, LARGE_MB = "large", 24
 GOALS = {"tokenizers": 2.0, "gigatoken": 6.0}
 
 
@@ -42,10 +42,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = _tokenizer(Path(scratch) / "tokenizer", domains)
         say("tokenising, one core")
-        large = _installed_sources(Path(scratch) / "large.jsonl", 10**7 if args.quick else 6 * 10**7)
-        table = speeds({**domains, LARGE: large}, tokenizer, 1 if args.quick else 5)
+        large = _installed_sources(Path(scratch) / "large.jsonl", (6 if args.quick else LARGE_MB) * 10**6)
+        small = {domain: (path, 1 if args.quick else 5) for domain, path in domains.items()}
+        table = speeds({**small, LARGE: (large, 1 if args.quick else 3)}, tokenizer)
         say("tokenising, several workers")
-        workers = scaling(domains, tokenizer, (1, 2), 4 if args.quick else 32)
+        workers = scaling(domains, tokenizer, (1, 2), 4 if args.quick else 40)
         say("building packings")
         builds = build_times(Path(scratch), 10**6 if args.quick else 10**7)
         say("loading")
@@ -110,18 +111,19 @@ def _tokenize_table(table: dict) -> list[str]:
         "*bare*: the library's own call on texts in memory. *ours*: from the JSONL file to the published, fsynced pair "
         "with manifest: hashing, reading, parsing, encoding, checking, writing. Every figure is the median of fresh "
         "processes, so caches start cold; loading the tokenizer is in neither. The four domains are shards of 0.3 to "
-        "0.5 MB, in which publishing three files takes a share that it does not have in a real one; *large* is 60 MB "
-        "of installed Python sources.", "",
+        f"0.5 MB, in which publishing three files (a few ms) weighs as it does not in a real one; *{LARGE}* is "
+        f"{LARGE_MB} MB of installed Python sources. Shares are medians of runs back to back.", "",
         f"| library | {' | '.join(f'{domain} bare / ours' for domain in (*DOMAINS, LARGE))} | mean of the four, ours | "
-        "ours / bare, large | goal |",
-        "|---|" + "---:|" * (len(DOMAINS) + 4),
+        f"ours / bare, the four | ours / bare, {LARGE} | goal |",
+        "|---|" + "---:|" * (len(DOMAINS) + 5),
     ]  # fmt: skip
     for library in BACKENDS:
         cells = [f"{table[library][d]['bare']:.1f} / {table[library][d]['ours']:.1f}" for d in (*DOMAINS, LARGE)]
         mean = statistics.mean(table[library][d]["ours"] for d in DOMAINS)
-        share = table[library][LARGE]["ours"] / table[library][LARGE]["bare"]
+        small_share = statistics.mean(table[library][d]["share"] for d in DOMAINS)
+        share = table[library][LARGE]["share"]
         goal = f"{GOALS[library]:.0f} MB/s, 85 %" if library in GOALS else "85 %"
-        lines.append(f"| {library} | {' | '.join(cells)} | **{mean:.1f}** | {share:.0%} | {goal} |")
+        lines.append(f"| {library} | {' | '.join(cells)} | **{mean:.1f}** | {small_share:.0%} | {share:.0%} | {goal} |")
     return [
         *lines, "",
         "Megatron-LM publishes (docs/user-guide/data-preparation.md, August 2026; Qwen3 tokenizer, number of cores not "
@@ -147,15 +149,20 @@ def _worker_table(rows: list[dict]) -> list[str]:
 def _loader_table(rows: list[dict]) -> list[str]:
     lines = [
         "", "## Loader", "",
-        "One thread, document mask on (tokens, labels, positions, segment ids as tensors). *Waits*: what a step of "
-        f"{rows[0]['step_ms']:.0f} ms over {BATCH_TOKENS:,} tokens still waits for its batch, with two prepared ahead "
-        "(goal: under 1 %).", "",
-        "| packing | sequence | samples/s a core | M tokens/s a core | waits |", "|---|---:|---:|---:|---:|",
+        "One thread, document mask on (tokens, labels, positions, segment ids as tensors), random tokens in a file of "
+        f"{rows[0]['source_mb']:,.0f} MB. A step of {rows[0]['step_ms']:.0f} ms over {BATCH_TOKENS:,} tokens stands "
+        f"for the model, {BATCH_TOKENS / rows[0]['step_ms'] * 1e3:,.0f} tokens/s, more than three times what a rank "
+        "of the 1.5B model is meant to reach on an H200 (47,000); two steps are prepared ahead. *Exposed*: the share "
+        "of the step that it waits for its batch, when the step leaves Python alone, as one that waits for a GPU "
+        "does; *in pure Python*: how much longer a step takes that never lets go of the interpreter, the worst case "
+        "(goal: under 1 %; a negative value is noise).", "",
+        "| packing | sequence | samples/s a core | M tokens/s a core | exposed | in pure Python |",
+        "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for row in rows:
         lines.append(
             f"| {row['packing']} | {row['seq_length']} | {row['samples_per_cpu_second']:,.0f} | "
-            f"{row['tokens_per_cpu_second'] / 1e6:.1f} | {row['exposed_share']:.2%} |"
+            f"{row['tokens_per_cpu_second'] / 1e6:.1f} | {row['exposed_share']:.2%} | {row['slower_share']:.2%} |"
         )
     return lines
 

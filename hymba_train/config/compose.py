@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hymba_train.config.blends import name_blends
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.recipes import check_user_directory, group_options, recipes_directory
 from hymba_train.config.schema import Config, Plain
@@ -37,7 +38,7 @@ def compose(
         check_user_directory(Path(config_dir), recipes)
         directories.append(Path(config_dir).resolve())
     prepared = _prepare(overrides, group_options(*directories))
-    return from_plain(_hydra_compose(directories, prepared))
+    return from_plain(name_blends(_hydra_compose(directories, prepared)))
 
 
 def _prepare(overrides: Sequence[str], groups: dict[str, list[str]]) -> list[str]:

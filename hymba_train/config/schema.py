@@ -175,7 +175,7 @@ class PhaseConfig:
     rampup_batch_size: list[int] | None = None
     """[start, increment, tokens]: batch size grows by increment from start to global_batch_size over these tokens."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Source name -> weight; weights are normalised."""
+    """Source name -> weight; weights are normalised. In a recipe or an override also the name of one of data.blends."""
     packing: str = "concat"
     """concat (windows over the documents end to end) | best_fit (whole documents, few cut) | length_buckets (best fit
     among documents of like length: for long sequences). The latter two need `hymba data pack` once."""
@@ -199,6 +199,8 @@ class DataConfig:
     """Directory with tokenizer.json (Hugging Face tokenizers) or a SentencePiece .model file."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Name -> tokenised source."""
+    blends: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Name -> source name -> weight: blends that several phases refer to by name."""
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
     """Name -> phase, in the order in which they are trained."""
     validation_sequences: int = 64

@@ -49,7 +49,7 @@ class Manifest:
     num_empty_documents: int = 0
     """Documents without a single token; they are left out."""
     num_bad_lines: int = 0
-    """Lines skipped under --skip-bad-lines. PREFIX.bad_lines.txt has file:line: reason of each."""
+    """Lines passed over. PREFIX.bad_lines.txt has file:line: reason of each."""
     backend: str = ""
     """Library that encoded: tokenizers, sentencepiece or gigatoken. The ids do not depend on it."""
     versions: dict[str, str] = field(default_factory=dict)

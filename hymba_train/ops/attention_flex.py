@@ -2,7 +2,7 @@
 
 Text queries see all meta keys and their window of the text; the meta queries, the same for every row, are a small
 causal call of their own. The block mask depends on sizes alone, or on segment_ids as well; both kinds are kept and
-shared by the layers.
+shared by the layers (:mod:`hymba_train.ops.attention_blocks` makes them, without a dense mask).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from hymba_train.ops.attention_blocks import MaskMod, block_mask
 
 
 def attention_flex(
@@ -85,8 +85,7 @@ def _compiled() -> Callable[..., Tensor]:
 @functools.lru_cache(maxsize=16)
 def _plain_block_mask(num_queries: int, num_meta: int, window: int | None, device: torch.device) -> BlockMask:
     """Without segments. With num_meta = 0 and no window it is the causal mask of the meta tokens themselves."""
-    visible = mask_mod(num_meta, window, None)
-    return create_block_mask(visible, None, None, num_queries, num_meta + num_queries, device=device)
+    return block_mask(num_queries, num_meta, window, None, mask_mod(num_meta, window, None), device)
 
 
 # segment_ids of the micro-batch at hand, the version of its contents, and its block masks by (num_meta, window).
@@ -106,7 +105,5 @@ def _text_block_mask(
     masks = kept[2]
     if (num_meta, window) not in masks:
         visible = mask_mod(num_meta, window, segment_ids)
-        masks[num_meta, window] = create_block_mask(
-            visible, segment_ids.shape[0], None, num_tokens, num_meta + num_tokens, device=device
-        )
+        masks[num_meta, window] = block_mask(num_tokens, num_meta, window, segment_ids, visible, device)
     return masks[num_meta, window]

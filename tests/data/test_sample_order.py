@@ -4,6 +4,7 @@ No model here: what a rank gets for a step decides everything the data can do wr
 """
 
 import hashlib
+import math
 import random
 from collections import Counter
 
@@ -13,6 +14,7 @@ import pytest
 from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from hymba_train.data.build import load_tokenizer, open_source, pack_location
+from hymba_train.data.indexed_writer import IndexedWriter
 from hymba_train.data.packs import build_packs
 from hymba_train.plan.steps import StepPlan, plan_steps
 
@@ -122,10 +124,10 @@ def test_every_document_is_seen_exactly_as_often_as_the_blend_says(config, phase
     """Per source: K samples of W a pass make K // W passes, and one more of K % W samples; no token oftener."""
     opened = open_data(config)
     phase = opened.phases[phase_index]
-    num_samples = 20_000
+    num_samples = 20_000 // phase.blend.block_samples * phase.blend.block_samples
     counts = phase.blend.counts_before(num_samples)
     for name, share in zip(phase.blend.names, phase.blend.shares, strict=True):
-        assert abs(counts[name] - float(share) * num_samples) < phase.blend.block_samples
+        assert abs(counts[name] - share * num_samples) < 1
     seen: dict[str, Counter] = {name: Counter() for name in phase.blend.names}
     for n in range(num_samples):
         name, _, window = opened.locate(phase_index, n)
@@ -139,6 +141,58 @@ def test_every_document_is_seen_exactly_as_often_as_the_blend_says(config, phase
         )  # fmt: skip
     # The rarest source is not through its first pass, the commonest is in its second or a later one.
     assert max(counts[name] / len(opened.sequences(phase_index, name)) for name in phase.blend.names) > 1
+
+
+@pytest.mark.parametrize(("packing", "passes"), [("concat", (3, 2)), ("best_fit", (1, 4)), ("length_buckets", (2, 2))])
+def test_a_blend_of_whole_passes_shows_every_document_exactly_so_often(tmp_path, packing, passes):
+    """Weights are (sequences in a source) x (passes wanted). What two ranks train on is counted token by token."""
+    seq_length, names = 16, ("first", "second")
+    sizes = np.random.default_rng(7).integers(2, 40, size=(2, 40))
+    sizes[:, -1] += -(sizes.sum(1) - 1) % seq_length  # concat leaves out what does not fill a last sequence
+    firsts = [1, 1 + int(sizes[0].sum())]  # token numbers: no token of the two sources is used twice
+    vocab_size = firsts[1] + int(sizes[1].sum())
+    write_word_tokenizer(tmp_path / "tokenizer.json", vocab_size)
+    for name, own, first in zip(names, sizes, firsts, strict=True):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_documents(np.arange(first, first + own.sum()), own)
+            writer.publish()
+    phase = PhaseConfig(
+        tokens=1, seq_length=seq_length, global_batch_size=4, blend={n: 1 for n in names}, packing=packing
+    )
+    made = DataConfig(
+        path=str(tmp_path), tokenizer="tokenizer.json", sources={n: SourceConfig(n) for n in names},
+        phases={"main": phase},
+    )  # fmt: skip
+    if packing != "concat":
+        for name in names:
+            source = open_source(made, name, made.sources[name], load_tokenizer(made))
+            build_packs(source.training, pack_location(made, phase, source), packing, seq_length)
+    opened = data.build_training_data(made, seed=1, vocab_size=vocab_size)
+    wanted = [times * len(opened.sequences(0, n)) for n, times in zip(names, passes, strict=True)]
+    phase.blend = dict(zip(names, map(float, wanted), strict=True))
+    opened = data.build_training_data(made, seed=1, vocab_size=vocab_size)
+    # Shares are exact at the borders of the blend's blocks: go through it until both fall together.
+    num_samples = math.lcm(sum(wanted), opened.phases[0].blend.block_samples)
+    seen = np.zeros(vocab_size, dtype=int)
+    for rank in range(2):
+        for batch in data.micro_batches(
+            opened, 0, 0, global_batch_size=num_samples, micro_batch_size=2, data_parallel_rank=rank,
+            data_parallel_size=2,
+        ):  # fmt: skip
+            labels = batch["labels"][batch["labels"] != -100]
+            seen += np.bincount(labels.numpy(), minlength=vocab_size)
+    for own, first, times in zip(sizes, firsts, passes, strict=True):
+        expected = np.full(own.sum(), times * num_samples // sum(wanted))
+        expected[np.cumsum([0, *own[:-1]])] = 0  # nothing foretells the first token of a document
+        assert seen[first : first + own.sum()].tolist() == expected.tolist()
+
+
+def write_word_tokenizer(path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {"</s>": 0, **{f"w{i}": i for i in range(1, vocab_size)}}
+    Tokenizer(WordLevel(words, unk_token="</s>")).save(str(path))
 
 
 def test_every_token_of_every_document_is_predicted_once_a_pass(config):

@@ -138,6 +138,20 @@ def test_shards_come_out_in_their_formats_without_the_duplicates(shards, tmp_pat
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, small_disk, capsys, workers):
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        lines = [json.dumps({"text": f"{shard} {i} and some more words"}).encode() for i in range(500)]
+        (tmp_path / "in" / f"{shard}.jsonl").write_bytes(b"\n".join(lines))
+    command = ["dedup", "--input", str(tmp_path / "in"), "--output-dir", str(small_disk / "out"), "--quiet"]
+    assert main([*command, "--method", "minhash", "--workers", workers]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot be written" in err
+    assert list((small_disk / "out").iterdir()) == []
+
+
 def test_exact_keeps_near_duplicates(shards, tmp_path, capsys):
     command = ["dedup", "--input", str(shards[0]), "--output-dir", str(tmp_path / "out"), "--quiet", "--workers", "1"]
     assert main(command) == 0
@@ -156,15 +170,17 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(shards, tmp_
     assert main([*command, "--method", "minhash", "--overwrite"]) == 0
 
 
-def test_bad_lines_end_it_or_are_passed_on(shards, tmp_path, capsys):
+def test_bad_lines_are_passed_on_or_end_it_if_asked(shards, tmp_path, capsys):
     (shards[0] / "3.jsonl").write_bytes(b'{bad\n{"text": "good"}\n')
     command = ["dedup", "--input", str(shards[0]), "--output-dir", str(tmp_path / "out"), "--quiet", "--workers", "1"]
-    assert main(command) == 2
+    assert main([*command, "--max-bad-lines", "0"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {shards[0]}/3.jsonl:1: invalid JSON at column 2")
     assert list((tmp_path / "out").iterdir()) == []
-    assert main([*command, "--skip-bad-lines"]) == 0
+    assert main(command) == 0
     assert (tmp_path / "out/3.jsonl").read_bytes() == b'{bad\n{"text": "good"}\n'
-    assert "1 bad lines were passed on" in capsys.readouterr().out
+    assert f"1 bad lines were passed on ({tmp_path}/out/dedup.json lists them)" in capsys.readouterr().out
+    (line,) = json.loads((tmp_path / "out/dedup.json").read_text())["bad_lines"]
+    assert line.startswith(f"{shards[0]}/3.jsonl:1: invalid JSON")
 
 
 @pytest.mark.parametrize(

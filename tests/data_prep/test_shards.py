@@ -87,12 +87,12 @@ def test_a_file_cut_short_is_named_and_leaves_nothing(run, tmp_path, name):
 def test_bad_rows_of_parquet_are_named(run, tmp_path):
     values = pa.array(["good", None, "good"])
     write_parquet(tmp_path / "a.parquet", values)
-    code, _, err = run("--input", tmp_path / "a.parquet", "--output-prefix", tmp_path / "out")
+    code, _, err = run("--input", tmp_path / "a.parquet", "--output-prefix", tmp_path / "out", "--max-bad-lines", "0")
     assert code == 2
     assert err.startswith(f"error: {tmp_path}/a.parquet:row 1: the value of 'text' is not a string but NoneType")
     bad = pa.array([b"good", b"\xff\xfe", b"good"]).view(pa.string())
     write_parquet(tmp_path / "b.parquet", bad)
-    code, _, err = run("--input", tmp_path / "b.parquet", "--output-prefix", tmp_path / "out")
+    code, _, err = run("--input", tmp_path / "b.parquet", "--output-prefix", tmp_path / "out", "--max-bad-lines", "0")
     assert code == 2
     assert err.startswith(f"error: {tmp_path}/b.parquet:row 1: invalid UTF-8 at byte 0 of the value of 'text'")
 
@@ -206,7 +206,7 @@ def test_the_same_command_twice_does_nothing_the_second_time(run, shards, tmp_pa
 def test_a_bad_shard_keeps_the_finished_ones_for_the_next_try(run, shards, tmp_path):
     good = (shards / "sub/e.jsonl").read_bytes()
     (shards / "sub/e.jsonl").write_bytes(good + b"{bad\n")
-    code, _, err = run("--input", shards, "--output-prefix", tmp_path / "one")
+    code, _, err = run("--input", shards, "--output-prefix", tmp_path / "one", "--max-bad-lines", "0")
     assert code == 2
     assert err.startswith(f"error: {shards}/sub/e.jsonl:9: invalid JSON at column 2")
     assert sorted(p.stem for p in (tmp_path / "one.shards").rglob("*.json")) == ["a", "b", "c", "d"]
@@ -220,7 +220,7 @@ def test_bad_lines_of_all_shards_are_listed_together(run, shards, tmp_path):
     for name in ("a.jsonl", "sub/e.jsonl"):
         with open(shards / name, "ab") as stream:
             stream.write(b"{bad\n")
-    code, out, _ = run("--input", shards, "--output-prefix", tmp_path / "one", "--skip-bad-lines")
+    code, out, _ = run("--input", shards, "--output-prefix", tmp_path / "one")
     assert code == 0
     assert "2 bad lines left out (listed in *.bad_lines.txt)" in out
     listed = (tmp_path / "one.bad_lines.txt").read_text().splitlines()
@@ -378,7 +378,7 @@ def test_a_document_of_a_megabyte_and_invalid_utf8(run, tmp_path, demo):
     assert len(text) == 2**20
     lines = [json.dumps({"text": text}).encode(), b'{"text": "\xe9"}', json.dumps({"text": ""}).encode()]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    code, out, _ = run("--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--skip-bad-lines", "1")
+    code, out, _ = run("--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--max-bad-lines", "1")
     assert code == 0
     assert "in 1 documents; 1 empty documents and 1 bad lines" in out
     tokenizer = Tokenizer.load(demo / "tokenizer")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import progress as progress_module
-from data_prep import records, tokenize_corpus
+from data_prep import records, tokenize_corpus, tokenize_shard
 from data_prep.cli import main
 from data_prep.demo import CORPUS, DOMAINS
 from data_prep.tokenize_corpus import tokenize_files
@@ -89,7 +89,7 @@ def test_manifest_tells_what_was_done(run, tmp_path, tokenizer):
             "bytes": path.stat().st_size, "sha256": file_sha256(path), "spots": spot_hashes(path),
         }  # fmt: skip
     assert manifest.backend == "tokenizers"
-    assert set(manifest.versions) == {"python", "numpy", "tokenizers"}
+    assert set(manifest.versions) == {"python", "hymba_train", "numpy", "tokenizers"}
 
 
 def test_result_does_not_depend_on_the_number_of_workers(demo, tmp_path, monkeypatch):
@@ -114,7 +114,8 @@ def test_a_worker_error_is_the_parents_error(demo, tmp_path, capsys):
     source = tmp_path / "long.jsonl"
     lines = (CORPUS / "books.jsonl").read_bytes() * 5
     source.write_bytes(lines + b"{bad\n" + lines)
-    args = ["--tokenizer", str(demo / "tokenizer"), "--output-prefix", str(tmp_path / "out"), "--workers", "2"]
+    args = ["--tokenizer", str(demo / "tokenizer"), "--output-prefix", str(tmp_path / "out"), "--workers", "2",
+            "--max-bad-lines", "0"]  # fmt: skip
     assert main(["tokenize", "--input", str(source), *args]) == 2
     assert capsys.readouterr().err.startswith(f"error: {source}:241: invalid JSON at column 2")
     assert left_behind(tmp_path) == ["long.jsonl"]
@@ -150,18 +151,20 @@ def test_damaged_gzip_is_named(run, tmp_path, damage):
         (b"[" * 100_000, "JSON is nested too deeply"),
     ],
 )
-def test_bad_line_is_named_and_ends_the_run(run, tmp_path, line, reason):
-    code, _, err = run(b"\n".join([GOOD, b"", line, GOOD]))
+def test_a_bad_line_is_listed_and_ends_the_run_if_asked(run, tmp_path, line, reason):
+    content = b"\n".join([GOOD, b"", line, GOOD])
+    code, _, err = run(content, "--max-bad-lines", "0")
     assert code == 2
-    assert err == (
-        f"error: {tmp_path}/in.jsonl:3: {reason}; mend the input, or pass over bad lines with --skip-bad-lines "
-        "[N] (now 0)\n"
-    )
+    assert err == f"error: {tmp_path}/in.jsonl:3: {reason}; mend the input, or allow more than --max-bad-lines 0\n"
     assert left_behind(tmp_path) == []
+    code, out, _ = run(content)
+    assert code == 0
+    assert "2 documents; 0 empty documents and 1 bad lines left out (listed in *.bad_lines.txt)" in out
+    assert (tmp_path / "out.bad_lines.txt").read_text() == f"{tmp_path}/in.jsonl:3: {reason}\n"
 
 
 def test_as_many_bad_lines_as_allowed_are_listed(run, tmp_path):
-    code, out, err = run(b"\n".join([GOOD, b"{bad", GOOD, b"\xff", GOOD]), "--skip-bad-lines", "2")
+    code, out, err = run(b"\n".join([GOOD, b"{bad", GOOD, b"\xff", GOOD]), "--max-bad-lines", "2")
     assert (code, err) == (0, "")
     assert (tmp_path / "out.bad_lines.txt").read_text().splitlines() == [
         f"{tmp_path}/in.jsonl:2: invalid JSON at column 2 (Expecting property name enclosed in double quotes)",
@@ -172,24 +175,45 @@ def test_as_many_bad_lines_as_allowed_are_listed(run, tmp_path):
     assert read_manifest(tmp_path / "out").num_bad_lines == 2
 
 
-def test_any_number_of_bad_lines_may_be_allowed_and_the_list_goes_with_the_output(run, tmp_path):
-    assert run(b"{bad\n" * 50 + GOOD, "--skip-bad-lines")[0] == 0
+def test_any_number_of_bad_lines_is_passed_over_and_the_list_goes_with_the_output(run, tmp_path):
+    assert run(b"{bad\n" * 50 + GOOD)[0] == 0
     assert len((tmp_path / "out.bad_lines.txt").read_text().splitlines()) == 50
     assert run(GOOD, "--overwrite")[0] == 0
     assert left_behind(tmp_path) == ["out.bin", "out.idx", "out.json"]
 
 
 def test_one_bad_line_more_than_allowed(run, tmp_path):
-    code, _, err = run(b"\n".join([b"{bad", GOOD, b"{bad"]), "--skip-bad-lines", "1")
+    code, _, err = run(b"\n".join([b"{bad", GOOD, b"{bad"]), "--max-bad-lines", "1")
     assert code == 2
     assert [line.split(": ")[1] for line in err.splitlines()] == [f"{tmp_path}/in.jsonl:1", f"{tmp_path}/in.jsonl:3"]
 
 
 def test_very_many_bad_lines_are_cut_short(run):
-    code, _, err = run(b"{bad\n" * 500)
+    code, _, err = run(b"{bad\n" * 500, "--max-bad-lines", "0")
     assert code == 2
     assert len(err.splitlines()) == 20
     assert "(and 480 more so far)" in err
+
+
+def test_bad_lines_alone_are_an_error_that_shows_the_first(run, tmp_path):
+    code, _, err = run(b'{"body": "x"}\n' * 3)
+    assert code == 2
+    assert err == (
+        f"error: {tmp_path}/in.jsonl: no document with any text under 'text'; 3 bad lines, the first is "
+        f"{tmp_path}/in.jsonl:1: not a JSON object with the key 'text'\n"
+    )
+    assert left_behind(tmp_path) == []
+
+
+def test_a_shard_that_begins_with_nothing_but_bad_lines_is_given_up(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_shard, "HOPELESS_BAD_LINES", 100)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 500)
+    code, _, err = run(b"{bad\n" * 5000 + GOOD)
+    assert code == 2
+    assert err.count("\n") == 1
+    shown = int(err.partition("; ")[2].partition(" bad lines")[0])
+    assert 100 <= shown < 300, "it does not read on"
+    assert run(GOOD + b"\n" + b"{bad\n" * 5000)[0] == 0
 
 
 def test_blank_lines_and_a_missing_last_newline_are_fine(run, tmp_path):
@@ -228,7 +252,7 @@ def test_existing_output_is_not_replaced_unless_asked(run, tmp_path):
 def test_a_failing_overwrite_keeps_the_old_files(run, tmp_path):
     run(jsonl(TEXTS))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
-    assert run(jsonl(TEXTS) + b"{bad", "--overwrite")[0] == 2
+    assert run(jsonl(TEXTS) + b"{bad", "--overwrite", "--max-bad-lines", "0")[0] == 2
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
 
 
@@ -275,7 +299,7 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path):
 
 
 @pytest.mark.parametrize(("is_terminal", "expected"), [
-    (True, "\r 25.0%  3.0 MB  1.5 MB/s  0:00:06 left"),  # once half a second is over
+    (True, "\r[#####...............]  25.0%  3.0 MB  1.5 MB/s  0:00:06 left"),  # once half a second is over
     (False, ""),  # in a log, a line a minute
 ])  # fmt: skip
 def test_progress(capsys, monkeypatch, is_terminal, expected):
@@ -286,4 +310,4 @@ def test_progress(capsys, monkeypatch, is_terminal, expected):
         progress.update(1_000_000, 3_000_000)
         assert capsys.readouterr().err.startswith(expected)
         progress.update(2_000_000, 14_000_000)
-        assert " 50.0%  14.0 MB  0.2 MB/s  0:01:10 left" in capsys.readouterr().err
+        assert "[##########..........]  50.0%  14.0 MB  0.2 MB/s  0:01:10 left" in capsys.readouterr().err

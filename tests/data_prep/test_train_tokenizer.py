@@ -135,11 +135,18 @@ def test_vocabulary_smaller_than_the_bytes():
         train_sentencepiece(["text"], 259)
 
 
-def test_bad_line_is_named(tmp_path):
+def test_bad_line_is_named_and_ends_it_if_asked(tmp_path, capsys):
     source = tmp_path / "train.jsonl"
-    source.write_text(json.dumps({"text": "good"}) + "\n{bad\n")
+    source.write_text(json.dumps({"text": "it is a truth universally acknowledged " * 9}) + "\n{bad\n")
     with pytest.raises(UserError, match=r"train.jsonl:2: invalid JSON at column 2"):
-        train_tokenizer([source], tmp_path / "out", 300)
+        train_tokenizer([source], tmp_path / "out", 300, max_bad_lines=0)
+    command = ["train-tokenizer", "--input", str(source), "--vocab-size", "290", "--output", str(tmp_path / "out")]
+    assert main([*command, "--max-bad-lines", "0"]) == 2
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("; 1 bad lines left out\n")
+    assert f"bad line: {source}:2: invalid JSON at column 2" in err
 
 
 def test_not_a_model(tmp_path, capsys):

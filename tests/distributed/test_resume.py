@@ -17,8 +17,8 @@ COMMON = [
     "model=hymba_tiny", "parallel.world_size=null",
     "run.device=cpu", "run.name=run", f"run.train_steps={END}", "checkpoint.keep_last=5",
     f"checkpoint.save_interval={SAVED}", "logging.log_interval=1", "logging.eval_interval=5",
-    "logging.tensorboard=false", "precision.params=float32", "optim.adam_eps=1e-5", "optim.lr=0.003",
-    "schedule.lr_warmup_fraction=0.2",
+    "logging.tensorboard=false", "logging.batch_hash=true", "precision.params=float32", "optim.adam_eps=1e-5",
+    "optim.lr=0.003", "schedule.lr_warmup_fraction=0.2",
     "model.name=resume", "model.num_layers=4", "model.hidden_size=40", "model.ffn_hidden_size=54",
     "model.num_attention_heads=5", "model.num_query_groups=5", "model.vocab_size=96", "model.global_layers=[0,3]",
     "model.kv_groups=[[1,2]]", "model.window_size=8", "model.num_meta_tokens=4",
@@ -33,7 +33,15 @@ COMMON = [
 # name: (processes, overrides). Every kind of shard meets every other: heads, channels, stages, optimizer state.
 LAYOUTS = {
     "single": (1, []),
-    "tp2_sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp2_sp": (
+        2,
+        [
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "data.phases.a.micro_batch_size=2",
+            "data.phases.b.micro_batch_size=4",
+        ],
+    ),
     "pp2": (2, ["parallel.pipeline=2", "checkpoint.async_save=false"]),
     "dp2_distributed_optimizer": (
         2,
@@ -104,6 +112,7 @@ def test_resume(saved, loaded, uninterrupted, data, tmp_path):
     for step, record in found.items():
         whole = expected[step]
         assert (record["phase"], record["tokens"], record["lr"]) == (whole["phase"], whole["tokens"], whole["lr"])
+        assert record["batch_hash"] == whole["batch_hash"], "not one sample is repeated, skipped or another"
         if saved == loaded:
             assert (record["loss_hex"], record["grad_norm_hex"]) == (whole["loss_hex"], whole["grad_norm_hex"])
             assert record.get("held_out") == whole.get("held_out")

@@ -17,17 +17,6 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def gpu_runtime():
-    from hymba_train.config.schema import Config
-    from hymba_train.parallel import initialize
-
-    config = Config()
-    config.run.device = "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return initialize(config)
-
-
 @pytest.mark.parametrize("backends", BACKENDS)
 @pytest.mark.parametrize("name", golden_data.cases())
 def test_golden_in_float32(name, backends, gpu_runtime):
