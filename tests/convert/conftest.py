@@ -35,6 +35,9 @@ def runs(tmp_path_factory) -> Runs:
         directory,
         run("whole", *UNEVEN, "run.train_steps=6"),  # into the second phase, whose RoPE is another
         run("masked", "data.document_mask=true", "run.train_steps=2", "logging.eval_interval=2"),
-        run("bf16", 'precision.params="bf16"', "run.train_steps=2", "logging.eval_interval=2"),
-    )
+        run(
+            "bf16", 'precision.params="bf16"', "run.train_steps=2", "logging.eval_interval=2",
+            "checkpoint.save_interval=1", "checkpoint.export_interval=1", 'checkpoint.export_dtype="float32"',
+        ),
+    )  # fmt: skip
     return Runs(directory)
