@@ -17,7 +17,7 @@ inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=Tru
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True))
 ```
 
-`modeling_hymba.py` and `configuration_hymba.py` are plain PyTorch and need transformers 4.53 or newer (5 included).
+`modeling_hymba.py` and `configuration_hymba.py` are plain PyTorch and need transformers 4.50 or newer (5 included).
 Batches may be padded on either side. On a CUDA device prompts use FlexAttention, and mamba-ssm where it is installed;
 decoding runs as a CUDA graph (`decode_backend` in config.json: auto, graph, compile, eager).
 

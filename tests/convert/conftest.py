@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hymba_train.callbacks.jsonl import read_events
+from tests.convert.plain_venv import make_venv
 from tests.train.test_training import run, start
 from tests.train.tiny_run import write_data
 
@@ -41,3 +42,9 @@ def runs(tmp_path_factory) -> Runs:
         ),
     )  # fmt: skip
     return Runs(directory)
+
+
+@pytest.fixture(scope="session")
+def plain_python(tmp_path_factory) -> Path:
+    """python of a virtual environment with transformers and without this package."""
+    return make_venv(tmp_path_factory.mktemp("plain_venv"))

@@ -19,7 +19,7 @@ from hymba_train.convert.shards import PlannedTensor, write_shards
 from hymba_train.convert.source import HubWeights, TrainingCheckpoint
 from hymba_train.convert.to_hf import export_hf, parse_bytes
 from hymba_train.errors import UserError
-from tests.convert.test_convert_golden import fresh
+from tests.convert.test_convert_golden import asked, fresh
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
 
@@ -29,9 +29,9 @@ def exported(runs, tmp_path_factory):
     return export_hf(runs.path("whole"), tmp_path_factory.mktemp("export") / "whole")
 
 
-def test_a_fresh_process_loads_an_export_with_its_tokenizer(runs, exported, tmp_path):
+def test_an_environment_without_this_package_loads_an_export_with_its_tokenizer(runs, exported, tmp_path, plain_python):
     text = "w95"
-    found = fresh(exported, tmp_path, ids=[[5, 6, 7, 8] * 6], new_tokens=3, text=text)
+    (found,) = fresh(plain_python, exported, tmp_path, asked([[5, 6, 7, 8] * 6], new_tokens=3, text=text))
     assert not found["left_over"] and found["generated"] == found["uncached"]
     assert found["encoded"] == [95] and found["decoded"] == text and found["padding_side"] == "left"
     model = load_model(runs.path("whole")).model
