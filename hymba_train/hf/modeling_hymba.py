@@ -38,6 +38,8 @@ except ImportError:
     selective_scan_fn = selective_state_update = None
 
 
+FLOAT32_MODULES = ["A_log", "D", "dt_proj"]  # whatever the type of the rest; transformers 5.0 wants a list
+
 # -- parts without state --------------------------------------------------------------------------------------------
 
 
@@ -596,7 +598,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("HymbaDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj"]  # 5.0 wants a list
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = FLOAT32_MODULES
     _is_stateful = True  # a state cannot go back: no assisted decoding
     _supports_sdpa = _supports_flex_attn = True  # accepted; what runs is chosen by attn_implementation_new
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -46,10 +45,10 @@ def test_exports_are_made_while_training_goes_on_and_at_its_end(checkpoints, tmp
     for step in (4, 12, 16, 18):
         loop.state.step = step
         path = checkpoints(step)
-        before = time.monotonic()
         export.on_checkpoint_saved(loop, path, step)
+        if step == 12:
+            assert export._running[0].poll() is None, "training was held up until the export was done"
         export.on_step_end(loop, None)
-        assert time.monotonic() - before < 2, "training was held up"
         if step != 18:
             shutil.rmtree(path)
     export.on_train_end(loop)
@@ -123,7 +122,7 @@ def test_a_failed_export_is_reported_and_leaves_training_alone(checkpoints, tmp_
     export.on_train_end(loop)
     export.close()
     assert "export of step 5 failed" in caplog.text
-    assert "cannot be read as a checkpoint index" in (tmp_path / "hf" / "step_0000005.log").read_text()
+    assert ".metadata: has 6 bytes" in (tmp_path / "hf" / "step_0000005.log").read_text()
     assert names(tmp_path / "hf") == ["step_0000005.log"]
 
 

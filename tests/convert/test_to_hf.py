@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import weakref
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hymba_train.checkpoint import manifest
 from hymba_train.convert.cli import run_convert, run_eval, run_generate
 from hymba_train.convert.evaluate import apart, held_out_losses, parse_tasks
 from hymba_train.convert.load import load_model
@@ -184,13 +185,21 @@ def test_what_cannot_be_is_one_line(runs, exported, tmp_path):
     }  # fmt: skip
 
 
-def test_a_missing_tensor_file_is_named(runs, tmp_path):
-    import shutil
-
-    step = TrainingCheckpoint.find(runs.path("whole")).path
-    shutil.copytree(step, tmp_path / step.name)
-    data = tmp_path / step.name / "__0_0.distcp"
-    os.truncate(data, data.stat().st_size // 20)
+def test_a_damaged_checkpoint_is_not_exported(runs, tmp_path):
+    """One flipped bit, which every loader would take for a weight; a file that is cut short; and one that was cut short
+    before its manifest was made."""
+    step = tmp_path / "step_0000006"
+    shutil.copytree(TrainingCheckpoint.find(runs.path("whole")).path, step)
+    data = step / "__0_0.distcp"
+    whole = data.read_bytes()
+    middle = len(whole) // 2
+    data.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with pytest.raises(UserError, match=r"__0_0.distcp: is damaged.*; choose another checkpoint$"):
+        export_hf(step, tmp_path / "out")
+    data.write_bytes(whole[: len(whole) // 20])
+    with pytest.raises(UserError, match=r"__0_0.distcp: has \d+ bytes"):
+        export_hf(step, tmp_path / "out")
+    manifest.write(step, manifest.make(step))
     with pytest.raises(UserError, match="cannot be read"):
-        export_hf(tmp_path / step.name, tmp_path / "out")
+        export_hf(step, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [step.name]
