@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hymba_train import __version__
 from hymba_train.convert.source import TrainingCheckpoint
 from hymba_train.describe import model_tensors
@@ -62,6 +64,8 @@ def _training(source: TrainingCheckpoint) -> list[str]:
         lines.append(f"- Weights imported from {source.imported.get('source')}, licence there: "
                      f"{source.imported.get('license') or 'not stated'}; not trained since.")  # fmt: skip
         return lines
+    if config.checkpoint.load:  # its name alone: where it lay is nobody's business
+        lines.append(f"- Started from a checkpoint of {Path(config.checkpoint.load).name}.")
     for number, (name, phase) in enumerate(config.data.phases.items()):
         if number > state["phase"]:
             break
