@@ -142,6 +142,7 @@ SPOILED = {
     "size zero": (lambda m: edit_config(m, num_attention_heads=0), "config.json: not a Hymba configuration"),
     "size null": (lambda m: edit_config(m, vocab_size=None), "vocab_size"),
     "size huge": (lambda m: edit_config(m, num_hidden_layers=10**9), "num_hidden_layers = 1000000000 cannot be"),
+    "token no number": (lambda m: edit_config(m, pad_token_id="x"), "pad_token_id = 'x' cannot be"),
     "groups no lists": (lambda m: edit_config(m, kv_reuse_group=[3]), "config.json"),
     "groups outside": (lambda m: edit_config(m, kv_reuse_group=[[6, 99]]), "99 is not a layer"),
     "tokenizer broken": (tokenizer_with("tokenizer.json", "{}"), "tokenizer.json cannot be read as a tokenizer"),
