@@ -51,7 +51,7 @@ setup(
         ],
         "wandb": ["wandb>=0.18"],
         "hf": ["transformers>=4.50,<6"],  # convert's checks, generate, eval
-        "eval": ["transformers>=4.50,<6", "lm-eval>=0.4.5"],
+        "eval": ["transformers>=4.50,<6", "lm-eval[hf]>=0.4.9"],
         # zstd and Parquet input, near-duplicates (0.5 changed the signatures), the fast tokenizer, object stores
         "data": ["zstandard>=0.22", "pyarrow>=15", "rensa>=0.5,<0.6", "gigatoken>=0.10", "fsspec>=2024.6"],
         "dev": [

@@ -1,17 +1,21 @@
 """Import and export of a randomly initialised Hymba-1.5B: time and peak memory of each, in processes of their own.
 
-python -m benchmarks.convert_1p5b [DIRECTORY]     prints a table; needs 12 GB of disk in DIRECTORY (default: temporary)
+python -m benchmarks.convert_1p5b [DIRECTORY]     prints a table; needs 16 GB of disk in DIRECTORY (default: temporary)
 """
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 _RUN = """
 import resource, sys
@@ -23,8 +27,6 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def write_random_model(directory: Path) -> int:
     """The published names, shapes and configuration with random bfloat16 weights. Returns the bytes of the weights."""
-    import json
-
     import torch
 
     from hymba_train.config import compose
@@ -52,7 +54,16 @@ def measure(*arguments: str) -> tuple[float, float]:
     return time.monotonic() - start, int(peak) * 1024 / 1e9
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """Tensor -> type, shape and place of a safetensors file."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    header.pop("__metadata__", None)
+    return header
+
+
 def main() -> None:
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         directory = Path(name)
         (directory / "model").mkdir()
@@ -62,10 +73,13 @@ def main() -> None:
             output = f"{name}/{dtype}"
             found = measure("to-hf", "--checkpoint", f"{name}/run", "--output", output, "--dtype", dtype)
             rows.append((f"to-hf --dtype {dtype}", found))
-        same = (directory / "model/model.safetensors").read_bytes() == (
-            directory / "bfloat16/model.safetensors"
-        ).read_bytes()
-    print(f"{platform.processor() or platform.machine()}, 1 thread; weights {num_bytes / 1e9:.2f} GB in bfloat16")
+        names = [directory / kind / "model.safetensors" for kind in ("model", "bfloat16")]
+        same = filecmp.cmp(*names, shallow=False)
+        num_tensors = len(read_header(names[1]))
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread, load {load:.1f} at the start "
+        f"and {os.getloadavg()[0]:.1f} at the end; {num_tensors} tensors, {num_bytes / 1e9:.2f} GB in bfloat16"
+    )
     print("| command | seconds | peak memory, GB |\n|---|---|---|")
     for command, (seconds, peak) in rows:
         print(f"| {command} | {seconds:.0f} | {peak:.2f} |")

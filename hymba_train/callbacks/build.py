@@ -10,6 +10,7 @@ from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.checkpointing import Checkpointing, Writer
 from hymba_train.callbacks.curve import LossCurve
 from hymba_train.callbacks.evaluation import Evaluation
+from hymba_train.callbacks.export import Export
 from hymba_train.callbacks.garbage import CollectGarbage
 from hymba_train.callbacks.jsonl import JsonLines
 from hymba_train.callbacks.never_fatal import NeverFatal
@@ -21,13 +22,15 @@ from hymba_train.callbacks.wandb import WandB
 from hymba_train.config.schema import Config
 
 METRICS = "metrics.jsonl"
+EXPORTS = "hf"
 
 
 def build_callbacks(
     config: Config, directory: Path, runtime, steps, peak, writer: Writer,
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> list[Callback]:  # fmt: skip
-    """Evaluation and checkpoints on every rank, first; then, on the logging rank, everything that only looks on.
+    """Evaluation and checkpoints on every rank, first, and exports on the first; then, on the logging rank, everything
+    that only looks on.
 
     Args:
         steps: the run's StepPlan. peak: the meter's :class:`hymba_train.train.metrics.Peak`.
@@ -37,6 +40,9 @@ def build_callbacks(
     callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
     if c.enabled:
         callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+        if c.export_interval is not None and runtime.rank == 0:
+            exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root)
+            callbacks.append(NeverFatal(exports))
     callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))
     if runtime.is_logging_rank:

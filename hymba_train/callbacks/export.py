@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.checkpoint.directory import step_name
+from hymba_train.checkpoint.directory import newest, step_name, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,16 @@ class Export(Callback):
     For the first rank alone; wrap it in NeverFatal. Exported are the first checkpoint at or after every ``interval``-th
     step (0: none of these) and, when training has come to its end, the last one, for which the end waits. A checkpoint
     is held by hard links until it is exported, so that it may be deleted meanwhile. One export runs at a time.
+
+    Args:
+        checkpoints: where the run's checkpoints lie; a process that finds nothing left to train exports the newest.
     """
 
-    def __init__(self, directory: Path, interval: int, dtype: str | None = None) -> None:
-        self.directory, self.interval, self.dtype = directory, interval, dtype
+    def __init__(self, directory: Path, interval: int, dtype: str | None = None, *, checkpoints: Path) -> None:
+        self.directory, self.interval, self.dtype, self.checkpoints = directory, interval, dtype, checkpoints
         self._next = interval
         self._latest: tuple[Path, int] | None = None
+        self._taken: set[int] = set()  # steps that this process has exported, or is about to
         self._waiting: list[tuple[Path, int]] = []  # (held checkpoint, step)
         self._running: tuple[subprocess.Popen, Path, int] | None = None
 
@@ -49,10 +53,8 @@ class Export(Callback):
 
     def on_train_end(self, loop) -> None:
         """Exports the last checkpoint and waits, unless something cut training short: then time may be scarce."""
-        if loop.finished and self._latest is not None and not (self.directory / step_name(self._latest[1])).exists():
-            queued = [step for _, step in self._waiting] + ([self._running[2]] if self._running else [])
-            if self._latest[1] not in queued:
-                self._hold(*self._latest)
+        if loop.finished:
+            self._hold_last()
         while loop.finished and (self._waiting or self._running):
             self._poll()
             if self._running:
@@ -66,15 +68,29 @@ class Export(Callback):
         self._running, self._waiting = None, []
         _remove_leftovers(self.directory)
 
+    def _hold_last(self) -> None:
+        """The newest checkpoint, unless it has been taken; one of an earlier life only if that left no export."""
+        path, step = self._latest or (newest(self.checkpoints)[0], None)
+        if path is None or step in self._taken:
+            return
+        if step is not None or not (self.directory / path.name).exists():
+            self._hold(path, step_of(path))
+
     def _hold(self, path: Path, step: int) -> None:
+        self._taken.add(step)
         held = self.directory / f".held-{path.name}" / path.name
         held.mkdir(parents=True)
-        for file in path.iterdir():
-            try:
-                os.link(file, held / file.name)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(file, held / file.name)
-        self._waiting.append((held, step))
+        try:
+            for file in path.iterdir():
+                try:
+                    os.link(file, held / file.name)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copyfile(file, held / file.name)
+        except OSError as error:
+            shutil.rmtree(held.parent, ignore_errors=True)
+            logger.warning("step %d is not exported: %s", step, error)
+        else:
+            self._waiting.append((held, step))
 
     def _poll(self) -> None:
         if self._running and self._running[0].poll() is not None:

@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.lr_decay_style": ("wsd", "cosine", "linear", "constant"),
     "schedule.lr_wsd_decay_style": ("linear", "cosine", "exponential", "minus_sqrt"),
     "data.phases.NAME.rope_type": ("default", "ntk"),
+    "checkpoint.export_dtype": ("bfloat16", "float32"),
     "data.phases.NAME.packing": ("concat", "best_fit", "length_buckets"),
     "run.device": ("auto", "cpu", "cuda"),
 }
@@ -43,8 +44,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
             "model.num_meta_tokens", "model.init_method_std", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
-            "checkpoint.save_interval", "checkpoint.keep_every", "logging.eval_interval", "run.seed",
-            "data.phases.NAME.min_document_tokens",
+            "checkpoint.save_interval", "checkpoint.keep_every", "checkpoint.export_interval", "logging.eval_interval",
+            "run.seed", "data.phases.NAME.min_document_tokens",
         ),
         _FROM_0,
     ),

@@ -229,6 +229,11 @@ class CheckpointConfig:
     """Run or step directory to start from when the run directory has no checkpoint yet."""
     load_optimizer: bool = True
     """With load: take optimizer, schedule, RNG and data position as well; false takes the weights alone."""
+    export_interval: int | None = None
+    """Export to Hugging Face format into the run's hf/, in the background: the first checkpoint at or after every n-th
+    step, and the last one when training has come to its end; 0: the last one alone; null: none."""
+    export_dtype: str | None = None
+    """bfloat16 | float32: type of exported weights; null: what the run trains in."""
     accept_changed_data: bool = False
     """Go on although tokenizer, seed, files or blend are no longer those of the checkpoint; recorded in later ones."""
 

@@ -136,16 +136,17 @@ def run_eval(argv: list[str]) -> int:
 
 def _held_out(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     from hymba_train.convert.evaluate import held_out_losses
+    from hymba_train.convert.published import CONFIG
     from hymba_train.convert.source import TrainingCheckpoint
 
-    loaded = _load(args)
-    run = loaded.checkpoint if args.data is None else TrainingCheckpoint.find(args.data)
-    if run is None:
+    if args.data is None and (args.model / CONFIG).is_file():
         raise UserError("--data: an exported directory has no text to evaluate on; name the run whose text to take")
+    run = TrainingCheckpoint.find(args.data or args.model)
     if run.phase is None:
         raise UserError(f"{run.path}: this checkpoint was imported and has no data; name a run with --data")
     if args.data_path is not None:
         run.config.data.path = args.data_path
+    loaded = _load(args)
     losses = held_out_losses(loaded.model, run.config, run.phase, batch_size=args.batch_size)
     return {
         domain: {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.num_tokens}

@@ -117,13 +117,18 @@ def run_tasks(
     """Task -> metric -> value, by lm-evaluation-harness's hf backend.
 
     Without network access give ``include_path``, a directory with task files whose data lie on the disk, or have the
-    data in the Hub's cache and HF_HUB_OFFLINE=1 set. Raises UserError if the package or a task is not there.
+    data in the Hub's cache and HF_HUB_OFFLINE=1 set. Raises UserError if the package, a task or its data is not there.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks: lm-evaluation-harness is not installed: pip install 'hymba-train[eval]'")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    try:  # its hf backend needs packages of its own, which it comes without by itself
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"--tasks: lm-evaluation-harness lacks a package ({error}): pip install 'hymba-train[eval]'"
+        ) from error
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     known = set(manager.all_tasks)
@@ -136,10 +141,17 @@ def run_tasks(
     results: dict[str, dict[str, float]] = {}
     for examples in sorted(set(tasks.values())):
         names = [name for name, number in tasks.items() if number == examples]
-        found = simple_evaluate(
-            model=backend, tasks=names, num_fewshot=examples, limit=limit, task_manager=manager, log_samples=False
-        )
+        try:
+            found = simple_evaluate(
+                model=backend, tasks=names, num_fewshot=examples, limit=limit, task_manager=manager, log_samples=False
+            )
+        except OSError as error:  # what datasets raises when the Hub cannot be reached is one, too
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"--tasks: the data of {', '.join(names)} cannot be had ({reason}); without network access give "
+                "--include-path, or fill the Hub's cache and set HF_HUB_OFFLINE=1"
+            ) from error
         for name in names:
             values = found.get("groups", {}).get(name) or found["results"][name]
-            results[name] = {k.partition(",")[0]: v for k, v in values.items() if isinstance(v, float)}
+            results[name] = {k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, float)}
     return {name: results[name] for name in tasks}

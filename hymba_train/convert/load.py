@@ -20,8 +20,6 @@ from hymba_train.convert.tokenizer_files import token_ids, write_tokenizer_files
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
-KEPT_FLOAT32 = ("A_log", "D", "dt_proj")
-
 
 @dataclass
 class LoadedModel:
@@ -105,13 +103,13 @@ def _dtype(name: str) -> torch.dtype:
 def _build(raw: dict[str, Any], read: Any, dtype: torch.dtype, device: str) -> Any:
     """HymbaForCausalLM with tensors from ``read`` (published name -> tensor), one held at a time beside the model."""
     from hymba_train.hf.configuration_hymba import HymbaConfig
-    from hymba_train.hf.modeling_hymba import HymbaForCausalLM
+    from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM
 
     known = {k: v for k, v in raw.items() if k not in ("auto_map", "torch_dtype", "dtype", "transformers_version")}
     with torch.device("meta"):
         model = HymbaForCausalLM(HymbaConfig(**known)).to(dtype)
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in KEPT_FLOAT32:
+            if name.rpartition(".")[2] in FLOAT32_MODULES:
                 module.float()
     model = model.to_empty(device=device)
     model.tie_weights()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hymba_train import __version__
 from hymba_train.convert.source import TrainingCheckpoint
 from hymba_train.describe import model_tensors
@@ -17,7 +19,7 @@ inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=Tru
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True))
 ```
 
-`modeling_hymba.py` and `configuration_hymba.py` are plain PyTorch and need transformers 4.53 or newer (5 included).
+`modeling_hymba.py` and `configuration_hymba.py` are plain PyTorch and need transformers 4.50 or newer (5 included).
 Batches may be padded on either side. On a CUDA device prompts use FlexAttention, and mamba-ssm where it is installed;
 decoding runs as a CUDA graph (`decode_backend` in config.json: auto, graph, compile, eager).
 
@@ -62,6 +64,8 @@ def _training(source: TrainingCheckpoint) -> list[str]:
         lines.append(f"- Weights imported from {source.imported.get('source')}, licence there: "
                      f"{source.imported.get('license') or 'not stated'}; not trained since.")  # fmt: skip
         return lines
+    if config.checkpoint.load:  # its name alone: where it lay is nobody's business
+        lines.append(f"- Started from a checkpoint of {Path(config.checkpoint.load).name}.")
     for number, (name, phase) in enumerate(config.data.phases.items()):
         if number > state["phase"]:
             break

@@ -25,6 +25,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_JSON_BYTES, _MAX_LAYERS, _MAX_SIZE = 64 * 2**20, 4096, 2**31
 
 
@@ -37,6 +38,8 @@ def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
         limit = _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
         if isinstance(value, int) and not -1 <= value < limit:
             raise UserError(f"{directory / CONFIG}: {key} = {value} cannot be")
+        if key in _TOKEN_IDS and value is not None and type(value) is not int:
+            raise UserError(f"{directory / CONFIG}: {key} = {value!r} cannot be; one number is expected")
     try:
         model = model_config_from_hf(raw)
         model = from_plain({"model": to_plain(model)}).model  # checks the types

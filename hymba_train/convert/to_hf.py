@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hymba_train.checkpoint import manifest
 from hymba_train.checkpoint.directory import fsync
 from hymba_train.convert.hf_config import TokenIds, generation_config
 from hymba_train.convert.model_card import model_card
@@ -40,12 +41,15 @@ def export_hf(
         dtype: bfloat16 or float32. None: what the run trains in.
         license_id: licence field of the model card. None: that of an imported model, else "unknown".
 
-    Raises UserError: no complete or readable checkpoint, ``output`` exists, an unknown dtype.
+    Raises UserError: no complete checkpoint, one whose files are not as its manifest has them, ``output`` exists, an
+    unknown dtype.
     """
     source = TrainingCheckpoint.find(checkpoint)
     dtype = dtype or ("bfloat16" if source.config.precision.params == "bf16" else "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: give {' or '.join(DTYPES)}")
+    if problems := manifest.verify(source.path):  # nobody would see a flipped bit in an export
+        raise UserError(*(f"{problem}; choose another checkpoint" for problem in problems[:10]))
     weights = HubWeights(source)
     with new_directory(output) as directory:
         tokenizer = source.tokenizer_path()

@@ -8,18 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.convert.hf_config import TokenIds
+from hymba_train.convert.published import read_json
 from hymba_train.data.tokenizer import Tokenizer
+from hymba_train.errors import UserError
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = ("tokenizer.json", "tokenizer.model")
+FILES = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 UNKNOWN_NAMES = ("<unk>", "[UNK]", "<|unk|>")
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files of a directory as they are, regular files of known names only. Returns their names."""
+    """Copy the tokenizer files of a directory as they are, regular files of known names only. Returns their names:
+    none if there is no vocabulary among them.
+
+    Raises UserError for what is no tokenizer, and for an ``auto_map``: exports are loaded with trust_remote_code, which
+    would run the code that it names.
+    """
     found = [name for name in FILES if (source / name).is_file()]
-    if found:
-        target.mkdir(parents=True, exist_ok=True)
+    if not set(found) & set(VOCABULARY):
+        return []
+    for name in found:
+        if name.endswith(".json") and "auto_map" in read_json(source / name):
+            raise UserError(
+                f"{source / name}: auto_map names code to be run, which is never taken over; remove that key"
+            )
+    Tokenizer.load(source)
+    target.mkdir(parents=True, exist_ok=True)
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found

@@ -38,6 +38,8 @@ except ImportError:
     selective_scan_fn = selective_state_update = None
 
 
+FLOAT32_MODULES = ["A_log", "D", "dt_proj"]  # whatever the type of the rest; transformers 5.0 wants a list
+
 # -- parts without state --------------------------------------------------------------------------------------------
 
 
@@ -54,9 +56,12 @@ class HymbaRMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        normed = wide(x)
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        if torch.is_grad_enabled():
+            normed = wide(x)
+            normed = (normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        else:  # the same as one kernel on a GPU: seven norms a layer are much of a one-token step
+            normed = F.rms_norm(x, x.shape[-1:], None, self.eps)
+        return normed * self.weight.to(x.dtype)
 
 
 def rope_tables(positions, config):
@@ -518,7 +523,7 @@ class HymbaMixer(nn.Module):
     def _scan_step(self, u, dt, B, C, z, state):
         """One step of every row, u [B, E]; state is updated in place."""
         A, D = -torch.exp(self.A_log()), self.D()
-        if self._use_kernels(u):
+        if self._use_kernels(u) and not torch.compiler.is_compiling():  # which fuses the lines below by itself
             dt, bias = self._without_bias(dt, u)
             return selective_state_update(state, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
         delta = F.softplus(dt)
@@ -596,7 +601,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("HymbaDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ("A_log", "D", "dt_proj")
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = FLOAT32_MODULES
     _is_stateful = True  # a state cannot go back: no assisted decoding
     _supports_sdpa = _supports_flex_attn = True  # accepted; what runs is chosen by attn_implementation_new
 
@@ -730,7 +735,7 @@ class HymbaModel(HymbaPreTrainedModel):
         updated in place: fit for capture. The caller counts ``cache.seen``."""
         lengths, places = cache.lengths, {}
         cos, sin = rope_tables(lengths + self.config.num_memory_tokens, self.config)
-        run = _compiled_step() if self.config.decode_backend == "compile" else HymbaDecoderLayer.step
+        run = _compiled_step if self.config.decode_backend == "compile" else HymbaDecoderLayer.step
         hidden = embeds[:, 0]
         for layer in self.layers:
             mixer = layer.mamba
@@ -745,8 +750,14 @@ class HymbaModel(HymbaPreTrainedModel):
         return self.final_layernorm(hidden)[:, None]
 
 
+def _compiled_step(*args):
+    # Kinds of layers, times one row or several, times types: more graphs than torch allows by default.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return _compiled_layer_step()(*args)
+
+
 @functools.cache
-def _compiled_step():
+def _compiled_layer_step():
     return torch.compile(HymbaDecoderLayer.step, fullgraph=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from hymba_train.config.nearest import did_you_mean
-from hymba_train.config.schema import TO_BE_GIVEN, Config, ModelConfig, PhaseConfig
+from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
 from hymba_train.describe import ModelDims, resolve_stack
 from hymba_train.plan.steps import batch_sizes
 
@@ -284,3 +284,13 @@ def _check_blend(config: Config, key: str, phase: PhaseConfig) -> list[str]:
         for name in phase.blend
         if name not in sources
     ]
+
+
+def check_checkpoint(checkpoint: CheckpointConfig) -> list[str]:
+    """Exports are made from checkpoints."""
+    if checkpoint.export_interval is not None and not checkpoint.enabled:
+        return [
+            f"checkpoint.export_interval={checkpoint.export_interval} needs checkpoints: set checkpoint.enabled=true, "
+            "or checkpoint.export_interval=null"
+        ]
+    return []

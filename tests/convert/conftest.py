@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hymba_train.callbacks.jsonl import read_events
+from tests.convert.plain_venv import make_venv
 from tests.train.test_training import run, start
 from tests.train.tiny_run import write_data
 
@@ -35,6 +36,15 @@ def runs(tmp_path_factory) -> Runs:
         directory,
         run("whole", *UNEVEN, "run.train_steps=6"),  # into the second phase, whose RoPE is another
         run("masked", "data.document_mask=true", "run.train_steps=2", "logging.eval_interval=2"),
-        run("bf16", 'precision.params="bf16"', "run.train_steps=2", "logging.eval_interval=2"),
-    )
+        run(
+            "bf16", 'precision.params="bf16"', "run.train_steps=2", "logging.eval_interval=2",
+            "checkpoint.save_interval=1", "checkpoint.export_interval=1", 'checkpoint.export_dtype="float32"',
+        ),
+    )  # fmt: skip
     return Runs(directory)
+
+
+@pytest.fixture(scope="session")
+def plain_python(tmp_path_factory) -> Path:
+    """python of a virtual environment with transformers and without this package."""
+    return make_venv(tmp_path_factory.mktemp("plain_venv"))

@@ -1,22 +1,18 @@
-"""Run as ``python -I fresh_process.py EXPORT REQUESTS ANSWERS`` in an empty directory: what a user of an export does.
+"""What a user of an export does: ``python -I fresh_process.py EXPORT REQUESTS ANSWERS`` in an empty directory, python
+being that of a virtual environment that holds neither hymba_train nor Megatron-Core.
 
-Neither hymba_train nor Megatron-Core can be imported here. REQUESTS is a JSON object: ids (rows), mask (rows or null),
-new_tokens, text (or null). ANSWERS gets the results as JSON.
+REQUESTS is a list of JSON objects: ids (rows), mask (rows or null), new_tokens, text (or null). ANSWERS gets a list of
+results.
 """
 
+import importlib.util
 import json
 import sys
 
 
-class Blocked:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("hymba_train", "megatron", "data_prep", "tests"):
-            raise ImportError(f"{name} is not installed on this machine")
-
-
 def main(export, requests, answers):
-    sys.meta_path.insert(0, Blocked)
+    for name in ("hymba_train", "megatron", "data_prep", "launch", "tests"):
+        assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
     import torch
     import transformers
 
@@ -28,15 +24,22 @@ def main(export, requests, answers):
         export, trust_remote_code=True, output_loading_info=True
     )
     model.eval()
-    ids = torch.tensor(asked["ids"])
-    mask = torch.ones_like(ids) if asked["mask"] is None else torch.tensor(asked["mask"])
-    settings = dict(max_new_tokens=asked["new_tokens"], do_sample=False, eos_token_id=None)
-    with torch.no_grad():
-        logits = model(ids, attention_mask=mask).logits
-    found = {
+    facts = {
         "transformers": transformers.__version__,
         "module": type(model).__module__,
         "left_over": sorted(k for k, v in info.items() if v),
+    }
+    with open(answers, "w") as file:
+        json.dump([facts | answer(torch, transformers, model, export, **request) for request in asked], file)
+
+
+def answer(torch, transformers, model, export, ids, mask, new_tokens, text):
+    ids = torch.tensor(ids)
+    mask = torch.ones_like(ids) if mask is None else torch.tensor(mask)
+    settings = dict(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    found = {
         "logits": logits.tolist(),
         "generated": model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :].tolist(),
         "uncached": model.generate(ids, attention_mask=mask, use_cache=False, **settings)[:, ids.shape[1] :].tolist(),
@@ -47,13 +50,12 @@ def main(export, requests, answers):
             for row, real in zip(ids, mask.bool(), strict=True)
         ],
     }
-    if asked["text"] is not None:
+    if text is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(export)
-        found["encoded"] = tokenizer(asked["text"]).input_ids
+        found["encoded"] = tokenizer(text).input_ids
         found["decoded"] = tokenizer.decode(found["encoded"], skip_special_tokens=True)
         found["padding_side"] = tokenizer.padding_side
-    with open(answers, "w") as file:
-        json.dump(found, file)
+    return found
 
 
 if __name__ == "__main__":

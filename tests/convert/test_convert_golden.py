@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from hymba_train.convert.source import HubWeights, TrainingCheckpoint
 from hymba_train.convert.to_hf import export_hf
 from hymba_train.model import build_model_chunks
 from tests import golden_data
+from tests.convert.plain_venv import clean_env, make_venv
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
 SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -78,73 +77,63 @@ def test_the_checkpoint_loads_into_the_training_model(converted, lone_runtime):
         assert (logits - case.tensors[f"{name}logits"]).abs().max() <= case.tolerance["logits_max_abs"]
 
 
-def fresh(export: Path, tmp_path: Path, *, ids, mask=None, new_tokens=12, text=None, site: Path | None = None) -> dict:
-    """Answers of a fresh process; ``site``: a directory with other versions of transformers and its needs."""
-    asked = {"ids": ids, "mask": mask, "new_tokens": new_tokens, "text": text}
-    (tmp_path / "requests.json").write_text(json.dumps(asked))
+def asked(ids, mask=None, new_tokens=12, text=None) -> dict:
+    return {"ids": ids, "mask": mask, "new_tokens": new_tokens, "text": text}
+
+
+def fresh(python: Path, export: Path, tmp_path: Path, *requests: dict) -> list[dict]:
+    """Answers of a fresh process of ``python``, which belongs to an environment without this package."""
+    (tmp_path / "requests.json").write_text(json.dumps(requests))
     empty = tmp_path / "empty"
     empty.mkdir(exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HYMBA"))}
-    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    start = ["-I", str(SCRIPT)]
-    if site is not None:
-        start = ["-I", "-c", f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = sys.argv[1:]; "
-                 f"exec(compile(open(sys.argv[0]).read(), 'fresh', 'exec'))", str(SCRIPT)]  # fmt: skip
+    env = clean_env() | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [str(export), str(tmp_path / "requests.json"), str(tmp_path / "answers.json")]
     done = subprocess.run(
-        [sys.executable, *start, *arguments],
-        cwd=empty,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+        [str(python), "-I", str(SCRIPT), *arguments],
+        cwd=empty, env=env, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((tmp_path / "answers.json").read_text())
 
 
-def check_fresh(converted, tmp_path, site=None):
+def check_fresh(converted, tmp_path, python):
+    """The golden logits and generation, and a batch of left-padded prompts of 2 to 21 tokens with 16 new ones: windows
+    of 6 to 14 and the meta tokens are passed in some rows and not in others."""
     case, _, exported = converted
-    prompt = case.tensors["gen.prompt_ids"]
-    found = fresh(exported, tmp_path, ids=prompt.tolist(), site=site)
-    assert found["module"].startswith("transformers_modules.") and not found["left_over"]
-    expected = case.tensors["gen.full.ids"][:, prompt.shape[1] :].tolist()
-    assert found["generated"] == found["uncached"] == found["one_by_one"] == expected
-    first_step = case.tensors["gen.full.step_logits"][0, 0]
-    assert (torch.tensor(found["logits"])[0, -1] - first_step).abs().max() <= case.tolerance["logits_max_abs"]
-    return found
-
-
-def test_a_fresh_process_reproduces_the_published_generation(converted, tmp_path):
-    check_fresh(converted, tmp_path)
-
-
-def test_a_fresh_process_generates_left_padded_batches_as_one_by_one(tmp_path):
-    """Prompts of 2 to 21 tokens and 16 new ones, window 8: both sides of it, and of the meta tokens, in one batch."""
-    case = golden_data.load("a_pair_triple_ntk")
-    exported = export_hf(import_hf(golden_data.directory(case.name), tmp_path / "run"), tmp_path / "export")
-    rows = case.tensors["input_ids"]
-    lengths = (2, 9, 21)
+    prompt, rows, lengths = case.tensors["gen.prompt_ids"], case.tensors["input_ids"], (2, 9, 21)
     ids = [[0] * (21 - n) + rows[i % 2, :n].tolist() for i, n in enumerate(lengths)]
     mask = [[0] * (21 - n) + [1] * n for n in lengths]
-    found = fresh(exported, tmp_path, ids=ids, mask=mask, new_tokens=16)
-    assert found["generated"] == found["one_by_one"] == found["uncached"]
+    found = fresh(
+        python, exported, tmp_path,
+        asked(prompt.tolist()), asked(rows.tolist(), new_tokens=4), asked(ids, mask, new_tokens=16),
+    )  # fmt: skip
+    for answer in found:
+        assert answer["module"].startswith("transformers_modules.") and not answer["left_over"]
+        assert answer["generated"] == answer["uncached"] == answer["one_by_one"]
+    assert found[0]["generated"] == case.tensors["gen.full.ids"][:, prompt.shape[1] :].tolist()
+    first_step, tolerance = case.tensors["gen.full.step_logits"][0, 0], case.tolerance["logits_max_abs"]
+    assert (torch.tensor(found[0]["logits"])[0, -1] - first_step).abs().max() <= tolerance
+    assert (torch.tensor(found[1]["logits"]) - case.tensors["logits"]).abs().max() <= tolerance
+    return found[0]["transformers"]
+
+
+def test_an_environment_without_this_package_reproduces_the_published_numbers(converted, tmp_path, plain_python):
+    assert check_fresh(converted, tmp_path, plain_python) == importlib.metadata.version("transformers")
+
+
+@pytest.fixture(scope="module", params=["4.50.3", "4.57.6", "5.0.0"])
+def other_python(request, tmp_path_factory):
+    """(version, python) of an environment with another transformers: the oldest, the last 4, the first 5."""
+    try:
+        return request.param, make_venv(tmp_path_factory.mktemp(request.param), request.param)
+    except RuntimeError as error:
+        pytest.skip(f"transformers {request.param} cannot be installed here: {error}")
 
 
 @pytest.mark.slow
-def test_a_fresh_process_with_transformers_4(converted, tmp_path_factory, tmp_path):
-    """Installs transformers 4.57.6 with what it needs into a directory of its own."""
-    site = tmp_path_factory.getbasetemp() / "transformers4"
-    if not site.exists():
-        needs = ["transformers==4.57.6", "huggingface_hub<1.0", "tokenizers<=0.23.0,>=0.22.0", "requests", "regex",
-                 "charset_normalizer", "urllib3", "certifi", "idna"]  # fmt: skip
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), *needs]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            shutil.rmtree(site, ignore_errors=True)
-            pytest.skip(f"transformers 4.57.6 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-    assert check_fresh(converted, tmp_path, site)["transformers"] == "4.57.6"
+def test_environments_with_other_versions_of_transformers_do(converted, tmp_path, other_python):
+    version, python = other_python
+    assert check_fresh(converted, tmp_path, python) == version
 
 
 def test_weights_of_a_checkpoint_have_the_published_names_and_shapes(converted):

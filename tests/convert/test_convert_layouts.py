@@ -43,6 +43,7 @@ def test_layouts_train_from_an_import_and_export_the_same_bytes(runs, source, tm
     for name in layouts:
         again = export_hf(runs.path(name), tmp_path / name)
         assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes(), name
+        assert "- Started from a checkpoint of imported." in (again / "README.md").read_text()
         loaded = load_model(runs.path(name))
         losses = held_out_losses(loaded.model, loaded.checkpoint.config, loaded.checkpoint.phase)
         logged = runs.held_out(name)

@@ -8,9 +8,11 @@ import pickle
 import shutil
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+from hymba_train.checkpoint import manifest
 from hymba_train.convert.cli import run_convert
 from hymba_train.convert.dcp import read_index
 from hymba_train.convert.from_hf import import_hf
@@ -85,6 +87,17 @@ def only_pickle(model):
         pickle.dump(Trap(), file)
 
 
+def tokenizer_with(name, content):
+    """Spoils a tokenizer that is whole otherwise."""
+
+    def spoil(model):
+        words = tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")
+        tokenizers.Tokenizer(words).save(str(model / "tokenizer.json"))
+        (model / name).write_text(content)
+
+    return spoil
+
+
 def index_to_pickle(model):
     split(model, lambda m: m.update({"model.memory_tokens": "weights.bin"}))
     with open(model / "weights.bin", "wb") as file:
@@ -129,8 +142,15 @@ SPOILED = {
     "size zero": (lambda m: edit_config(m, num_attention_heads=0), "config.json: not a Hymba configuration"),
     "size null": (lambda m: edit_config(m, vocab_size=None), "vocab_size"),
     "size huge": (lambda m: edit_config(m, num_hidden_layers=10**9), "num_hidden_layers = 1000000000 cannot be"),
+    "token no number": (lambda m: edit_config(m, pad_token_id="x"), "pad_token_id = 'x' cannot be"),
     "groups no lists": (lambda m: edit_config(m, kv_reuse_group=[3]), "config.json"),
     "groups outside": (lambda m: edit_config(m, kv_reuse_group=[[6, 99]]), "99 is not a layer"),
+    "tokenizer broken": (tokenizer_with("tokenizer.json", "{}"), "tokenizer.json cannot be read as a tokenizer"),
+    "tokenizer no JSON": (tokenizer_with("added_tokens.json", "["), "added_tokens.json: cannot be read"),
+    "tokenizer with code": (
+        tokenizer_with("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil/repo--evil.Tokenizer", null]}}'),
+        "tokenizer_config.json: auto_map names code to be run",
+    ),
     "experts": (lambda m: edit_config(m, num_experts=16), "num_experts = 16 is not supported"),
 }  # fmt: skip
 
@@ -146,7 +166,7 @@ def test_what_is_spoiled_is_refused_with_one_line(model, tmp_path, name):
     assert message in str(error.value) and str(model) in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     with pytest.raises(UserError):
-        load_model(model)
+        load_model(model).transformers_tokenizer()
     assert not (tmp_path / TRAP).exists()
 
 
@@ -192,10 +212,12 @@ def test_a_checkpoint_index_that_is_a_trap_is_refused(model, tmp_path):
         (b"", "cannot be read"),
     ]:
         (step / ".metadata").write_bytes(spoiled)
+        manifest.write(step, manifest.make(step))  # whoever can write the one can write the other
         with pytest.raises(UserError, match=message):
             export_hf(run, tmp_path / "export")
     next(iter(index.storage_data.values())).relative_path = "../../model/model.safetensors"
     (step / ".metadata").write_bytes(pickle.dumps(index))
+    manifest.write(step, manifest.make(step))
     with pytest.raises(UserError, match="not in this directory"):
         export_hf(run, tmp_path / "export")
     assert not (tmp_path / TRAP).exists() and not (tmp_path / "export").exists()
@@ -207,10 +229,18 @@ def test_a_checkpoint_of_another_model_is_refused(model, tmp_path):
     content = json.loads(path.read_text())
     content["config"]["model"]["ffn_hidden_size"] += 1
     path.write_text(json.dumps(content))
+    manifest.write(step, manifest.make(step))
     with pytest.raises(
         UserError, match=r"linear_fc1.weight.gate has shape \[96, 64\]; the configuration asks for \[97, 64\]"
     ):
         export_hf(tmp_path / "run", tmp_path / "export")
+
+
+def test_settings_of_a_tokenizer_without_a_vocabulary_are_no_tokenizer(model, tmp_path):
+    (model / "tokenizer_config.json").write_text('{"padding_side": "left"}')
+    export = export_hf(import_hf(model, tmp_path / "run"), tmp_path / "export")
+    assert "There is no tokenizer" in (export / "README.md").read_text()
+    assert not (export / "tokenizer_config.json").exists()
 
 
 def test_a_head_stored_beside_a_tied_embedding_is_dropped(model, tmp_path):

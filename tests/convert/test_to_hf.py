@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import weakref
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hymba_train.checkpoint import manifest
 from hymba_train.convert.cli import run_convert, run_eval, run_generate
 from hymba_train.convert.evaluate import apart, held_out_losses, parse_tasks
 from hymba_train.convert.load import load_model
@@ -19,7 +20,7 @@ from hymba_train.convert.shards import PlannedTensor, write_shards
 from hymba_train.convert.source import HubWeights, TrainingCheckpoint
 from hymba_train.convert.to_hf import export_hf, parse_bytes
 from hymba_train.errors import UserError
-from tests.convert.test_convert_golden import fresh
+from tests.convert.test_convert_golden import asked, fresh
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
 
@@ -29,9 +30,9 @@ def exported(runs, tmp_path_factory):
     return export_hf(runs.path("whole"), tmp_path_factory.mktemp("export") / "whole")
 
 
-def test_a_fresh_process_loads_an_export_with_its_tokenizer(runs, exported, tmp_path):
+def test_an_environment_without_this_package_loads_an_export_with_its_tokenizer(runs, exported, tmp_path, plain_python):
     text = "w95"
-    found = fresh(exported, tmp_path, ids=[[5, 6, 7, 8] * 6], new_tokens=3, text=text)
+    (found,) = fresh(plain_python, exported, tmp_path, asked([[5, 6, 7, 8] * 6], new_tokens=3, text=text))
     assert not found["left_over"] and found["generated"] == found["uncached"]
     assert found["encoded"] == [95] and found["decoded"] == text and found["padding_side"] == "left"
     model = load_model(runs.path("whole")).model
@@ -184,13 +185,21 @@ def test_what_cannot_be_is_one_line(runs, exported, tmp_path):
     }  # fmt: skip
 
 
-def test_a_missing_tensor_file_is_named(runs, tmp_path):
-    import shutil
-
-    step = TrainingCheckpoint.find(runs.path("whole")).path
-    shutil.copytree(step, tmp_path / step.name)
-    data = tmp_path / step.name / "__0_0.distcp"
-    os.truncate(data, data.stat().st_size // 20)
+def test_a_damaged_checkpoint_is_not_exported(runs, tmp_path):
+    """One flipped bit, which every loader would take for a weight; a file that is cut short; and one that was cut short
+    before its manifest was made."""
+    step = tmp_path / "step_0000006"
+    shutil.copytree(TrainingCheckpoint.find(runs.path("whole")).path, step)
+    data = step / "__0_0.distcp"
+    whole = data.read_bytes()
+    middle = len(whole) // 2
+    data.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with pytest.raises(UserError, match=r"__0_0.distcp: is damaged.*; choose another checkpoint$"):
+        export_hf(step, tmp_path / "out")
+    data.write_bytes(whole[: len(whole) // 20])
+    with pytest.raises(UserError, match=r"__0_0.distcp: has \d+ bytes"):
+        export_hf(step, tmp_path / "out")
+    manifest.write(step, manifest.make(step))
     with pytest.raises(UserError, match="cannot be read"):
-        export_hf(tmp_path / step.name, tmp_path / "out")
+        export_hf(step, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [step.name]

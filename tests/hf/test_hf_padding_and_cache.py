@@ -193,6 +193,19 @@ def test_reordered_and_copied_caches_continue_as_their_rows(small):
     torch.testing.assert_close(found.flip(0), expected, rtol=0, atol=TOLERANCE)
 
 
+def test_generation_goes_on_from_the_cache_it_returned(small):
+    """A conversation: what is new is one token or several, behind a batch that is padded on the left."""
+    ids, mask = padded(tokens(5, 12), "left")
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for num_new in (1, 4):
+        first = small.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+        longer = torch.cat((first.sequences, torch.stack(tokens(num_new, num_new, seed=2))), 1)
+        longer_mask = torch.cat((mask, mask.new_ones(2, longer.shape[1] - ids.shape[1])), 1)
+        expected = small.generate(longer, attention_mask=longer_mask, **settings)
+        found = small.generate(longer, attention_mask=longer_mask, past_key_values=first.past_key_values, **settings)
+        assert torch.equal(found, expected)
+
+
 def test_generation_from_embeddings(small):
     (row,) = tokens(9)
     ids, settings = row[None], dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)

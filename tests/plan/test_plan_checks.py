@@ -70,6 +70,12 @@ def test_interleaved_micro_batches_come_in_groups_of_the_pipeline():
     )
 
 
+def test_exports_need_checkpoints():
+    exports = ["model=hymba_tiny", "checkpoint.export_interval=100"]
+    assert problems(*exports, "checkpoint=none")[0].startswith("checkpoint.export_interval=100 needs checkpoints")
+    make_plan(compose([*exports, "checkpoint=default"]), check_paths=False)
+
+
 def test_problems_of_every_part_are_reported_together():
     lines = problems(
         "experiment=demo", "model.num_query_groups=3", "parallel.context=2", "precision.params=fp16", "optim.min_lr=1",
