@@ -138,6 +138,7 @@ def test_a_backend_that_cannot_keep_documents_apart_is_refused(op, make, monkeyp
 def test_neither_in_any_other_stack(stack, make):
     made = make(stack)
     assert_no_leak(made)
+    made[0].double()  # float32 sums over the whole pack and over each document differ in their last digits
     assert_equals_one_by_one(made)
 
 
