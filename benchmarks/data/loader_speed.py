@@ -17,7 +17,7 @@ from benchmarks.data.synthetic import VOCAB_SIZE, write_source
 
 CASES = (("concat", 2048), ("best_fit", 2048), ("concat", 8192), ("length_buckets", 8192))
 BATCH_TOKENS = 16_384
-"""Tokens of a rank's step: 8 sequences of 2,048, as in benchmarks/h200_1p5b.sh."""
+"""Tokens of a rank's step: 8 sequences of 2,048, as in `hymba bench step`."""
 
 
 def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict]:
