@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import ModelConfig
 
@@ -33,6 +33,11 @@ class LayerDescription:
     @property
     def has_ssm(self) -> bool:
         return self.mixer in ("hybrid", "ssm")
+
+    @property
+    def kind(self) -> LayerDescription:
+        """What layers have in common that hold and compute alike: this one without its place in the stack."""
+        return replace(self, index=0, kv_source=None, kv_consumers=())
 
     @property
     def span(self) -> str:

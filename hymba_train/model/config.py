@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from hymba_train.config.schema import Config, ModelConfig
-from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
-from hymba_train.parallel.cut import kv_is_replicated
+from hymba_train.describe import LayerDescription, ModelDims, capacity, kv_is_replicated, resolve_stack
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # precision.fp8 -> Megatron-Core's name of the recipe.
@@ -43,8 +42,8 @@ def hymba_config(config: Config, device: torch.device) -> HymbaConfig:
     model, parallel = config.model, config.parallel
     dims = ModelDims.of(model)
     dtype = DTYPES[config.precision.params]
-    padded_heads = -(-dims.num_heads // parallel.tensor) * parallel.tensor
-    padded_ffn = -(-dims.ffn_hidden_size // parallel.tensor) * parallel.tensor
+    padded_heads = capacity(dims.num_heads, parallel.tensor) * parallel.tensor
+    padded_ffn = capacity(dims.ffn_hidden_size, parallel.tensor) * parallel.tensor
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     fp8 = {}
     if config.precision.fp8:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from hymba_train.config.choices import check_values
@@ -12,7 +11,9 @@ from hymba_train.config.typed import to_be_given
 from hymba_train.describe import (
     LayerDescription,
     ModelDims,
+    capacity,
     flops_per_token,
+    kv_is_replicated,
     layer_tensors,
     model_tensors,
     resolve_stack,
@@ -161,6 +162,8 @@ def _spell_out(config: Config, world_size: int) -> Plan:
     chunks = make_chunks(counts, p.pipeline, costs, head_flops(model))
     dims = ModelDims.of(model)
     kv_width = dims.num_kv_heads * (dims.head_dim + dims.value_head_dim)
+    borders = tuple(make_borders(layers, chunks, kv_width))
+    message_width = model.hidden_size + max((b.kv_width for b in borders), default=0)
     per_rank = [sum(c.flops_per_token for c in chunks if c.pipeline_rank == r) for r in range(p.pipeline)]
     steps = plan_steps(given) if complete else None
     phases = tuple(_phase_plan(config, name, data_parallel) for name in given)
@@ -170,9 +173,9 @@ def _spell_out(config: Config, world_size: int) -> Plan:
         data_parallel=data_parallel,
         layers=tuple(_layer_plans(config, layers, chunks, costs)),
         chunks=tuple(chunks),
-        borders=tuple(make_borders(layers, chunks, kv_width)),
+        borders=borders,
         balance=max(per_rank) * p.pipeline / sum(per_rank),
-        memory=tuple(stage_memory(config, layers, chunks, data_parallel, list(given.values()))),
+        memory=tuple(stage_memory(config, layers, chunks, data_parallel, list(given.values()), message_width)),
         num_parameters=sum(t.num_parameters for t in model_tensors(model)),
         flops=flops_per_token(model, seq_length),
         planning_seq_length=seq_length,
@@ -227,13 +230,13 @@ def _missing(config: Config) -> list[str]:
 
 def _notes(config: Config, dims: ModelDims, phases: tuple[PhasePlan, ...], steps: StepPlan | None) -> list[str]:
     p, notes = config.parallel, []
-    padded = math.ceil(dims.num_heads / p.tensor) * p.tensor
+    padded = capacity(dims.num_heads, p.tensor) * p.tensor
     if padded > dims.num_heads:
         notes.append(
             f"tensor parallelism pads {dims.num_heads} heads to {padded}: "
             f"{padded / dims.num_heads - 1:.0%} more work in attention and SSM"
         )
-    if dims.num_kv_heads % p.tensor:
+    if kv_is_replicated(dims.num_kv_heads, p.tensor):
         notes.append(f"{dims.num_kv_heads} KV heads do not divide over {p.tensor} ranks: every rank holds all of them")
     for phase in phases:
         if phase.padding_rows:

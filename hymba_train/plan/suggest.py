@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import Config
+from hymba_train.describe import capacity
 from hymba_train.errors import UserError
 from hymba_train.plan.plan import Plan, make_plan
 
@@ -111,7 +112,7 @@ def _rate(plan: Plan) -> Suggestion:
     p = plan.config.parallel
     heads = plan.config.model.num_attention_heads
     time = plan.balance
-    time *= math.ceil(heads / p.tensor) * p.tensor / heads
+    time *= capacity(heads, p.tensor) * p.tensor / heads
     time *= 1 + TENSOR_COST * math.log2(p.tensor)
     time *= 1 + (RECOMPUTE_COST if p.recompute == "full" else 0)
     total = sum(phase.num_tokens for phase in plan.phases) or 1
