@@ -14,7 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.init_method": ("mamba", "published"),
     "parallel.recompute": ("none", "full"),
     "precision.params": ("float32", "bf16"),
-    "precision.fp8": ("delayed", "current", "blockwise"),
+    "precision.fp8": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "precision.layer_spec": ("local", "transformer_engine", "auto"),
     "optim.name": ("adamw",),
     "schedule.lr_decay_style": ("wsd", "cosine", "linear", "constant"),

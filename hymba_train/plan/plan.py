@@ -22,6 +22,7 @@ from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.describe.flops import BACKWARD_FACTOR, head_flops, layer_flops
 from hymba_train.errors import UserError
 from hymba_train.plan import checks
+from hymba_train.plan.fp8 import check_precision
 from hymba_train.plan.memory import StageMemory, stage_memory
 from hymba_train.plan.paths import check_files
 from hymba_train.plan.stages import Border, Chunk, balance, bubble_fraction, make_borders, make_chunks
@@ -135,7 +136,7 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> 
         ranks = config.parallel.tensor * config.parallel.pipeline
         data_parallel = world_size // ranks if world_size % ranks == 0 else None
     if fine("model", "parallel", "precision") and config.model.hidden_size % config.model.num_attention_heads == 0:
-        problems += checks.check_precision(config)
+        problems += check_precision(config)
     if fine("optim", "schedule"):
         problems += checks.check_schedule(config)
     if fine("checkpoint"):
