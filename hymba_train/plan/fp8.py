@@ -40,7 +40,11 @@ def _check_widths(config: Config, fp8: str) -> list[str]:
     """Widths of every product on a rank, each named once by the key that decides it."""
     model, tp, block = config.model, config.parallel.tensor, BLOCK[config.precision.fp8]
     problems: dict[str, None] = {}
-    for kind in dict.fromkeys(layer.kind for layer in resolve_stack(model)):
+    try:
+        stack = resolve_stack(model)
+    except ValueError:  # check_model says it
+        return []
+    for kind in dict.fromkeys(layer.kind for layer in stack):
         for name, width, key in _widths(config, kind):
             if width % block:
                 of_rank = f" on each of {tp} tensor-parallel ranks" if tp > 1 and name else ""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import Config
+from hymba_train.config.typed import flatten, to_plain
 from hymba_train.describe import capacity
 from hymba_train.errors import UserError
+from hymba_train.plan.measured import estimate_times
 from hymba_train.plan.plan import Plan, make_plan
 
 DEFAULT_MEMORY_GIB = 80.0
@@ -17,6 +20,7 @@ MEMORY_IN_USE = 0.9  # the rest: CUDA itself, NCCL, fragments
 # Rules of thumb, not measured: what each doubling of tensor parallelism costs within a node, what recomputing costs.
 TENSOR_COST, RECOMPUTE_COST = 0.10, 1 / 3
 SMALL_MICRO_BATCH_ROWS = 4096  # kernels of fewer rows fill a GPU badly
+COMPACT = (",", ":")
 SMALL_COST = 0.08  # per halving below that
 
 
@@ -31,17 +35,13 @@ class Suggestion:
     recompute: str
     memory_gib: float  # of the fullest GPU
     relative_time: float
-
-    @property
-    def overrides(self) -> str:
-        """What to write on the command line."""
-        words = [f"parallel.tensor={self.tensor}", f"parallel.pipeline={self.pipeline}"]
-        words += ["parallel.sequence=true"] if self.tensor > 1 else []
-        words += ["parallel.recompute=full"] if self.recompute == "full" else []
-        return " ".join(words)
+    overrides: str  # to be added to those of the configuration; all that differs, micro-batches included
+    days: float | None  # on the GPU asked for; None: not measured, or none was named
 
 
-def suggest(config: Config, num_gpus: int, memory_gib: float = DEFAULT_MEMORY_GIB, most: int = 10) -> list[Suggestion]:
+def suggest(
+    config: Config, num_gpus: int, memory_gib: float = DEFAULT_MEMORY_GIB, most: int = 10, gpu: str | None = None
+) -> list[Suggestion]:
     """Layouts of ``num_gpus`` GPUs that fit into ``memory_gib`` each, best first.
 
     Tensor parallelism of 1, 2, 4, 8; pipelines of 1, 2, 4, 8, 16; the optimizer split over the data-parallel ranks; for
@@ -61,7 +61,7 @@ def suggest(config: Config, num_gpus: int, memory_gib: float = DEFAULT_MEMORY_GI
                 except UserError as error:
                     problems += error.problems
                     continue
-                option = _rate(plan)
+                option = _rate(plan, config, gpu)
                 if smallest is None or option.memory_gib < smallest[0]:
                     smallest = (option.memory_gib, option.overrides)
                 if option.memory_gib <= memory_gib * MEMORY_IN_USE:
@@ -108,7 +108,18 @@ def _with(config: Config, recompute: str, shrink: int) -> Config:
     return changed
 
 
-def _rate(plan: Plan) -> Suggestion:
+def differences(changed: Config, config: Config) -> str:
+    """Overrides that turn ``config`` into ``changed``."""
+    before, after = (flatten(to_plain(c)) for c in (config, changed))
+
+    return " ".join(
+        f"{key}={json.dumps(value, separators=COMPACT)}"
+        for key, value in after.items()
+        if before.get(key, ...) != value
+    )
+
+
+def _rate(plan: Plan, config: Config, gpu: str | None) -> Suggestion:
     p = plan.config.parallel
     heads = plan.config.model.num_attention_heads
     time = plan.balance
@@ -123,4 +134,8 @@ def _rate(plan: Plan) -> Suggestion:
         factor += phase.num_tokens / total * (1 + small) / (1 - phase.bubble_fraction)
     micro = tuple(phase.micro_batch_size for phase in plan.phases)
     memory = max(stage.total_bytes for stage in plan.memory) / 2**30
-    return Suggestion(p.tensor, p.pipeline, plan.data_parallel, micro, p.recompute, memory, time * (factor or 1.0))
+    days = estimate_times(plan, gpu)[0].days if gpu else None
+    return Suggestion(
+        p.tensor, p.pipeline, plan.data_parallel, micro, p.recompute, memory, time * (factor or 1.0),
+        differences(plan.config, config), days,
+    )  # fmt: skip
