@@ -83,6 +83,11 @@ def check_values(config: Config) -> list[str]:
     return problems
 
 
+def choices_of(key: str) -> tuple[str, ...]:
+    """Words that a dotted key may take; none where it takes others."""
+    return CHOICES.get(_pattern(key), ())
+
+
 def _pattern(key: str) -> str:
     """data.phases.stable.blend.books -> data.phases.NAME.blend.NAME"""
     parts = key.split(".")

@@ -26,6 +26,7 @@ AUTO_BACKENDS = {
     "cuda": {"attention": "flex", "selective_scan": "triton", "causal_conv": "torch"},
 }
 """What ``auto`` takes where every package is there, the most special backend first (hymba_train.ops.registry)."""
+ON_GPU_ONLY = {("attention", "flex"), ("selective_scan", "triton")}
 DETERMINISTIC_BACKENDS = {"cuda": {"attention": "torch"}}
 """What ``auto`` takes instead with run.deterministic."""
 ATTENTION_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time of attention's torch backend

@@ -6,12 +6,16 @@ works. ``plan.make_plan`` calls them all and raises them together.
 
 from __future__ import annotations
 
-from hymba_train.config.nearest import did_you_mean
+import re
+
+from hymba_train.config.nearest import did_you_mean, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
 from hymba_train.describe import resolve_stack
-from hymba_train.plan.fp8 import check_fp8_rows
 from hymba_train.plan.numbers import divisors_around, multiples_around
+from hymba_train.plan.precision import check_fp8_rows
 from hymba_train.plan.steps import batch_sizes
+
+_NAME = re.compile(r"[\w.=+-]*[\w=+-][\w.=+-]*")  # more than dots
 
 
 def check_model(model: ModelConfig) -> list[str]:
@@ -27,8 +31,11 @@ def check_model(model: ModelConfig) -> list[str]:
             f"model.num_attention_heads={heads}: heads of {d // heads} are odd, RoPE turns pairs; "
             f"choose a number of heads that leaves an even width"
         )
-    elif d // heads <= 2 and "ntk" in (model.rope_type,):
-        problems.append(f"model.num_attention_heads={heads}: heads of {d // heads} are too narrow for rope_type=ntk")
+    elif d // heads <= 2 and model.rope_type == "ntk":
+        problems.append(
+            f"model.num_attention_heads={heads}: heads of {d // heads} are too narrow for rope_type=ntk; "
+            f"choose {d // 4} at most"
+        )
     if heads % groups:
         problems.append(
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}: "
@@ -138,6 +145,14 @@ def check_schedule(config: Config) -> list[str]:
     return problems
 
 
+def check_run(config: Config) -> list[str]:
+    """The run's name, which becomes a directory below run.directory."""
+    name = config.run.name
+    if name == TO_BE_GIVEN or all(_NAME.fullmatch(part) for part in name.split("/")):
+        return []
+    return [f"run.name={name}: use letters, digits and . _ = + - only, as it becomes a directory: a1, or ablation/a1"]
+
+
 def phase_is_given(phase: PhaseConfig) -> bool:
     """Whether the numbers that make steps are all there."""
     return TO_BE_GIVEN not in (phase.tokens, phase.seq_length, phase.global_batch_size, phase.micro_batch_size)
@@ -217,6 +232,10 @@ def _check_rampup(key: str, phase: PhaseConfig) -> list[str]:
 
 def _check_blend(config: Config, key: str, phase: PhaseConfig) -> list[str]:
     if not phase.blend:
+        others = [other for other, given in config.data.phases.items() if given is not phase and given.blend]
+        meant = nearest(key.rpartition(".")[2], others)
+        if meant is not None and phase.seq_length == TO_BE_GIVEN:
+            return [f"{key}: a new phase without a blend; did you mean data.phases.{meant}?"]
         return [f"{key}.blend is empty: give at least one source and weight, e.g. {key}.blend.books=1.0"]
     sources = config.data.sources
     return [

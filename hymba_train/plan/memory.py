@@ -27,6 +27,7 @@ from hymba_train.describe.activations import (
     layer_saved_tensors,
     recomputed_saved_tensors,
 )
+from hymba_train.plan.precision import BACKEND_KEYS
 from hymba_train.plan.stages import Chunk
 
 
@@ -81,10 +82,7 @@ def setting_of(config: Config, phase: PhaseConfig) -> Setting:
     """What saved tensors depend on, for a run's micro-batch. A device of ``auto`` is planned as a GPU."""
     p, precision = config.parallel, config.precision
     device = "cpu" if config.run.device == "cpu" else "cuda"
-    asked = {
-        "attention": precision.attention_backend, "selective_scan": precision.scan_backend,
-        "causal_conv": precision.conv_backend,
-    }  # fmt: skip
+    asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
     return Setting(
         phase.micro_batch_size, phase.seq_length, p.tensor, p.sequence,
         value_bytes=2 if precision.params == "bf16" else 4, documents=config.data.document_mask, device=device,

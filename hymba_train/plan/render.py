@@ -239,8 +239,8 @@ def print_suggestions(suggestions: Sequence[Suggestion], num_gpus: int, memory_g
     console.print(table)
     console.print(
         "Counted: FLOPs, balance and bubble of the stages, padded heads, recomputation. By rule of thumb: tensor "
-        "parallelism\n(10 % a doubling), small micro-batches. Not counted: your network. Try the first few. Days: with --gpu, "
-        "where measured."
+        "parallelism\n(10 % a doubling), small micro-batches. Not counted: your network. Try the first few. "
+        "Days: with --gpu, where measured."
     )
 
 

@@ -20,7 +20,6 @@ MEMORY_IN_USE = 0.9  # the rest: CUDA itself, NCCL, fragments
 # Rules of thumb, not measured: what each doubling of tensor parallelism costs within a node, what recomputing costs.
 TENSOR_COST, RECOMPUTE_COST = 0.10, 1 / 3
 SMALL_MICRO_BATCH_ROWS = 4096  # kernels of fewer rows fill a GPU badly
-COMPACT = (",", ":")
 SMALL_COST = 0.08  # per halving below that
 
 
@@ -111,12 +110,8 @@ def _with(config: Config, recompute: str, shrink: int) -> Config:
 def differences(changed: Config, config: Config) -> str:
     """Overrides that turn ``config`` into ``changed``."""
     before, after = (flatten(to_plain(c)) for c in (config, changed))
-
-    return " ".join(
-        f"{key}={json.dumps(value, separators=COMPACT)}"
-        for key, value in after.items()
-        if before.get(key, ...) != value
-    )
+    changes = {key: value for key, value in after.items() if before.get(key, ...) != value}
+    return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes.items())
 
 
 def _rate(plan: Plan, config: Config, gpu: str | None) -> Suggestion:

@@ -182,6 +182,26 @@ def test_files_that_are_named_must_be_there(demo_data):
     make_plan(config, check_paths=False)
 
 
+def test_packings_must_be_made_beforehand(demo_data):
+    packed = ["experiment=demo", f"data.path={demo_data}", "~data.phases.long", "data.phases.stable.packing=best_fit"]
+    with pytest.raises(UserError) as caught:
+        make_plan(compose(packed))
+    assert len(caught.value.problems) == 4
+    assert f"no {demo_data}/books.best_fit-256.pack; make it once, offline: `hymba data pack`" in str(caught.value)
+
+
+def test_a_run_whose_data_path_is_open_looks_for_its_start_alone():
+    with pytest.raises(UserError, match=r"checkpoint\.load=/no/such/run: no such directory"):
+        make_plan(compose(["experiment=demo", "data.path=???", "checkpoint.load=/no/such/run"]))
+
+
+def test_fp8_leaves_impossible_stacks_to_the_models_own_check():
+    with pytest.raises(UserError) as caught:
+        plan_of("experiment=pretrain_1p5b", "precision=fp8", "model.layer_pattern=[hybird]")
+    (problem,) = caught.value.problems
+    assert problem.startswith("model.layer_pattern: 'hybird'")
+
+
 def test_ramp_up_is_checked_at_every_size():
     ramp = "data.phases.stable.rampup_batch_size=[256,256,1e10]"
     plan = plan_of("experiment=pretrain_1p5b", "parallel=dp8", ramp)

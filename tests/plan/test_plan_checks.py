@@ -87,6 +87,44 @@ def test_fp8_rows_are_those_of_a_rank_under_sequence_parallelism():
     assert "not a multiple of 32" in problems(*overrides)[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["run.device=cpu", "precision.attention_backend=flex"], "precision.attention_backend=flex needs a GPU"),
+        (["run.device=cpu", "precision.scan_backend=triton"], "precision.scan_backend=triton needs a GPU"),
+        (["precision.attention_backend=flex", "run.deterministic=true"], "attention_backend=flex is not deterministic"),
+        (["precision.scan_backend=triton", "model.mamba_state_dim=12"], "nearest are 8 and 16"),
+        (["run.device=cuda", "model.mamba_state_dim=12"], "or set precision.scan_backend=torch"),
+        (["run.device=cuda", "model.num_attention_heads=16", "model.num_query_groups=4"], "choose 8 at most"),
+    ],
+)
+def test_what_kernels_cannot_do(overrides, line):
+    (problem,) = problems("experiment=demo", *overrides)
+    assert line in problem
+
+
+def test_what_kernels_need_is_not_asked_of_others():
+    """On a CPU the plain backends run, and `auto` may mean a CPU."""
+    for device in ("cpu", "auto"):
+        odd = ["model.mamba_state_dim=12", "model.num_attention_heads=16", "model.num_query_groups=4"]
+        make_plan(compose(["experiment=demo", f"run.device={device}", *odd]), check_paths=False)
+
+
+def test_parallel_needs_a_head_a_rank_and_known_micro_batches():
+    tiny = ["experiment=demo", "parallel.world_size=null"]
+    (line,) = problems(*tiny, "parallel.pipeline=2", "parallel.pipeline_layout=[0,8]")
+    assert line.startswith("parallel.pipeline_layout=[0, 8]: every chunk needs a layer")
+    (line,) = problems(*tiny, "model.rope_type=ntk", "model.hidden_size=8")
+    assert line == "model.num_attention_heads=4: heads of 2 are too narrow for rope_type=ntk; choose 2 at most"
+
+
+def test_exponential_decay_never_reaches_nothing():
+    lines = problems("experiment=demo", "schedule.lr_wsd_decay_style=exponential", "optim.min_lr=0")
+    assert lines == [
+        "optim.min_lr=0 is never reached by schedule.lr_wsd_decay_style=exponential; set optim.min_lr above 0"
+    ]
+
+
 def test_world_size_must_hold_whole_replicas():
     assert problems("model=hymba_tiny", "parallel=tp2_pp2", "parallel.world_size=null", world_size=6) == [
         "6 processes run, no multiple of parallel.tensor 2 x parallel.pipeline 2 = 4: nearest are 4 and 8"

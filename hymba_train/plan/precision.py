@@ -1,4 +1,4 @@
-"""Element types against device, layer implementation and shapes.
+"""Element types and kernels against device, layer implementation and shapes.
 
 In FP8 run the large matrix products of a layer alone: in_proj, out_proj and both of the FFN. Transformer Engine scales
 tensors in blocks, and each recipe wants whole blocks along both axes of what it casts: features and rows.
@@ -6,12 +6,16 @@ tensors in blocks, and each recipe wants whole blocks along both axes of what it
 
 from __future__ import annotations
 
+from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, capacity, layer_tensors, resolve_stack
+from hymba_train.describe.activations import ON_GPU_ONLY, SAVED_BY
 from hymba_train.plan.numbers import multiples_around
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
+FLEX_HEAD_DIM = 16  # narrowest on a GPU
+BACKEND_KEYS = {"attention": "attention_backend", "selective_scan": "scan_backend", "causal_conv": "conv_backend"}
 PRODUCTS = ("mixer.in_proj.weight", "mixer.out_proj.weight", "ffn.linear_fc1.weight", "ffn.linear_fc2.weight")
 
 
@@ -23,6 +27,7 @@ def check_precision(config: Config) -> list[str]:
         problems.append(
             "precision.layer_spec=transformer_engine needs a GPU, run.device is cpu; set precision.layer_spec=local"
         )
+    problems += _check_backends(config)
     if precision.fp8 is None:
         return problems
     fp8 = f"precision.fp8={precision.fp8}"
@@ -34,6 +39,45 @@ def check_precision(config: Config) -> list[str]:
             f"{fp8} needs precision.params=bf16, not {precision.params}; set that, or set precision.fp8=null"
         )
     return problems + _check_widths(config, fp8)
+
+
+def _check_backends(config: Config) -> list[str]:
+    problems = []
+    for op, key in BACKEND_KEYS.items():
+        name = getattr(config.precision, key)
+        known = ["auto", *(backend for other, backend in SAVED_BY if other == op)]
+        if name not in known:
+            problems.append(f"precision.{key}={name}: no such backend; {did_you_mean(name, known)}")
+        elif config.run.device == "cpu" and (op, name) in ON_GPU_ONLY:
+            problems.append(f"precision.{key}={name} needs a GPU, run.device is cpu; set precision.{key}=torch")
+    return problems or _check_kernels(config)
+
+
+def _check_kernels(config: Config) -> list[str]:
+    """What kernels ask of shapes and settings, where it is sure that they will run."""
+    precision, model = config.precision, config.model
+    on_gpu, problems = config.run.device == "cuda", []
+    attention, scan = precision.attention_backend, precision.scan_backend
+    if config.run.deterministic and attention == "flex":
+        problems.append(
+            "precision.attention_backend=flex is not deterministic, run.deterministic=true; "
+            "set precision.attention_backend=torch"
+        )
+    states = model.mamba_state_dim
+    if (scan == "triton" or (scan == "auto" and on_gpu)) and states & (states - 1):
+        below = 1 << (states.bit_length() - 1)
+        problems.append(
+            f"model.mamba_state_dim={states}: the Triton scan wants a power of two: nearest are {below} and "
+            f"{2 * below}; or set precision.scan_backend=torch"
+        )
+    head_dim = model.hidden_size // model.num_attention_heads
+    is_flex = attention == "flex" or (attention == "auto" and on_gpu and not config.run.deterministic)
+    if is_flex and head_dim < FLEX_HEAD_DIM:
+        problems.append(
+            f"model.num_attention_heads={model.num_attention_heads}: heads of {head_dim} are too narrow for "
+            f"FlexAttention; choose {model.hidden_size // FLEX_HEAD_DIM} at most, or precision.attention_backend=torch"
+        )
+    return problems
 
 
 def _check_widths(config: Config, fp8: str) -> list[str]:
