@@ -23,14 +23,18 @@ from hymba_train.describe.tensors import capacity, layer_tensors
 FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
 AUTO_BACKENDS = {
     "cpu": {"attention": "torch", "selective_scan": "torch", "causal_conv": "torch"},
-    "cuda": {"attention": "flex", "selective_scan": "triton", "causal_conv": "torch"},
+    "cuda": {"attention": "flex", "selective_scan": "cuda", "causal_conv": "torch"},
 }
 """What ``auto`` takes where every package is there, the most special backend first (hymba_train.ops.registry)."""
-ON_GPU_ONLY = {("attention", "flex"), ("selective_scan", "triton")}
+ON_GPU_ONLY = {("attention", "flex"), ("attention", "cudnn"), ("selective_scan", "cuda"), ("selective_scan", "triton")}
 DETERMINISTIC_BACKENDS = {"cuda": {"attention": "torch"}}
 """What ``auto`` takes instead with run.deterministic."""
+WIDE_STATE_BACKENDS = {"cuda": {"selective_scan": "triton"}}
+"""What ``auto`` takes instead with more than MOST_STATES states a channel."""
+MOST_STATES = 16
 ATTENTION_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time of attention's torch backend
-SCAN_CHUNK = 64  # steps between saved states of the scan on a GPU
+SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
+SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,12 @@ class Setting:
     backends: Mapping[str, str] = field(default_factory=lambda: AUTO_BACKENDS["cuda"])
 
 
-def backends_of(device: str, deterministic: bool = False, asked: Mapping[str, str] | None = None) -> dict[str, str]:
+def backends_of(
+    device: str, deterministic: bool = False, num_states: int = MOST_STATES, asked: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Op -> backend on ``device`` (cpu | cuda); ``asked``: op -> what the configuration says, 'auto' among it."""
     auto = AUTO_BACKENDS[device] | (DETERMINISTIC_BACKENDS.get(device, {}) if deterministic else {})
+    auto |= WIDE_STATE_BACKENDS.get(device, {}) if num_states > MOST_STATES else {}
     return auto | {op: name for op, name in (asked or {}).items() if name != "auto"}
 
 
@@ -181,6 +188,19 @@ def _attention_flex(x: _Layer) -> Iterator[SavedTensor]:
             yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
 
 
+def _attention_cudnn(x: _Layer) -> Iterator[SavedTensor]:
+    """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected."""
+    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
+    yield SavedTensor("attention.q", x.H * x.dk, x.v)
+    if x.heads.kv_index:
+        yield SavedTensor("attention.keys", groups * x.dk, x.v)
+    elif x.makes_kv:
+        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
+    yield SavedTensor("attention.values", groups * x.dv, x.v)
+    yield SavedTensor("attention.out", x.H * x.dv, x.v)
+    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
+
+
 def _conv_torch(x: _Layer) -> Iterator[SavedTensor]:
     """Every tap's shifted input in float32, and the sum in front of SiLU."""
     text = x.B * x.S / x.N
@@ -234,6 +254,16 @@ def _scan_triton(x: _Layer) -> Iterator[SavedTensor]:
     yield SavedTensor("scan.sum_delta", x.E * num_states / x.N, FLOAT32)
 
 
+def _scan_cuda(x: _Layer) -> Iterator[SavedTensor]:
+    """Reads its inputs where they lie, and keeps the state of every tile of tokens and block of channels, padded."""
+    tokens, channels = SCAN_TILE
+    tiles = x.B * math.ceil(x.S / tokens) + math.ceil(x.M / tokens)
+    yield SavedTensor("scan.dt", x.E, x.v)
+    yield SavedTensor(*x.projected, x.v)  # z
+    padded = math.ceil(x.E / channels) * channels
+    yield SavedTensor("scan.states", padded * MOST_STATES * tiles / x.N, FLOAT32)
+
+
 def _ssm(x: _Layer) -> Iterator[SavedTensor]:
     """Between convolution and scan: x_proj, the three norms, dt_proj."""
     yield SavedTensor("conv.out", x.E, x.v)
@@ -259,8 +289,10 @@ def _ffn(x: _Layer) -> Iterator[SavedTensor]:
 SAVED_BY: dict[tuple[str, str], Part] = {
     ("attention", "torch"): _attention_torch,
     ("attention", "flex"): _attention_flex,
+    ("attention", "cudnn"): _attention_cudnn,
     ("causal_conv", "torch"): _conv_torch,
     ("selective_scan", "torch"): _scan_torch,
+    ("selective_scan", "cuda"): _scan_cuda,
     ("selective_scan", "triton"): _scan_triton,
     ("selective_scan", "reference"): _scan_reference,
 }

@@ -12,8 +12,6 @@ from hymba_train.config.schema import Config, ModelConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, kv_is_replicated, resolve_stack
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-# precision.fp8 -> Megatron-Core's name of the recipe.
-FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
 
 
 @dataclass
@@ -49,7 +47,7 @@ def hymba_config(config: Config, device: torch.device) -> HymbaConfig:
     if config.precision.fp8:
         # A long history and its maximum: the setting of Transformer Engine's own default (used by delayed only).
         fp8 = dict(
-            fp8="hybrid", fp8_recipe=FP8_RECIPES[config.precision.fp8], fp8_amax_history_len=1024,
+            fp8="hybrid", fp8_recipe=config.precision.fp8, fp8_amax_history_len=1024,
             fp8_amax_compute_algo="max",
         )  # fmt: skip
     return HymbaConfig(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.schema import Config, PhaseConfig
-from hymba_train.describe import LayerDescription, capacity, layer_tensors, resolve_stack
-from hymba_train.describe.activations import ON_GPU_ONLY, SAVED_BY
+from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack
+from hymba_train.describe.activations import MOST_STATES, ON_GPU_ONLY, SAVED_BY, backends_of
 from hymba_train.plan.numbers import multiples_around
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -55,27 +55,39 @@ def _check_backends(config: Config) -> list[str]:
 
 def _check_kernels(config: Config) -> list[str]:
     """What kernels ask of shapes and settings, where it is sure that they will run."""
-    precision, model = config.precision, config.model
-    on_gpu, problems = config.run.device == "cuda", []
-    attention, scan = precision.attention_backend, precision.scan_backend
-    if config.run.deterministic and attention == "flex":
+    precision, d = config.precision, ModelDims.of(config.model)
+    asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
+    chosen = asked
+    if config.run.device == "cuda":
+        chosen = backends_of("cuda", config.run.deterministic, d.state_dim, asked)
+    problems = []
+    attention, scan = chosen["attention"], chosen["selective_scan"]
+    instead = "set precision.attention_backend=torch"
+    if config.run.deterministic and attention in ("flex", "cudnn"):
         problems.append(
-            "precision.attention_backend=flex is not deterministic, run.deterministic=true; "
-            "set precision.attention_backend=torch"
+            f"precision.attention_backend={attention} is not deterministic, run.deterministic=true; {instead}"
         )
-    states = model.mamba_state_dim
-    if (scan == "triton" or (scan == "auto" and on_gpu)) and states & (states - 1):
-        below = 1 << (states.bit_length() - 1)
+    if attention == "cudnn" and precision.params != "bf16":
+        problems.append(f"precision.attention_backend=cudnn has no {precision.params}; {instead}, or params=bf16")
+    heads = f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim}"
+    if attention == "flex" and d.head_dim < FLEX_HEAD_DIM:
+        fewer = d.hidden_size // FLEX_HEAD_DIM
+        problems.append(f"{heads} are too narrow for FlexAttention; choose {fewer} at most, or {instead}")
+    if attention == "cudnn" and (d.head_dim % 8 or d.value_head_dim % 8 or d.value_head_dim > 128):
         problems.append(
-            f"model.mamba_state_dim={states}: the Triton scan wants a power of two: nearest are {below} and "
+            f"{heads} with values of {d.value_head_dim}: cuDNN takes multiples of 8 up to 128; "
+            f"choose another number, or {instead}"
+        )
+    if scan == "cuda" and d.state_dim > MOST_STATES:
+        problems.append(
+            f"model.mamba_state_dim={d.state_dim}: the CUDA scan takes {MOST_STATES} at most; set that, or set "
+            "precision.scan_backend=torch"
+        )
+    if scan == "triton" and d.state_dim & (d.state_dim - 1):
+        below = 1 << (d.state_dim.bit_length() - 1)
+        problems.append(
+            f"model.mamba_state_dim={d.state_dim}: the Triton scan wants a power of two: nearest are {below} and "
             f"{2 * below}; or set precision.scan_backend=torch"
-        )
-    head_dim = model.hidden_size // model.num_attention_heads
-    is_flex = attention == "flex" or (attention == "auto" and on_gpu and not config.run.deterministic)
-    if is_flex and head_dim < FLEX_HEAD_DIM:
-        problems.append(
-            f"model.num_attention_heads={model.num_attention_heads}: heads of {head_dim} are too narrow for "
-            f"FlexAttention; choose {model.hidden_size // FLEX_HEAD_DIM} at most, or precision.attention_backend=torch"
         )
     return problems
 

@@ -2,7 +2,9 @@
 
 python -m tests.describe.saved_bytes CASE...      a CASE is JSON; prints RESULT and one list of [bytes, where] a case
 
-{"overrides": [...], "layer": 1, "head" or "all", "batch": 2, "seq": 256, "device": "meta" or "cpu", "documents": false}
+{"overrides": [...], "layer": 1, "batch": 2, "seq": 256, "device": "meta", "documents": false}
+
+``layer`` is a number, "head" or "all"; ``device`` meta, cpu or cuda (the same for all cases, or none of them cuda).
 
 On the meta device nothing is computed, so that the 1.5B takes no time. Ranks of a layout are imagined: the process
 group is a fake one, in which this is the last rank.
@@ -57,11 +59,14 @@ class Counter:
 
 def measure(case: dict) -> list[tuple[int, str]]:
     """(bytes, where) of every storage that one layer, or all but the layers, saves."""
-    config = compose([*case["overrides"], "run.device=cpu", "precision.layer_spec=local", "parallel.world_size=null"])
+    kind = "cuda" if case["device"] == "cuda" else "cpu"
+    config = compose(
+        [*case["overrides"], f"run.device={kind}", "precision.layer_spec=local", "parallel.world_size=null"]
+    )
     tensor, batch, seq = config.parallel.tensor, case["batch"], case["seq"]
     dist.init_process_group("fake", rank=tensor - 1, world_size=tensor, store=FakeStore())
     try:
-        runtime = create_groups(config.parallel, torch.device("cpu"))
+        runtime = create_groups(config.parallel, torch.device(kind))
         device = torch.device(case["device"])
         (model,) = build_model_chunks(config, runtime, [range(config.model.num_layers)], device=device)
         held = [*model.parameters(), *model.buffers()]
@@ -74,7 +79,7 @@ def measure(case: dict) -> list[tuple[int, str]]:
         d, dtype = model.config.dims, model.config.params_dtype
         multiple = tensor if config.parallel.sequence else 1
         rows = TokenRows(d.num_meta_tokens, batch, seq, num_token_rows(d.num_meta_tokens, batch, seq, multiple))
-        inputs = MicroBatch.of(rows, None, segments, d.head_dim, 10000.0, device)
+        inputs = MicroBatch.of(rows, None, segments, None, d.head_dim, 10000.0, device)
         layer = model.decoder.layers[case["layer"]]
 
         def stream(num_rows: int, width: int) -> torch.Tensor:
@@ -94,6 +99,7 @@ def measure(case: dict) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    activate("cpu")
+    cases = [json.loads(argument) for argument in sys.argv[1:]]
+    activate("cuda" if cases[0]["device"] == "cuda" else "cpu")  # for the whole process
     torch.manual_seed(0)
-    print("RESULT" + json.dumps([measure(json.loads(case)) for case in sys.argv[1:]]))
+    print("RESULT" + json.dumps([measure(case) for case in cases]))

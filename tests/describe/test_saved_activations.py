@@ -1,5 +1,6 @@
 """The lists of saved tensors against what autograd saves, for every backend that runs on a CPU."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -62,16 +63,25 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def measured():
-    command = [sys.executable, "-m", "tests.describe.saved_bytes", *map(json.dumps, CASES.values())]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return measure(CASES)
+
+
+def measure(cases):
+    """Name -> (bytes, where) of every storage that is saved; in one process of its own."""
+    command = [sys.executable, "-m", "tests.describe.saved_bytes", *map(json.dumps, cases.values())]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if all(c["device"] != "cuda" for c in cases.values()):
+        env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(CASES, json.loads(done.stdout.split("RESULT", 1)[1]), strict=True))
+    return dict(zip(cases, json.loads(done.stdout.split("RESULT", 1)[1]), strict=True))
 
 
 def planned(c):
     config = compose([*c["overrides"], "parallel.world_size=null"])
-    backends = backends_of("cpu", asked={"selective_scan": config.precision.scan_backend})
+    precision, device = config.precision, "cuda" if c["device"] == "cuda" else "cpu"
+    asked = {"selective_scan": precision.scan_backend, "attention": precision.attention_backend}
+    backends = backends_of(device, asked=asked)
     setting = Setting(
         c["batch"], c["seq"], config.parallel.tensor, config.parallel.sequence,
         value_bytes=2 if config.precision.params == "bf16" else 4, documents=c["documents"],
@@ -88,14 +98,17 @@ def planned(c):
 
 @pytest.mark.parametrize("name", CASES)
 def test_lists_hold_what_is_saved(name, measured):
-    c = CASES[name]
+    compare(CASES[name], measured[name])
+
+
+def compare(c, found):
     tensors, config = planned(c)
     rows = config.model.num_meta_tokens + c["batch"] * c["seq"]
-    real = sum(num_bytes for num_bytes, _ in measured[name]) / rows
+    real = sum(num_bytes for num_bytes, _ in found) / rows
     listed = sum(t.bytes_per_row for t in tensors)
-    found = "\n".join(f"{b / rows:10.1f} {where}" for b, where in sorted(measured[name], reverse=True))
+    saved = "\n".join(f"{b / rows:10.1f} {where}" for b, where in sorted(found, reverse=True))
     lines = "\n".join(f"{t.bytes_per_row:10.1f} {t.name}" for t in sorted(tensors, key=lambda t: -t.bytes_per_row))
-    assert listed == pytest.approx(real, rel=TOLERANCE), f"saved:\n{found}\nlisted:\n{lines}"
+    assert listed == pytest.approx(real, rel=TOLERANCE), f"saved:\n{saved}\nlisted:\n{lines}"
 
 
 def test_every_backend_has_its_list():
@@ -112,10 +125,11 @@ def test_auto_is_what_the_registry_would_take(device):
     from hymba_train.ops import BACKENDS
 
     needs = {"backward", "segment_ids"}
-    for deterministic in (False, True):
+    for deterministic, num_states in itertools.product((False, True), (16, 32)):
         for op, backends in BACKENDS.items():
             wanted = needs | ({"deterministic"} if deterministic else set())
+            wanted |= {"wide_state"} if num_states > 16 and op == "selective_scan" else set()
             first = next(
                 b for b in backends if device in b.device_types and not wanted - b.can and torch.bfloat16 in b.dtypes
             )
-            assert backends_of(device, deterministic)[op] == first.name
+            assert backends_of(device, deterministic, num_states)[op] == first.name

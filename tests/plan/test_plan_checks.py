@@ -94,7 +94,17 @@ def test_fp8_rows_are_those_of_a_rank_under_sequence_parallelism():
         (["run.device=cpu", "precision.scan_backend=triton"], "precision.scan_backend=triton needs a GPU"),
         (["precision.attention_backend=flex", "run.deterministic=true"], "attention_backend=flex is not deterministic"),
         (["precision.scan_backend=triton", "model.mamba_state_dim=12"], "nearest are 8 and 16"),
-        (["run.device=cuda", "model.mamba_state_dim=12"], "or set precision.scan_backend=torch"),
+        (
+            ["run.device=cuda", "model.mamba_state_dim=24"],
+            "wants a power of two: nearest are 16 and 32",
+        ),
+        (["precision.scan_backend=cuda", "model.mamba_state_dim=32"], "the CUDA scan takes 16 at most"),
+        (["precision.attention_backend=cudnn", "precision.params=float32"], "attention_backend=cudnn has no float32"),
+        (
+            ["precision.attention_backend=cudnn", "precision=bf16", "model.num_attention_heads=32"],
+            "multiples of 8",
+        ),
+        (["run.device=cpu", "precision.scan_backend=cuda"], "precision.scan_backend=cuda needs a GPU"),
         (["run.device=cuda", "model.num_attention_heads=16", "model.num_query_groups=4"], "choose 8 at most"),
     ],
 )
@@ -106,7 +116,7 @@ def test_what_kernels_cannot_do(overrides, line):
 def test_what_kernels_need_is_not_asked_of_others():
     """On a CPU the plain backends run, and `auto` may mean a CPU."""
     for device in ("cpu", "auto"):
-        odd = ["model.mamba_state_dim=12", "model.num_attention_heads=16", "model.num_query_groups=4"]
+        odd = ["model.mamba_state_dim=24", "model.num_attention_heads=16", "model.num_query_groups=4"]
         make_plan(compose(["experiment=demo", f"run.device={device}", *odd]), check_paths=False)
 
 
