@@ -20,14 +20,14 @@ from hymba_train.describe import (
     layer_tensors,
 )
 from hymba_train.describe.activations import (
-    SavedTensor,
-    Setting,
+    BACKEND_KEYS,
     backends_of,
     head_saved_tensors,
     layer_saved_tensors,
+    logit_gradient_bytes,
     recomputed_saved_tensors,
 )
-from hymba_train.plan.precision import BACKEND_KEYS
+from hymba_train.describe.saved import SavedTensor, Setting
 from hymba_train.plan.stages import Chunk
 
 
@@ -146,8 +146,7 @@ class _Stage:
         logits = 0.0
         if self.is_last:
             head = head_saved_tensors(model, setting)
-            wide = sum(t.width for t in head if t.name == "logits")
-            logits = wide * (4 + setting.value_bytes)
+            logits = _bytes([t for t in head if t.name == "logits"]) + logit_gradient_bytes(model, setting)
             rest = _bytes([t for t in head if t.name != "logits"])
             per_row = {choice: value + rest for choice, value in per_row.items()}
         stream = rows / (p.tensor if p.sequence else 1)

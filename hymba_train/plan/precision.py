@@ -9,13 +9,12 @@ from __future__ import annotations
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack
-from hymba_train.describe.activations import MOST_STATES, ON_GPU_ONLY, SAVED_BY, backends_of
+from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, MOST_STATES, ON_GPU_ONLY, backends_of
 from hymba_train.plan.numbers import multiples_around
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
 FLEX_HEAD_DIM = 16  # narrowest on a GPU
-BACKEND_KEYS = {"attention": "attention_backend", "selective_scan": "scan_backend", "causal_conv": "conv_backend"}
 PRODUCTS = ("mixer.in_proj.weight", "mixer.out_proj.weight", "ffn.linear_fc1.weight", "ffn.linear_fc2.weight")
 
 
@@ -42,15 +41,15 @@ def check_precision(config: Config) -> list[str]:
 
 
 def _check_backends(config: Config) -> list[str]:
-    problems = []
+    problems: dict[str, None] = {}  # a key that chooses for several ops is named once
     for op, key in BACKEND_KEYS.items():
         name = getattr(config.precision, key)
-        known = ["auto", *(backend for other, backend in SAVED_BY if other == op)]
+        known = ["auto", *KNOWN_BACKENDS[op]]
         if name not in known:
-            problems.append(f"precision.{key}={name}: no such backend; {did_you_mean(name, known)}")
-        elif config.run.device == "cpu" and (op, name) in ON_GPU_ONLY:
-            problems.append(f"precision.{key}={name} needs a GPU, run.device is cpu; set precision.{key}=torch")
-    return problems or _check_kernels(config)
+            problems[f"precision.{key}={name}: no such backend; {did_you_mean(name, known)}"] = None
+        elif config.run.device == "cpu" and name in ON_GPU_ONLY:
+            problems[f"precision.{key}={name} needs a GPU, run.device is cpu; set precision.{key}=torch"] = None
+    return list(problems) or _check_kernels(config)
 
 
 def _check_kernels(config: Config) -> list[str]:
@@ -88,6 +87,10 @@ def _check_kernels(config: Config) -> list[str]:
         problems.append(
             f"model.mamba_state_dim={d.state_dim}: the Triton scan wants a power of two: nearest are {below} and "
             f"{2 * below}; or set precision.scan_backend=torch"
+        )
+    if chosen["rotate_heads"] == "triton" and d.head_dim & (d.head_dim - 1):
+        problems.append(
+            f"{heads}: RoPE in Triton wants a power of two; choose another, or set precision.rope_backend=torch"
         )
     return problems
 

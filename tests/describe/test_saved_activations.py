@@ -1,5 +1,6 @@
 """The lists of saved tensors against what autograd saves, for every backend that runs on a CPU."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,13 +13,15 @@ import pytest
 from hymba_train.config import compose
 from hymba_train.describe import resolve_stack
 from hymba_train.describe.activations import (
-    SAVED_BY,
-    Setting,
+    BACKEND_KEYS,
+    KNOWN_BACKENDS,
+    ON_GPU_ONLY,
     backends_of,
     head_saved_tensors,
     layer_saved_tensors,
     recomputed_saved_tensors,
 )
+from hymba_train.describe.saved import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.01  # left out of the lists: what does not grow with the rows (float32 copies of small weights)
@@ -111,10 +114,15 @@ def compare(c, found):
     assert listed == pytest.approx(real, rel=TOLERANCE), f"saved:\n{saved}\nlisted:\n{lines}"
 
 
-def test_every_backend_has_its_list():
+def test_every_backend_of_the_models_ops_has_its_list():
+    from hymba_train.model.ops import Ops
     from hymba_train.ops import BACKENDS
 
-    assert set(SAVED_BY) == {(op, backend.name) for op, backends in BACKENDS.items() for backend in backends}
+    ops = {field.name for field in dataclasses.fields(Ops)}
+    assert ops == set(KNOWN_BACKENDS) == set(BACKEND_KEYS)
+    assert {op: {b.name for b in BACKENDS[op]} for op in ops} == {op: set(b) for op, b in KNOWN_BACKENDS.items()}
+    on_gpu = {b.name for op in ops for b in BACKENDS[op] if "cpu" not in b.device_types}
+    assert on_gpu == set(ON_GPU_ONLY)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -126,7 +134,8 @@ def test_auto_is_what_the_registry_would_take(device):
 
     needs = {"backward", "segment_ids"}
     for deterministic, num_states in itertools.product((False, True), (16, 32)):
-        for op, backends in BACKENDS.items():
+        for op in KNOWN_BACKENDS:
+            backends = BACKENDS[op]
             wanted = needs | ({"deterministic"} if deterministic else set())
             wanted |= {"wide_state"} if num_states > 16 and op == "selective_scan" else set()
             first = next(
