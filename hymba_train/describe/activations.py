@@ -32,23 +32,21 @@ BACKEND_KEYS = {
 """Op -> key below ``precision.`` that chooses its backend."""
 KNOWN_BACKENDS = {op: tuple((SAVED_BY | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
 ON_GPU_ONLY = ("flex", "cudnn", "cuda", "triton")
-AUTO_BACKENDS = {
-    "cpu": dict.fromkeys(OPS, "torch"),
-    "cuda": dict.fromkeys(OPS, "triton") | {"attention": "flex", "selective_scan": "cuda"},
-}
-"""What ``auto`` takes where every package is there (hymba_train.ops.registry)."""
-DETERMINISTIC_BACKENDS = {"cuda": {"attention": "torch"}}
-"""What ``auto`` takes instead with run.deterministic."""
-WIDE_STATE_BACKENDS = {"cuda": {"selective_scan": "triton"}}
-"""What ``auto`` takes instead with more than MOST_STATES states a channel."""
 
 
 def backends_of(
-    device: str, deterministic: bool = False, num_states: int = MOST_STATES, asked: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Op -> backend on ``device`` (cpu | cuda); ``asked``: op -> what the configuration says, 'auto' among it."""
-    auto = AUTO_BACKENDS[device] | (DETERMINISTIC_BACKENDS.get(device, {}) if deterministic else {})
-    auto |= WIDE_STATE_BACKENDS.get(device, {}) if num_states > MOST_STATES else {}
+    device: str, is_bf16: bool = True, deterministic: bool = False, num_states: int = MOST_STATES,
+    asked: Mapping[str, str] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Op -> backend on ``device`` (cpu | cuda), where every package is there: hymba_train.ops.registry in short.
+
+    asked: op -> what the configuration says; what is not 'auto' there is taken.
+    """
+    auto = dict.fromkeys(OPS, "torch")
+    if device != "cpu":
+        auto = dict.fromkeys(OPS, "triton")
+        auto["attention"] = "cudnn" if is_bf16 else "torch" if deterministic else "flex"
+        auto["selective_scan"] = "cuda" if num_states <= MOST_STATES else "triton"
     return auto | {op: name for op, name in (asked or {}).items() if name != "auto"}
 
 

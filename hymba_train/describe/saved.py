@@ -24,6 +24,7 @@ from hymba_train.describe.tensors import capacity, layer_tensors
 FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
 ATTENTION_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time of attention's torch backend
+GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
 SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
 SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
 
@@ -72,6 +73,8 @@ class Sizes:
         self.D = d.hidden_size / (setting.tensor if setting.sequence else 1)
         self.whole_D = d.hidden_size
         self.states, self.small = d.state_dim, d.dt_rank + 2 * d.state_dim
+        groups = (d.dt_rank, d.state_dim, d.state_dim)
+        self.small_aligned = sum(math.ceil(width / GROUP_ALIGNMENT) * GROUP_ALIGNMENT for width in groups)
         self.taps = d.conv_width - 1
         in_proj = next(t for t in layer_tensors(model, layer) if t.name == "mixer.in_proj.weight")
         cut = [s for s in in_proj.slices if not s.is_replicated(setting.tensor)]
@@ -211,7 +214,7 @@ def _conv_triton(x: Sizes) -> Iterator[SavedTensor]:
 def _scan_torch(x: Sizes) -> Iterator[SavedTensor]:
     yield from x.wide("scan.u", x.E, ("conv.out", x.E))
     yield from x.wide("scan.z", x.E, x.projected)
-    yield from x.wide("scan.B_C", 2 * x.states, ("dt_B_C.out", x.small))
+    yield from x.wide("scan.B_C", 2 * x.states, ("dt_B_C.out", x.small_aligned))
     for name in ("softplus_in", "delta", "delta_u", "y", "silu_z"):
         yield SavedTensor(f"scan.{name}", x.E, FLOAT32)
     yield SavedTensor("scan.states", x.E * x.states * _num_states(x, _torch_chunk) / x.N, FLOAT32)
@@ -258,15 +261,15 @@ def _scan_cuda(x: Sizes) -> Iterator[SavedTensor]:
 
 def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:
     """The three norms between x_proj and the scan, and their output."""
-    yield SavedTensor("dt_B_C.wide", x.small, FLOAT32)
+    yield SavedTensor("dt_B_C.wide", x.small if x.is_bf16 else x.small_aligned, FLOAT32)
     yield SavedTensor("dt_B_C.scale", 3, FLOAT32)
     yield SavedTensor("dt_B_C.normalised", x.small, x.v)
-    yield SavedTensor("dt_B_C.out", x.small, x.v)
+    yield SavedTensor("dt_B_C.out", x.small_aligned, x.v)
 
 
 def _group_norm_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor("dt_B_C.in", x.small, x.v)
-    yield SavedTensor("dt_B_C.out", x.small, x.v)
+    yield SavedTensor("dt_B_C.in", x.small_aligned, x.v)
+    yield SavedTensor("dt_B_C.out", x.small_aligned, x.v)
 
 
 def _average_torch(x: Sizes) -> Iterator[SavedTensor]:

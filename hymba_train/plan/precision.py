@@ -58,14 +58,12 @@ def _check_kernels(config: Config) -> list[str]:
     asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
     chosen = asked
     if config.run.device == "cuda":
-        chosen = backends_of("cuda", config.run.deterministic, d.state_dim, asked)
+        chosen = backends_of("cuda", precision.params == "bf16", config.run.deterministic, d.state_dim, asked)
     problems = []
     attention, scan = chosen["attention"], chosen["selective_scan"]
     instead = "set precision.attention_backend=torch"
-    if config.run.deterministic and attention in ("flex", "cudnn"):
-        problems.append(
-            f"precision.attention_backend={attention} is not deterministic, run.deterministic=true; {instead}"
-        )
+    if config.run.deterministic and attention == "flex":
+        problems.append(f"precision.attention_backend=flex is not deterministic, run.deterministic=true; {instead}")
     if attention == "cudnn" and precision.params != "bf16":
         problems.append(f"precision.attention_backend=cudnn has no {precision.params}; {instead}, or params=bf16")
     heads = f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim}"

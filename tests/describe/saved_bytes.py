@@ -79,7 +79,7 @@ def measure(case: dict) -> list[tuple[int, str]]:
         d, dtype = model.config.dims, model.config.params_dtype
         multiple = tensor if config.parallel.sequence else 1
         rows = TokenRows(d.num_meta_tokens, batch, seq, num_token_rows(d.num_meta_tokens, batch, seq, multiple))
-        inputs = MicroBatch.of(rows, None, segments, None, d.head_dim, 10000.0, device)
+        inputs = MicroBatch.of(rows, None, segments, None, d.head_dim, 10000.0, d.conv_width - 1, device)
         layer = model.decoder.layers[case["layer"]]
 
         def stream(num_rows: int, width: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def measure(case: dict) -> list[tuple[int, str]]:
         if layer.layer.kv_role == "consumer":
             groups = len(needed_kv_heads(d, tensor, tensor - 1))
             kv = [stream(rows.num_rows, groups * width) for width in (d.head_dim, d.value_head_dim)]
-        known = [*held, *kv, inputs.cos, inputs.sin, *([] if segments is None else [segments])]
+        known = [*held, *kv, inputs.cos, inputs.sin, inputs.reach, *([] if segments is None else [segments])]
         with Counter(known) as counter:
             layer(stream(rows.num_rows // multiple, d.hidden_size), inputs, *kv)
         return list(counter.found.values())

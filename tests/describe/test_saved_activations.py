@@ -84,7 +84,7 @@ def planned(c):
     config = compose([*c["overrides"], "parallel.world_size=null"])
     precision, device = config.precision, "cuda" if c["device"] == "cuda" else "cpu"
     asked = {"selective_scan": precision.scan_backend, "attention": precision.attention_backend}
-    backends = backends_of(device, asked=asked)
+    backends = backends_of(device, precision.params == "bf16", asked=asked)
     setting = Setting(
         c["batch"], c["seq"], config.parallel.tensor, config.parallel.sequence,
         value_bytes=2 if config.precision.params == "bf16" else 4, documents=c["documents"],
@@ -132,13 +132,10 @@ def test_auto_is_what_the_registry_would_take(device):
 
     from hymba_train.ops import BACKENDS
 
-    needs = {"backward", "segment_ids"}
-    for deterministic, num_states in itertools.product((False, True), (16, 32)):
+    for is_bf16, deterministic, num_states in itertools.product((True, False), (False, True), (16, 32)):
+        needs = {"backward", "segment_ids"} | ({"deterministic"} if deterministic else set())
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
         for op in KNOWN_BACKENDS:
-            backends = BACKENDS[op]
-            wanted = needs | ({"deterministic"} if deterministic else set())
-            wanted |= {"wide_state"} if num_states > 16 and op == "selective_scan" else set()
-            first = next(
-                b for b in backends if device in b.device_types and not wanted - b.can and torch.bfloat16 in b.dtypes
-            )
-            assert backends_of(device, deterministic, num_states)[op] == first.name
+            wanted = needs | ({"wide_state"} if num_states > 16 and op == "selective_scan" else set())
+            able = (b for b in BACKENDS[op] if device in b.device_types and dtype in b.dtypes and not wanted - b.can)
+            assert backends_of(device, is_bf16, deterministic, num_states)[op] == next(able).name
