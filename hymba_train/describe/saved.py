@@ -146,8 +146,12 @@ def _attention_torch(x: Sizes) -> Iterator[SavedTensor]:
     if x.is_bf16:
         yield SavedTensor("attention.weights", x.H * all_pairs / x.N, x.v)
     yield SavedTensor("attention.q", x.H * x.dk, FLOAT32)
-    yield SavedTensor("attention.keys", groups * x.dk * all_keys / x.N, FLOAT32)
     text_keys = all_keys - x.M
+    if x.is_bf16 or x.heads.kv_index:
+        yield SavedTensor("attention.keys", groups * x.dk * all_keys / x.N, FLOAT32)
+    else:  # in float32 the meta tokens' keys are a view of where they were rotated
+        yield SavedTensor("attention.keys", groups * x.dk * text_keys / x.N, FLOAT32)
+        yield SavedTensor("attention.k_rotated", groups * x.dk if x.makes_kv else 0, FLOAT32)
     if not x.heads.kv_index:  # the meta tokens' values are a view of where they were projected
         if x.makes_kv and x.kv_in_projection:
             yield SavedTensor(*x.projected, x.v)
