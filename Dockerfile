@@ -5,6 +5,9 @@
 #
 # The GPU packages are compiled (MAX_JOBS bounds memory; expect 20 minutes and more). Nothing replaces the base image's
 # torch, Transformer Engine or flash-attn: they are built for one another.
+#
+# hadolint global ignore=DL3059
+# (one RUN a step on purpose: a step that fails late does not cost the compiled ones before it)
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 ARG CPU_IMAGE=python:3.12-slim
 
@@ -25,7 +28,7 @@ COPY launch /src/launch
 COPY recipes /src/recipes
 RUN pip install -c /src/constraints.txt "/src[hf,data]" && rm -rf /src
 RUN useradd --create-home --uid 1000 hymba
-USER hymba
+USER 1000
 WORKDIR /home/hymba
 RUN hymba doctor --quick
 HEALTHCHECK --interval=10m --timeout=2m CMD ["hymba", "version"]
@@ -41,6 +44,7 @@ ARG MAX_JOBS=4
 ARG TORCH_CUDA_ARCH_LIST="8.0 9.0 10.0"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS} \
     TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # What the base image brings stays as it is: pip may add to it, and fails rather than replace these.
 RUN pip freeze | grep -iE '^(torch|triton|transformer|flash)' > /opt/of_the_image.txt && cat /opt/of_the_image.txt
 RUN pip install --no-deps "megatron-core==${MEGATRON_VERSION}"

@@ -48,7 +48,7 @@ test: setup
 
 # Against real Slurm daemons on this machine (root; Debian packages slurm-wlm and munge).
 test-slurm: setup
-	$(BIN)/python -m pytest -m "slurm and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/slurm -m "slurm and not slow" $(PYTEST_ARGS)
 
 test-full: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -18,7 +18,7 @@ setup(
     # The Hydra tree stands beside the package in a checkout and is a package of data in a wheel.
     package_dir={"hymba_train_recipes": "recipes"},
     package_data={
-        "hymba_train": ["ops/cuda/*"],
+        "hymba_train": ["ops/cuda/*", "plan/*.yaml"],
         "hymba_train_recipes": ["*.yaml", "*/*.yaml"],
         "data_prep": ["corpus/*"],
         "launch": ["*.sh"],

@@ -105,6 +105,7 @@ def run_plan(argv: list[str]) -> int:
     parser.add_argument("--skip-paths", action="store_true", help="do not look whether the data is there")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--png", metavar="FILE", help="draw the stack of layers instead")
+    parser.add_argument("--gpu", metavar="NAME", help="step time and days on this GPU alone, e.g. H200")
     parser.add_argument("--suggest", metavar="gpus=N[,memory=GIB]", help="layouts that fit, ranked by estimate")
     args = parser.parse_intermixed_args(argv)
     if _print_and_stop(args):
@@ -123,9 +124,9 @@ def run_plan(argv: list[str]) -> int:
         draw_stack(plan, Path(args.png))
         print(args.png)
     elif args.json:
-        print(json.dumps(plan_to_json(plan), indent=1))
+        print(json.dumps(plan_to_json(plan, args.gpu), indent=1))
     else:
-        print_plan(plan)
+        print_plan(plan, gpu=args.gpu)
     return 0
 
 
@@ -137,9 +138,9 @@ def _suggest(args: argparse.Namespace) -> int:
     if match is None:
         raise UserError(f"--suggest {args.suggest}: write gpus=64, or gpus=64,memory=141 (GiB of a GPU)")
     num_gpus, memory_gib = int(match[1]), float(match[2] or DEFAULT_MEMORY_GIB)
-    suggestions = suggest(_read_config(args), num_gpus, memory_gib)
+    suggestions = suggest(_read_config(args), num_gpus, memory_gib, gpu=args.gpu)
     if args.json:
-        print(json.dumps([{**asdict(s), "overrides": s.overrides} for s in suggestions], indent=1))
+        print(json.dumps([asdict(s) for s in suggestions], indent=1))
     else:
         print_suggestions(suggestions, num_gpus, memory_gib)
     return 0

@@ -128,7 +128,10 @@ def _run(command: list[str], run_directory: Path, say: Callable[[str], None]) ->
     before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         # In a session of its own: Ctrl-C goes to every process in the terminal's group, and torchrun would die of it.
-        child = subprocess.Popen(command, start_new_session=True)
+        # And with a store of its own for every restart of torchrun: in a shared one, a restarted rank would find the
+        # addresses of dead ones.
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
+        child = subprocess.Popen(command, start_new_session=True, env=environment)
         return child.wait(), caught
     finally:
         for number, handler in before.items():

@@ -55,8 +55,6 @@ def _point(overrides, suffix, cluster, num_nodes, config_dir, check_paths) -> Po
     base_name = config.run.name
     if suffix:  # composed again, because other keys may be made from the name
         config = compose([*overrides, f"run.name='{config.run.name}-{suffix}'"], config_dir=config_dir)
-    if not all(re.fullmatch(r"[\w.=+-]*[\w=+-][\w.=+-]*", part) for part in config.run.name.split("/")):
-        raise UserError(f"run.name={config.run.name}: use letters, digits and . _ = + - only; it becomes a directory")
     nodes = num_nodes or cluster.nodes or _nodes_of_layout(config, cluster)
     plan = make_plan(config, nodes * cluster.ranks_per_node, check_paths=check_paths)
     plan.require_complete()

@@ -184,6 +184,7 @@ def _variables(cluster: ClusterConfig) -> dict[str, tuple[str, str]]:
     ours = {
         "PYTHONUNBUFFERED": ("1", "log lines appear when they are written"),
         "PYTHONFAULTHANDLER": ("1", "a crash in native code leaves a traceback"),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": ("1", "a restarted rank must not find the addresses of dead ones"),
         "OMP_NUM_THREADS": (str(cluster.cpus_per_process or 1), "threads of a rank; left alone, torchrun says 1"),
     }
     if cluster.gpus_per_node:

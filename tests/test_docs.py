@@ -33,7 +33,8 @@ def test_navigation_names_every_page_once():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
+            file = (page.parent / target).resolve()
+            assert file.exists() and file.is_relative_to(DOCS), f"{target}: the site holds docs/ alone"
 
 
 def test_the_list_of_keys_is_that_of_the_schema():

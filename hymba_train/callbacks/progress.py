@@ -57,6 +57,7 @@ class Progress(Callback):
         """One step in words; the units are in the names or behind the figures."""
         step = f"{m.step}" if self.total_steps is None else f"{m.step}/{self.total_steps}"
         mfu = "mfu n/a" if m.mfu is None else f"mfu {m.mfu:.1%}"
+        mfu += "" if m.mfu_executed is None else f" ({m.mfu_executed:.1%} executed)"
         memory = "" if m.memory_gib is None else f"  mem {m.memory_gib:.1f} GiB"
         return (
             f"step {step}  {m.phase}  loss {m.loss:.4f}  gnorm {m.grad_norm:.3f}  lr {m.lr:.2e}  "

@@ -15,6 +15,7 @@ def train_scalars(m) -> dict[str, float]:
         "speed/tokens_per_second": m.tokens_per_second,
         "speed/tflops_per_second_per_device": m.tflops_per_second_per_device,
         "speed/mfu": m.mfu,
+        "speed/mfu_executed": m.mfu_executed,
         "memory/max_allocated_gib": m.memory_gib,
     }
     return {name: float(value) for name, value in values.items() if value is not None}

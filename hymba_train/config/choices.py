@@ -14,7 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.init_method": ("mamba", "published"),
     "parallel.recompute": ("none", "full"),
     "precision.params": ("float32", "bf16"),
-    "precision.fp8": ("delayed", "current", "blockwise"),
+    "precision.fp8": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "precision.layer_spec": ("local", "transformer_engine", "auto"),
     "optim.name": ("adamw",),
     "schedule.lr_decay_style": ("wsd", "cosine", "linear", "constant"),
@@ -81,6 +81,11 @@ def check_values(config: Config) -> list[str]:
         if problem:
             problems.append(f"{key}={value}: {problem}")
     return problems
+
+
+def choices_of(key: str) -> tuple[str, ...]:
+    """Words that a dotted key may take; none where it takes others."""
+    return CHOICES.get(_pattern(key), ())
 
 
 def _pattern(key: str) -> str:

@@ -57,7 +57,11 @@ def _prepare(overrides: Sequence[str], groups: dict[str, list[str]]) -> list[str
             problems.append(_unreadable(text))
             continue
         key = parsed.key_or_group
-        if parsed.is_sweep_override():
+        if not key:
+            problems.append(_unreadable(text))
+        elif key.partition(".")[0] == "cluster":
+            problems.append(f"{text!r}: clusters belong to hymba launch slurm; leave it out here")
+        elif parsed.is_sweep_override():
             problems.append(f"{text!r}: several values for one key; choose one, or write a list as {key}=[a,b]")
         elif parsed.package is not None or key.partition(".")[0] == "hydra":
             problems.append(f"{text!r}: Hydra's own settings and packages have no effect here; leave it out")
@@ -89,6 +93,9 @@ def _unreadable(text: str) -> str:
     if "=" not in text and not text.startswith("~"):
         return f"{text!r}: not an override; write KEY=VALUE, e.g. experiment=demo or optim.lr=1e-3"
     key, _, value = text.partition("=")
+    if not key:
+        return f"{text!r}: no key in front of '='; write KEY=VALUE, e.g. experiment=demo or optim.lr=1e-3"
+    value = value.strip("'\"")
     return f"{text!r}: cannot be read; quote the value twice if it holds special characters: {key}='\"{value}\"'"
 
 
@@ -145,6 +152,8 @@ def _explain(error: Exception, directories: list[Path]) -> str:
     unknown = re.match(r"Interpolation key '([^']+)' not found", text)
     if unknown:
         text = f"${{{unknown[1]}}} names no key; {did_you_mean(unknown[1], schema_keys())}"
+    if text.startswith("Unsupported interpolation type"):
+        text += "; ${...} takes another key, or oc.env:VARIABLE"
     if getattr(error, "full_key", None):
         return f"{error.full_key}: {text}"
     mandatory = re.match(r"You must specify '([^']+)'", text)

@@ -101,7 +101,8 @@ class PrecisionConfig:
     params: str = "bf16"
     """float32 | bf16: type of weights and activations. The optimizer keeps float32 master weights."""
     fp8: str | None = None
-    """None | delayed | current | blockwise: Transformer Engine recipe for the large matrix products."""
+    """None | delayed | tensorwise | blockwise | mxfp8: Transformer Engine recipe, named as in Megatron-Core, for
+    in_proj, out_proj and the FFN; x_proj, dt_proj, replicated K/V and the output layer stay in bf16."""
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in float32."""
     layer_spec: str = "auto"

@@ -117,7 +117,9 @@ def _convert_field(annotation: Any, value: Any, dotted: str, problems: list[str]
     try:
         return _convert(annotation, value)
     except _Mismatch:
-        problems.append(f"{dotted}: expected {type_name(annotation)}; got {_show(value)}{_hint(annotation, value)}")
+        problems.append(
+            f"{dotted}: expected {type_name(annotation)}; got {_show(value)}{_hint(annotation, value, dotted)}"
+        )
         return _INVALID
 
 
@@ -148,12 +150,41 @@ def _convert(annotation: Any, value: Any) -> Any:
     raise _Mismatch
 
 
-def _hint(annotation: Any, value: Any) -> str:
-    if isinstance(value, (int, float)) and "text" in type_name(annotation):
+def _hint(annotation: Any, value: Any, dotted: str) -> str:
+    """What to write instead, where that can be guessed."""
+    from hymba_train.config.choices import choices_of
+
+    choices, name = choices_of(dotted), type_name(annotation)
+    if choices:
+        return f"; choose one of {', '.join(choices)}{' or null' if 'null' in name else ''}"
+    if name.startswith("bool"):
+        return "; write true or false"
+    if name.startswith("list of") and not isinstance(value, (list, dict, type(None))):
+        return f"; write {dotted}=[{value}]"
+    if name.startswith(("int", "float")) and isinstance(value, str):
+        return _number(value, name)
+    if isinstance(value, bool):
+        return ""
+    if isinstance(value, (int, float)) and "text" in name:
         return f' (in a file write "{value}"; on the command line KEY=\'"{value}"\')'
     if isinstance(value, float) and not math.isfinite(value):
         return " (must be finite)"
     return ""
+
+
+_UNITS = {"%": 1e-2, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+def _number(text: str, name: str) -> str:
+    """'; write 32e3' for 32k; nothing for what is no number with a unit."""
+    number, unit = text[:-1].strip(), text[-1:].lower()
+    try:
+        value = float(number) * _UNITS[unit]
+    except (KeyError, ValueError):
+        return ""
+    if name.startswith("int") and not value.is_integer():
+        return ""
+    return f"; write {value:.12g}"
 
 
 def _show(value: Any) -> str:

@@ -5,20 +5,31 @@
 
 from hymba_train.describe.dims import ModelDims
 from hymba_train.describe.flops import flops_per_token, head_flops, layer_flops, training_flops, visible_keys
-from hymba_train.describe.memory import held_parameters, layer_activation_values
+from hymba_train.describe.memory import held_parameters
 from hymba_train.describe.stack import LayerDescription, kv_crossing, resolve_stack
-from hymba_train.describe.tensors import Slice, TensorDescription, layer_tensors, model_tensors, partition
+from hymba_train.describe.tensors import (
+    Slice,
+    TensorDescription,
+    capacity,
+    end_tensors,
+    kv_is_replicated,
+    layer_tensors,
+    model_tensors,
+    partition,
+)
 
 __all__ = [
     "LayerDescription",
     "ModelDims",
     "Slice",
     "TensorDescription",
+    "capacity",
+    "end_tensors",
     "flops_per_token",
     "head_flops",
     "held_parameters",
     "kv_crossing",
-    "layer_activation_values",
+    "kv_is_replicated",
     "layer_flops",
     "layer_tensors",
     "model_tensors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import ModelConfig
 
@@ -33,6 +33,11 @@ class LayerDescription:
     @property
     def has_ssm(self) -> bool:
         return self.mixer in ("hybrid", "ssm")
+
+    @property
+    def kind(self) -> LayerDescription:
+        """What layers have in common that hold and compute alike: this one without its place in the stack."""
+        return replace(self, index=0, kv_source=None, kv_consumers=())
 
     @property
     def span(self) -> str:
@@ -73,12 +78,14 @@ def resolve_stack(model: ModelConfig) -> list[LayerDescription]:
     for layer in layers:
         if not layer.has_attention and (layer.index in source or layer.index in consumers):
             raise ValueError(
-                f"model.kv_groups: layer {layer.index} is an '{layer.mixer}' layer and has no keys to share"
+                f"model.kv_groups: layer {layer.index} is an '{layer.mixer}' layer and has no keys to share; "
+                "leave it out"
             )
         if layer.kv_source is not None and layers[layer.kv_source].window != layer.window:
             raise ValueError(
                 f"model.kv_groups: layer {layer.index} is {layer.span} but takes the keys of layer {layer.kv_source}, "
-                f"which is {layers[layer.kv_source].span}; all layers of a group must see alike"
+                f"which is {layers[layer.kv_source].span}; all layers of a group must see alike: "
+                f"leave layer {layer.index} out"
             )
     return layers
 
@@ -95,12 +102,14 @@ def _kv_sources(model: ModelConfig) -> dict[int, int]:
     seen: set[int] = set()
     for group in model.kv_groups:
         if len(group) < 2 or sorted(set(group)) != list(group):
-            raise ValueError(f"model.kv_groups: {group} must list two or more layers in rising order")
+            raise ValueError(
+                f"model.kv_groups: {group} must list two or more layers in rising order; write [1,2], or leave it out"
+            )
         for index in group:
             if not 0 <= index < model.num_layers:
                 raise ValueError(f"model.kv_groups: {index} is not a layer; layers are 0..{model.num_layers - 1}")
             if index in seen:
-                raise ValueError(f"model.kv_groups: layer {index} is in two groups")
+                raise ValueError(f"model.kv_groups: layer {index} is in two groups; leave it out of one")
             seen.add(index)
         source.update(dict.fromkeys(group[1:], group[0]))
     return source

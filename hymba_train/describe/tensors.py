@@ -35,6 +35,10 @@ class Slice:
     def size(self) -> int:
         return self.units * self.unit_size
 
+    def is_replicated(self, ranks: int) -> bool:
+        """Whether every one of ``ranks`` tensor-parallel ranks holds all of it: KV heads that do not divide."""
+        return self.kv and kv_is_replicated(self.units, ranks)
+
     def part(self, ranks: int, rank: int) -> tuple[int, int, int]:
         """(first, count, capacity) in units, of one rank."""
         if self.block_multiple is None:
@@ -68,7 +72,17 @@ def partition(units: int, ranks: int, rank: int) -> tuple[int, int, int]:
     [(0, 12, 13), (12, 13, 13)]
     """
     first, last = units * rank // ranks, units * (rank + 1) // ranks
-    return first, last - first, math.ceil(units / ranks)
+    return first, last - first, capacity(units, ranks)
+
+
+def capacity(units: int, ranks: int) -> int:
+    """Room for units on each rank, zero padding included: what :func:`partition` gives every rank alike."""
+    return math.ceil(units / ranks)
+
+
+def kv_is_replicated(num_kv_heads: int, tensor_size: int) -> bool:
+    """Whether every tensor-parallel rank holds the K/V projections of all KV heads: their number does not divide."""
+    return num_kv_heads % tensor_size != 0
 
 
 def layer_tensors(model: ModelConfig, layer: LayerDescription) -> list[TensorDescription]:
@@ -142,22 +156,27 @@ def layer_tensors(model: ModelConfig, layer: LayerDescription) -> list[TensorDes
 
 def model_tensors(model: ModelConfig) -> list[TensorDescription]:
     """Every parameter of the model, full names, in forward order."""
-    d = ModelDims.of(model)
-    vocab = (Slice("vocab", d.vocab_size, block_multiple=model.make_vocab_size_divisible_by),)
-    embedding = (d.vocab_size, d.hidden_size)
-    tensors = [
-        TensorDescription("embedding.word_embeddings.weight", embedding, "model.embed_tokens.weight", 0, vocab, True)
-    ]
-    if d.num_meta_tokens:
-        shape = (d.num_meta_tokens, d.hidden_size)
-        tensors.append(TensorDescription("embedding.meta_tokens", shape, "model.memory_tokens"))
+    before, after = end_tensors(model)
+    tensors = list(before)
     for layer in resolve_stack(model):
         for t in layer_tensors(model, layer):
             name, hf = f"decoder.layers.{layer.index}.{t.name}", f"model.layers.{layer.index}.{t.hf_name}"
             tensors.append(TensorDescription(name, t.shape, hf, t.axis, t.slices, t.weight_decay, t.float32))
-    tensors.append(
-        TensorDescription("final_norm.weight", (d.hidden_size,), "model.final_layernorm.weight", float32=True)
-    )
+    return [*tensors, *after]
+
+
+def end_tensors(model: ModelConfig) -> tuple[list[TensorDescription], list[TensorDescription]]:
+    """Parameters before the layers and after them, full names. A tied output layer has none of its own."""
+    d = ModelDims.of(model)
+    vocab = (Slice("vocab", d.vocab_size, block_multiple=model.make_vocab_size_divisible_by),)
+    embedding = (d.vocab_size, d.hidden_size)
+    before = [
+        TensorDescription("embedding.word_embeddings.weight", embedding, "model.embed_tokens.weight", 0, vocab, True)
+    ]
+    if d.num_meta_tokens:
+        shape = (d.num_meta_tokens, d.hidden_size)
+        before.append(TensorDescription("embedding.meta_tokens", shape, "model.memory_tokens"))
+    after = [TensorDescription("final_norm.weight", (d.hidden_size,), "model.final_layernorm.weight", float32=True)]
     if model.untie_embeddings_and_output_weights:
-        tensors.append(TensorDescription("output_layer.weight", embedding, "lm_head.weight", 0, vocab, True))
-    return tensors
+        after.append(TensorDescription("output_layer.weight", embedding, "lm_head.weight", 0, vocab, True))
+    return before, after

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hymba_train.describe import LayerDescription, ModelDims, partition
+from hymba_train.describe import LayerDescription, ModelDims
+from hymba_train.describe.heads import heads_of_rank
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
 
@@ -22,13 +23,9 @@ class AttentionBranch(nn.Module):
     def __init__(self, dims: ModelDims, layer: LayerDescription, ops: Ops, tensor_size: int, tensor_rank: int) -> None:
         super().__init__()
         self.dims, self.window, self.ops = dims, layer.window, ops
-        first, self.num_heads, self.head_capacity = partition(dims.num_heads, tensor_size, tensor_rank)
-        self.kv_heads = needed_kv_heads(dims, tensor_size, tensor_rank)
-        queries_per_kv = dims.num_heads // dims.num_kv_heads
-        index = [head // queries_per_kv - self.kv_heads.start for head in range(first, first + self.num_heads)]
-        regular = self.num_heads % len(self.kv_heads) == 0
-        even = regular and index == [h // (self.num_heads // len(self.kv_heads)) for h in range(self.num_heads)]
-        table = None if even else torch.tensor(index)
+        heads = heads_of_rank(dims, tensor_size, tensor_rank)
+        self.num_heads, self.head_capacity, self.kv_heads = heads.count, heads.capacity, heads.kv_heads
+        table = None if heads.kv_index is None else torch.tensor(heads.kv_index)
         self.register_buffer("kv_index", table, persistent=False)
 
     def rotate_keys(self, k: Tensor, batch: MicroBatch) -> Tensor:
@@ -54,6 +51,4 @@ class AttentionBranch(nn.Module):
 
 def needed_kv_heads(dims: ModelDims, tensor_size: int, tensor_rank: int) -> range:
     """KV heads that one rank's query heads attend to."""
-    first, count, _ = partition(dims.num_heads, tensor_size, tensor_rank)
-    queries_per_kv = dims.num_heads // dims.num_kv_heads
-    return range(first // queries_per_kv, (first + count - 1) // queries_per_kv + 1)
+    return heads_of_rank(dims, tensor_size, tensor_rank).kv_heads

@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from hymba_train.config.schema import Config, ModelConfig
-from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
-from hymba_train.parallel.cut import kv_is_replicated
+from hymba_train.describe import LayerDescription, ModelDims, capacity, kv_is_replicated, resolve_stack
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-# precision.fp8 -> Megatron-Core's name of the recipe.
-FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
 
 
 @dataclass
@@ -43,14 +40,14 @@ def hymba_config(config: Config, device: torch.device) -> HymbaConfig:
     model, parallel = config.model, config.parallel
     dims = ModelDims.of(model)
     dtype = DTYPES[config.precision.params]
-    padded_heads = -(-dims.num_heads // parallel.tensor) * parallel.tensor
-    padded_ffn = -(-dims.ffn_hidden_size // parallel.tensor) * parallel.tensor
+    padded_heads = capacity(dims.num_heads, parallel.tensor) * parallel.tensor
+    padded_ffn = capacity(dims.ffn_hidden_size, parallel.tensor) * parallel.tensor
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     fp8 = {}
     if config.precision.fp8:
         # A long history and its maximum: the setting of Transformer Engine's own default (used by delayed only).
         fp8 = dict(
-            fp8="hybrid", fp8_recipe=FP8_RECIPES[config.precision.fp8], fp8_amax_history_len=1024,
+            fp8="hybrid", fp8_recipe=config.precision.fp8, fp8_amax_history_len=1024,
             fp8_amax_compute_algo="max",
         )  # fmt: skip
     return HymbaConfig(

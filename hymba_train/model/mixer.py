@@ -64,7 +64,7 @@ class HybridMixer(MegatronModule):
             self.kv_proj = Weights(weight=torch.empty(kv.shape, dtype=config.params_dtype))
             self.kv_proj.weight.partial_gradient_across_tp = True
             self.kv_heads = needed_kv_heads(dims, tp, rank)
-        channels = -(-dims.num_heads // tp) * dims.value_head_dim
+        channels = cuts["out_proj.weight"].shape[1]
         if layer.has_attention:
             self.attention = AttentionBranch(dims, layer, ops, tp, rank)
         if layer.has_ssm:

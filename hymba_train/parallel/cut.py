@@ -19,11 +19,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from hymba_train.describe import Slice, TensorDescription
 
 
-def kv_is_replicated(num_kv_heads: int, tensor_size: int) -> bool:
-    """Whether K/V projections are held whole by every tensor-parallel rank."""
-    return num_kv_heads % tensor_size != 0
-
-
 @dataclass(frozen=True)
 class LocalSlice:
     """The part of one slice that one rank holds. All figures in rows along the cut axis."""

@@ -6,34 +6,16 @@ works. ``plan.make_plan`` calls them all and raises them together.
 
 from __future__ import annotations
 
-import math
+import re
 
-from hymba_train.config.nearest import did_you_mean
+from hymba_train.config.nearest import did_you_mean, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
-from hymba_train.describe import ModelDims, resolve_stack
+from hymba_train.describe import resolve_stack
+from hymba_train.plan.numbers import divisors_around, multiples_around
+from hymba_train.plan.precision import check_fp8_rows
 from hymba_train.plan.steps import batch_sizes
 
-
-def multiples_around(value: int, base: int) -> str:
-    """'nearest are 96 and 120': the multiples of ``base`` on either side of ``value``.
-
-    >>> multiples_around(100, 24)
-    'nearest are 96 and 120'
-    """
-    below, above = value // base * base, (value // base + 1) * base
-    return f"nearest is {above}" if below == 0 else f"nearest are {below} and {above}"
-
-
-def divisors_around(value: int, total: int) -> str:
-    """'nearest are 5 and 10': the divisors of ``total`` on either side of ``value``.
-
-    >>> divisors_around(6, 25)
-    'nearest are 5 and 25'
-    """
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
-    near = [str(d) for d in (*below[-1:], *above[:1])]
-    return f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(near)}"
+_NAME = re.compile(r"[\w.=+-]*[\w=+-][\w.=+-]*")  # more than dots
 
 
 def check_model(model: ModelConfig) -> list[str]:
@@ -49,8 +31,11 @@ def check_model(model: ModelConfig) -> list[str]:
             f"model.num_attention_heads={heads}: heads of {d // heads} are odd, RoPE turns pairs; "
             f"choose a number of heads that leaves an even width"
         )
-    elif d // heads <= 2 and "ntk" in (model.rope_type,):
-        problems.append(f"model.num_attention_heads={heads}: heads of {d // heads} are too narrow for rope_type=ntk")
+    elif d // heads <= 2 and model.rope_type == "ntk":
+        problems.append(
+            f"model.num_attention_heads={heads}: heads of {d // heads} are too narrow for rope_type=ntk; "
+            f"choose {d // 4} at most"
+        )
     if heads % groups:
         problems.append(
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}: "
@@ -136,36 +121,6 @@ def _check_chunks(config: Config) -> list[str]:
     return problems
 
 
-def check_precision(config: Config) -> list[str]:
-    """Element types against device, layer implementation and shapes."""
-    precision, device = config.precision, config.run.device
-    problems = []
-    if precision.layer_spec == "transformer_engine" and device == "cpu":
-        problems.append(
-            "precision.layer_spec=transformer_engine needs a GPU, run.device is cpu; set precision.layer_spec=local"
-        )
-    if precision.fp8 is None:
-        return problems
-    fp8 = f"precision.fp8={precision.fp8}"
-    if precision.layer_spec == "local" or device == "cpu":
-        key = "precision.layer_spec=local" if precision.layer_spec == "local" else "run.device=cpu"
-        problems.append(f"{fp8} needs Transformer Engine, but {key}; set precision.fp8=null or change that")
-    if precision.params != "bf16":
-        problems.append(f"{fp8} needs precision.params=bf16, not {precision.params}")
-    d, tp = ModelDims.of(config.model), config.parallel.tensor
-    heads = math.ceil(d.num_heads / tp)
-    widths = {
-        "model.hidden_size": d.hidden_size,
-        f"query width of a rank ({heads} heads x {d.head_dim})": heads * d.head_dim,
-        f"value width of a rank ({heads} heads x {d.value_head_dim})": heads * d.value_head_dim,
-        "FFN width of a rank": math.ceil(d.ffn_hidden_size / tp),
-    }
-    for name, width in widths.items():
-        if width % 16:
-            problems.append(f"{fp8}: {name} is {width}, not a multiple of 16: {multiples_around(width, 16)}")
-    return problems
-
-
 def check_schedule(config: Config) -> list[str]:
     """Learning-rate schedule and the few logging keys with a form of their own."""
     s, problems = config.schedule, []
@@ -188,6 +143,14 @@ def check_schedule(config: Config) -> list[str]:
         if not (start.isdigit() and end.isdigit() and int(start) < int(end)):
             problems.append(f"logging.profile={config.logging.profile!r}: write START:END, START < END, e.g. '10:13'")
     return problems
+
+
+def check_run(config: Config) -> list[str]:
+    """The run's name, which becomes a directory below run.directory."""
+    name = config.run.name
+    if name == TO_BE_GIVEN or all(_NAME.fullmatch(part) for part in name.split("/")):
+        return []
+    return [f"run.name={name}: use letters, digits and . _ = + - only, as it becomes a directory: a1, or ablation/a1"]
 
 
 def phase_is_given(phase: PhaseConfig) -> bool:
@@ -240,15 +203,7 @@ def _check_length(config: Config, key: str, phase: PhaseConfig) -> list[str]:
             f"{key}.seq_length={phase.seq_length} is beyond model.{limit_key}={limit}, the end of rope_type={rope}: "
             f"set {f'{key}.rope_type=ntk or ' if ntk_would_do else ''}{key}.seq_length to at most {limit}"
         )
-    if config.precision.fp8 is not None:
-        rows = model.num_meta_tokens + phase.micro_batch_size * phase.seq_length
-        whole = 16 * (config.parallel.tensor if config.parallel.sequence else 1)
-        if rows % whole:
-            problems.append(
-                f"precision.fp8: model.num_meta_tokens {model.num_meta_tokens} + {key}.micro_batch_size "
-                f"{phase.micro_batch_size} x seq_length {phase.seq_length} = {rows} rows, not a multiple of {whole}: "
-                f"{multiples_around(rows, whole)}"
-            )
+    problems += check_fp8_rows(config, key, phase)
     return problems
 
 
@@ -277,6 +232,10 @@ def _check_rampup(key: str, phase: PhaseConfig) -> list[str]:
 
 def _check_blend(config: Config, key: str, phase: PhaseConfig) -> list[str]:
     if not phase.blend:
+        others = [other for other, given in config.data.phases.items() if given is not phase and given.blend]
+        meant = nearest(key.rpartition(".")[2], others)
+        if meant is not None and phase.seq_length == TO_BE_GIVEN:
+            return [f"{key}: a new phase without a blend; did you mean data.phases.{meant}?"]
         return [f"{key}.blend is empty: give at least one source and weight, e.g. {key}.blend.books=1.0"]
     sources = config.data.sources
     return [

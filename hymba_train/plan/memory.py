@@ -1,33 +1,58 @@
-"""Bytes that a GPU of each pipeline rank needs: exact for parameters and optimizer, an estimate for activations."""
+"""Bytes that a GPU of each pipeline rank needs, by part: exact for parameters, gradients and optimizer; activations are
+the saved tensors that :mod:`hymba_train.describe.activations` lists.
+
+Not counted: what CUDA, NCCL and cuBLAS take for themselves, temporaries of a single kernel, fragments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import (
     LayerDescription,
+    ModelDims,
+    TensorDescription,
+    end_tensors,
     held_parameters,
-    layer_activation_values,
     layer_tensors,
-    model_tensors,
 )
+from hymba_train.describe.activations import (
+    BACKEND_KEYS,
+    backends_of,
+    head_saved_tensors,
+    layer_saved_tensors,
+    logit_gradient_bytes,
+    recomputed_saved_tensors,
+)
+from hymba_train.describe.saved import SavedTensor, Setting
 from hymba_train.plan.stages import Chunk
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One GPU of a pipeline rank."""
+    """One GPU of a pipeline rank. Activations, logits and buffers are those of the phase that needs most; 0 while no
+    phase is given."""
 
     pipeline_rank: int
     held_parameters: int  # padding included, embedding and output layer where they are
-    model_bytes: int  # weights, gradients, master weights and both moments
-    activation_bytes: int  # estimate, at the phase that needs most; 0 while no phase is given
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int  # float32 master weights and both moments
+    activation_bytes: int  # with parallel.recompute as configured, output layer included
+    activation_bytes_by_recompute: dict[str, int]  # the same for every choice of parallel.recompute
+    logit_bytes: int  # float32 logits, and their gradient in the type of the activations
+    buffer_bytes: int  # RoPE tables, messages between stages
+
+    @property
+    def model_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.model_bytes + self.activation_bytes
+        return self.model_bytes + self.activation_bytes + self.logit_bytes + self.buffer_bytes
 
 
 def stage_memory(
@@ -36,79 +61,104 @@ def stage_memory(
     chunks: Sequence[Chunk],
     data_parallel: int,
     phases: Sequence[PhaseConfig],
+    message_width: int = 0,
 ) -> list[StageMemory]:
-    """Memory of each pipeline rank, one entry a rank."""
+    """Memory of each pipeline rank, one entry a rank. ``message_width``: values a row between stages, 0 for one."""
     stages = []
     for rank in range(config.parallel.pipeline):
-        own = [chunk for chunk in chunks if chunk.pipeline_rank == rank]
-        parameters = _stage_parameters(config, layers, own, len(chunks))
-        needs = [_activation_bytes(config, layers, own, chunks, phase, data_parallel) for phase in phases]
-        model_bytes = int(parameters * _bytes_per_parameter(config, data_parallel))
-        stages.append(StageMemory(rank, parameters, model_bytes, max(needs, default=0)))
+        stage = _Stage(config, layers, chunks, data_parallel, rank)
+        tensors = list(stage.tensors())
+        per_phase = [stage.activations(phase, message_width) for phase in phases]
+        choice = config.parallel.recompute
+        worst = max(per_phase, key=lambda need: need[0][choice] + sum(need[1:]), default=({choice: 0}, 0, 0))
+        weights, gradients, optimizer = stage.model_bytes(tensors)
+        stages.append(
+            StageMemory(rank, sum(held for _, held in tensors), weights, gradients, optimizer, worst[0][choice], *worst)
+        )
     return stages
 
 
-def _stage_parameters(config: Config, layers: list[LayerDescription], own: Sequence[Chunk], num_chunks: int) -> int:
-    model, tp = config.model, config.parallel.tensor
-    held = sum(
-        held_parameters(tensor, tp)
-        for chunk in own
-        for index in chunk.layers
-        for tensor in layer_tensors(model, layers[index])
-    )
-    ends = {t.name: held_parameters(t, tp) for t in model_tensors(model) if not t.name.startswith("decoder.layers.")}
-    is_first = any(chunk.index == 0 for chunk in own)
-    is_last = any(chunk.index == num_chunks - 1 for chunk in own)
-    words = ends["embedding.word_embeddings.weight"]
-    if is_first:
-        held += words + ends.get("embedding.meta_tokens", 0)
-    if is_last:
-        held += ends["final_norm.weight"] + ends.get("output_layer.weight", 0)
-        if "output_layer.weight" not in ends and not is_first:
-            held += words  # the last rank's copy of a tied embedding
-    return held
+def setting_of(config: Config, phase: PhaseConfig) -> Setting:
+    """What saved tensors depend on, for a run's micro-batch. A device of ``auto`` is planned as a GPU."""
+    p, precision = config.parallel, config.precision
+    device = "cpu" if config.run.device == "cpu" else "cuda"
+    asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
+    return Setting(
+        phase.micro_batch_size, phase.seq_length, p.tensor, p.sequence,
+        value_bytes=2 if precision.params == "bf16" else 4, documents=config.data.document_mask, device=device,
+        backends=backends_of(
+            device, precision.params == "bf16", config.run.deterministic, config.model.mamba_state_dim, asked
+        ),
+    )  # fmt: skip
 
 
-def _bytes_per_parameter(config: Config, data_parallel: int) -> float:
-    """Weights and gradients on every rank; float32 master weights and two moments, shared if the optimizer is."""
-    bf16 = config.precision.params == "bf16"
-    gradient = 4 if config.precision.grad_reduce_in_fp32 or not bf16 else 2
-    optimizer = 12 if bf16 else 8  # float32 weights are their own master
-    share = data_parallel if config.parallel.distributed_optimizer else 1
-    return (2 if bf16 else 4) + gradient + optimizer / share
+class _Stage:
+    """One pipeline rank."""
+
+    def __init__(self, config, layers, chunks, data_parallel: int, rank: int) -> None:
+        self.config, self.layers, self.data_parallel, self.rank = config, layers, data_parallel, rank
+        self.own = [chunk for chunk in chunks if chunk.pipeline_rank == rank]
+        self.kinds = Counter(layers[index].kind for chunk in self.own for index in chunk.layers)
+        self.is_first = any(chunk.index == 0 for chunk in self.own)
+        self.is_last = any(chunk.index == len(chunks) - 1 for chunk in self.own)
+
+    def tensors(self) -> Iterator[tuple[TensorDescription, int]]:
+        """(description, values held here) of every parameter."""
+        model, tp = self.config.model, self.config.parallel.tensor
+        for kind, count in self.kinds.items():
+            for tensor in layer_tensors(model, kind):
+                yield tensor, count * held_parameters(tensor, tp)
+        before, after = end_tensors(model)
+        if self.is_first:
+            yield from ((tensor, held_parameters(tensor, tp)) for tensor in before)
+        if self.is_last:
+            yield from ((tensor, held_parameters(tensor, tp)) for tensor in after)
+            if not model.untie_embeddings_and_output_weights and not self.is_first:
+                yield before[0], held_parameters(before[0], tp)  # a copy of the tied embedding
+
+    def model_bytes(self, tensors: list[tuple[TensorDescription, int]]) -> tuple[int, int, int]:
+        """Weights and gradients on every rank; the optimizer's part shared where it is distributed."""
+        precision, weights, gradients, optimizer = self.config.precision, 0, 0, 0
+        for tensor, held in tensors:
+            is_float32 = precision.params != "bf16" or tensor.float32
+            weights += held * (4 if is_float32 else 2)
+            gradients += held * (4 if is_float32 or precision.grad_reduce_in_fp32 else 2)
+            optimizer += held * (8 if is_float32 else 12)  # float32 weights are their own master
+        share = self.data_parallel if self.config.parallel.distributed_optimizer else 1
+        return weights, gradients, optimizer // share
+
+    def activations(self, phase: PhaseConfig, message_width: int) -> tuple[dict[str, int], int, int]:
+        """(activations by choice of recompute, logits, buffers) while a phase is trained."""
+        p, model = self.config.parallel, self.config.model
+        setting = setting_of(self.config, phase)
+        rows = model.num_meta_tokens + phase.micro_batch_size * phase.seq_length
+        in_flight = _chunks_in_flight(p.pipeline, p.virtual_pipeline, self.rank)
+        num_micro_batches = phase.global_batch_size // (phase.micro_batch_size * self.data_parallel)
+        in_flight = min(in_flight, num_micro_batches * p.virtual_pipeline)
+        saved = {kind: _bytes(layer_saved_tensors(model, kind, setting)) for kind in self.kinds}
+        left = {kind: _bytes(recomputed_saved_tensors(model, kind, setting)) for kind in self.kinds}
+
+        def mean_of_chunks(per_kind: dict[LayerDescription, float]) -> float:
+            return sum(count * per_kind[kind] for kind, count in self.kinds.items()) / len(self.own)
+
+        per_row = {
+            "none": in_flight * mean_of_chunks(saved),
+            "full": in_flight * mean_of_chunks(left) + max(saved.values()),  # one layer at a time is recomputed
+        }
+        logits = 0.0
+        if self.is_last:
+            head = head_saved_tensors(model, setting)
+            logits = _bytes([t for t in head if t.name == "logits"]) + logit_gradient_bytes(model, setting)
+            rest = _bytes([t for t in head if t.name != "logits"])
+            per_row = {choice: value + rest for choice, value in per_row.items()}
+        stream = rows / (p.tensor if p.sequence else 1)
+        messages = in_flight * stream * message_width * setting.value_bytes if p.pipeline > 1 else 0
+        tables = in_flight * rows * ModelDims.of(model).head_dim * 4
+        return {k: int(v * rows) for k, v in per_row.items()}, int(logits * rows), int(messages + tables)
 
 
-def _activation_bytes(
-    config: Config,
-    layers: list[LayerDescription],
-    own: Sequence[Chunk],
-    chunks: Sequence[Chunk],
-    phase: PhaseConfig,
-    data_parallel: int,
-) -> int:
-    p, model = config.parallel, config.model
-    rows = model.num_meta_tokens + phase.micro_batch_size * phase.seq_length
-    size = 2 if config.precision.params == "bf16" else 4
-
-    def layer_values(index: int) -> float:
-        return layer_activation_values(model, layers[index], p.tensor, p.sequence)
-
-    if p.recompute == "full":  # every layer keeps its input; one at a time is recomputed
-        stream = model.hidden_size / (p.tensor if p.sequence else 1)
-        per_chunk = [len(chunk.layers) * stream for chunk in own]
-        extra = max(layer_values(index) for chunk in own for index in chunk.layers)
-    else:
-        per_chunk = [sum(layer_values(index) for index in chunk.layers) for chunk in own]
-        extra = 0.0
-    num_micro_batches = phase.global_batch_size // (phase.micro_batch_size * data_parallel)
-    in_flight = _chunks_in_flight(p.pipeline, p.virtual_pipeline, own[0].pipeline_rank)
-    in_flight = min(in_flight, num_micro_batches * p.virtual_pipeline)
-    values = in_flight * sum(per_chunk) / len(per_chunk) + extra
-    logits = 0
-    if own[-1].index == len(chunks) - 1:
-        text_rows = phase.micro_batch_size * phase.seq_length
-        logits = text_rows * model.vocab_size // p.tensor * 4  # float32, once
-    return int(rows * values * size) + logits
+def _bytes(tensors: list[SavedTensor]) -> float:
+    return sum(tensor.bytes_per_row for tensor in tensors)
 
 
 def _chunks_in_flight(pipeline: int, virtual_pipeline: int, rank: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hymba_train.config.choices import CHOICES
 from hymba_train.config.freeze import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config
 
@@ -36,6 +37,17 @@ def check_files(config: Config) -> list[str]:
     return problems + _check_load(config)
 
 
+def check_cache(config: Config) -> list[str]:
+    """A cache for what is fetched from URLs; to be checked away from the machine with the data, too."""
+    data = config.data
+    named = {"data.path": data.path, "data.tokenizer": data.tokenizer}
+    named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    remote = [f"{key}={path}" for key, path in named.items() if path is not None and _is_url(path)]
+    if not remote or data.cache is not None:
+        return []
+    return [f"data.cache: to be given, because {remote[0]} is remote: a directory on a local disk with room for a copy"]
+
+
 def _is_url(path: str) -> bool:
     """A remote file system: what lies there is looked for when the data are opened."""
     return "://" in path
@@ -45,6 +57,8 @@ def _check_packs(config: Config, source: str, prefix: Path) -> list[str]:
     """Packings of a source that phases ask for and that have not been made: a job never makes them."""
     problems = []
     for name, phase in config.data.phases.items():
+        if phase.packing not in CHOICES["data.phases.NAME.packing"]:
+            continue  # said elsewhere
         if phase.seq_length == TO_BE_GIVEN or phase.pack_suffix is None or not phase.blend.get(source):
             continue
         path = Path(f"{prefix}{phase.pack_suffix}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from hymba_train.config.choices import check_values
@@ -12,7 +11,9 @@ from hymba_train.config.typed import to_be_given
 from hymba_train.describe import (
     LayerDescription,
     ModelDims,
+    capacity,
     flops_per_token,
+    kv_is_replicated,
     layer_tensors,
     model_tensors,
     resolve_stack,
@@ -22,7 +23,8 @@ from hymba_train.describe.flops import BACKWARD_FACTOR, head_flops, layer_flops
 from hymba_train.errors import UserError
 from hymba_train.plan import checks
 from hymba_train.plan.memory import StageMemory, stage_memory
-from hymba_train.plan.paths import check_files
+from hymba_train.plan.paths import check_cache, check_files
+from hymba_train.plan.precision import check_precision
 from hymba_train.plan.stages import Border, Chunk, balance, bubble_fraction, make_borders, make_chunks
 from hymba_train.plan.steps import StepPlan, plan_steps
 
@@ -134,7 +136,7 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> 
         ranks = config.parallel.tensor * config.parallel.pipeline
         data_parallel = world_size // ranks if world_size % ranks == 0 else None
     if fine("model", "parallel", "precision") and config.model.hidden_size % config.model.num_attention_heads == 0:
-        problems += checks.check_precision(config)
+        problems += check_precision(config)
     if fine("optim", "schedule"):
         problems += checks.check_schedule(config)
     if fine("checkpoint"):
@@ -143,6 +145,7 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> 
         for name, phase in config.data.phases.items():
             if not any(line.startswith(f"data.phases.{name}.") for line in problems):
                 problems += checks.check_phase(config, name, phase, data_parallel)
+    problems += checks.check_run(config) + check_cache(config)
     if check_paths:
         problems += check_files(config)
     return problems
@@ -161,6 +164,8 @@ def _spell_out(config: Config, world_size: int) -> Plan:
     chunks = make_chunks(counts, p.pipeline, costs, head_flops(model))
     dims = ModelDims.of(model)
     kv_width = dims.num_kv_heads * (dims.head_dim + dims.value_head_dim)
+    borders = tuple(make_borders(layers, chunks, kv_width))
+    message_width = model.hidden_size + max((b.kv_width for b in borders), default=0)
     per_rank = [sum(c.flops_per_token for c in chunks if c.pipeline_rank == r) for r in range(p.pipeline)]
     steps = plan_steps(given) if complete else None
     phases = tuple(_phase_plan(config, name, data_parallel) for name in given)
@@ -170,9 +175,9 @@ def _spell_out(config: Config, world_size: int) -> Plan:
         data_parallel=data_parallel,
         layers=tuple(_layer_plans(config, layers, chunks, costs)),
         chunks=tuple(chunks),
-        borders=tuple(make_borders(layers, chunks, kv_width)),
+        borders=borders,
         balance=max(per_rank) * p.pipeline / sum(per_rank),
-        memory=tuple(stage_memory(config, layers, chunks, data_parallel, list(given.values()))),
+        memory=tuple(stage_memory(config, layers, chunks, data_parallel, list(given.values()), message_width)),
         num_parameters=sum(t.num_parameters for t in model_tensors(model)),
         flops=flops_per_token(model, seq_length),
         planning_seq_length=seq_length,
@@ -227,13 +232,13 @@ def _missing(config: Config) -> list[str]:
 
 def _notes(config: Config, dims: ModelDims, phases: tuple[PhasePlan, ...], steps: StepPlan | None) -> list[str]:
     p, notes = config.parallel, []
-    padded = math.ceil(dims.num_heads / p.tensor) * p.tensor
+    padded = capacity(dims.num_heads, p.tensor) * p.tensor
     if padded > dims.num_heads:
         notes.append(
             f"tensor parallelism pads {dims.num_heads} heads to {padded}: "
             f"{padded / dims.num_heads - 1:.0%} more work in attention and SSM"
         )
-    if dims.num_kv_heads % p.tensor:
+    if kv_is_replicated(dims.num_kv_heads, p.tensor):
         notes.append(f"{dims.num_kv_heads} KV heads do not divide over {p.tensor} ranks: every rank holds all of them")
     for phase in phases:
         if phase.padding_rows:

@@ -17,6 +17,7 @@ from rich.table import Table
 from hymba_train.config.document import meaning_of
 from hymba_train.describe import LayerDescription
 from hymba_train.describe.flops import BACKWARD_FACTOR
+from hymba_train.plan.measured import estimate_times
 from hymba_train.plan.plan import Plan
 from hymba_train.plan.sizes import checkpoint_sizes, inference_cache
 from hymba_train.plan.suggest import Suggestion
@@ -34,27 +35,31 @@ def kv_text(layer: LayerDescription) -> str:
     return "own" if layer.kv_role == "own" else "-"
 
 
-def print_plan(plan: Plan, file: IO[str] | None = None) -> None:
-    """Tables on a terminal; the same in plain characters and without a width limit when piped into a file."""
+def print_plan(plan: Plan, file: IO[str] | None = None, gpu: str | None = None) -> None:
+    """Tables on a terminal; the same in plain characters and without a width limit when piped into a file.
+
+    ``gpu``: whose measured speeds give the time; None: all that were measured.
+    """
     file = file or sys.stdout
     console = Console(file=file, highlight=False, soft_wrap=True)
     if console.is_terminal:
         console = Console(file=file, highlight=False, soft_wrap=True, width=max(console.width, MIN_WIDTH))
-        _print(plan, console)
+        _print(plan, console, gpu)
         return
     text = io.StringIO()
-    _print(plan, Console(file=text, highlight=False, width=MIN_WIDTH, no_color=True))
+    _print(plan, Console(file=text, highlight=False, width=MIN_WIDTH, no_color=True), gpu)
     file.write("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
 
 
-def _print(plan: Plan, console: Console) -> None:
+def _print(plan: Plan, console: Console, gpu: str | None) -> None:
     console.print(f"[bold]{_title(plan)}[/bold]")
     console.print(_layer_table(plan))
     console.print(_stage_table(plan))
+    console.print(_memory_table(plan))
     if plan.phases:
         console.print(_phase_table(plan))
     console.print(_flops_table(plan))
-    for line in _size_lines(plan):
+    for line in [*_time_lines(plan, gpu), *_size_lines(plan)]:
         console.print(line, markup=False)
     for key in plan.to_be_given:
         console.print(f"[yellow]to be given:[/yellow] {key} ({escape(meaning_of(key).rstrip('.'))})")
@@ -96,24 +101,40 @@ def _layer_table(plan: Plan) -> Table:
 
 
 def _stage_table(plan: Plan) -> Table:
-    title = f"Stages (busiest rank over mean: {plan.balance:.3f}); memory per GPU, activations estimated"
-    columns = ("stage", "layers|left", "held parameters", "model GiB", "activations GiB", "total GiB")
-    table = _table(title, *columns, "receives K/V of|left")
+    """Work of each stage and what K/V it is handed; see _memory_table for bytes."""
+    cut = sum(len(border.kv_producers) for border in plan.borders)
+    groups = f"{cut} KV groups cut" if cut != 1 else "1 KV group cut"
+    title = f"Stages (busiest over mean: {plan.balance:.3f}; {groups})"
+    table = _table(title, "stage", "layers|left", "MFLOP/token", "of the mean", "receives K/V of|left")
     crossing = {border.layer: border for border in plan.borders}
+    mean = sum(chunk.flops_per_token for chunk in plan.chunks) / len(plan.memory)
     for stage in plan.memory:
         own = [chunk for chunk in plan.chunks if chunk.pipeline_rank == stage.pipeline_rank]
-        ranges = ", ".join(f"{c.layers.start}..{c.layers.stop - 1}" for c in own)
+        flops = sum(chunk.flops_per_token for chunk in own)
         received = [crossing[c.layers.start] for c in own if c.layers.start in crossing]
         kv = ", ".join(
             f"layer {', '.join(map(str, b.kv_producers))} ({b.kv_width} values a token)"
             for b in received
             if b.kv_producers
         )
-        activations = _gib(stage.activation_bytes) if plan.phases else "-"
         table.add_row(
-            str(stage.pipeline_rank), ranges, f"{stage.held_parameters:,}", _gib(stage.model_bytes), activations,
-            _gib(stage.total_bytes), kv or "-",
+            str(stage.pipeline_rank), ", ".join(f"{c.layers.start}..{c.layers.stop - 1}" for c in own),
+            f"{flops / 1e6:.1f}", f"{flops / mean:.3f}", kv or "-",
         )  # fmt: skip
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    """Bytes of a GPU by part; activations for both choices of parallel.recompute."""
+    columns = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "(recomputed)", "logits")
+    table = _table("GiB of a GPU, without CUDA, NCCL and fragments", *columns, "buffers", "total")
+    for s in plan.memory:
+        parts = [s.weight_bytes, s.gradient_bytes, s.optimizer_bytes]
+        if plan.phases:
+            recomputed = s.activation_bytes_by_recompute["full"]
+            parts += [s.activation_bytes, recomputed, s.logit_bytes, s.buffer_bytes]
+        cells = [*map(_gib, parts), *["-"] * (7 - len(parts)), _gib(s.total_bytes)]
+        table.add_row(str(s.pipeline_rank), f"{s.held_parameters:,}", *cells)
     return table
 
 
@@ -148,6 +169,25 @@ def _flops_table(plan: Plan) -> Table:
     table.add_section()
     table.add_row("forward and backward", f"{BACKWARD_FACTOR * total / 1e6:.1f}", "")
     return table
+
+
+def _time_lines(plan: Plan, gpu: str | None) -> list[str]:
+    """Step time and days where this code was measured under this very setting."""
+    lines = []
+    for estimate in estimate_times(plan, gpu) if plan.phases else []:
+        steps = [
+            f"{phase.phase} {phase.step_seconds:.3g} s a step" if phase.step_seconds else f"{phase.phase} not measured"
+            for phase in estimate.phases
+        ]
+        days = "" if estimate.days is None else f"; {estimate.days:.3g} days in all"
+        lines.append(f"time on {estimate.gpu}: {', '.join(steps)}{days}")
+        rows = dict.fromkeys(phase.row for phase in estimate.phases if phase.row)
+        lines += [
+            f"  from {row.tokens_per_second:,.0f} tokens/s a GPU, measured {row.date} at commit {row.commit}; "
+            "bubble and balance reckoned, network not"
+            for row in rows
+        ]
+    return lines
 
 
 def _size_lines(plan: Plan) -> list[str]:
@@ -186,25 +226,29 @@ def format_minutes(seconds: float) -> str:
 def print_suggestions(suggestions: Sequence[Suggestion], num_gpus: int, memory_gib: float) -> None:
     """Layouts, best first."""
     title = f"Layouts of {num_gpus} GPUs with {memory_gib:g} GiB, by estimated time (1 is perfectly parallel)"
-    columns = ("time", "tensor", "pipeline", "data", "micro-batches", "recompute|left", "GiB", "overrides|left")
+    columns = ("time", "tensor", "pipeline", "data", "micro-batches", "recompute|left", "GiB", "days", "overrides|left")
     table = _table(title, *columns)
     for s in suggestions:
         table.add_row(
             f"{s.relative_time:.2f}", str(s.tensor), str(s.pipeline), str(s.data),
-            ", ".join(map(str, s.micro_batch_sizes)), s.recompute, f"{s.memory_gib:.1f}", s.overrides,
+            ", ".join(map(str, s.micro_batch_sizes)), s.recompute, f"{s.memory_gib:.1f}",
+            "-" if s.days is None else f"{s.days:.3g}", s.overrides,
         )  # fmt: skip
-    console = Console(highlight=False, width=max(shutil.get_terminal_size().columns, MIN_WIDTH))
+    width = max([MIN_WIDTH, *(100 + len(s.overrides) for s in suggestions)])
+    console = Console(highlight=False, width=max(shutil.get_terminal_size().columns, width))
     console.print(table)
     console.print(
         "Counted: FLOPs, balance and bubble of the stages, padded heads, recomputation. By rule of thumb: tensor "
-        "parallelism\n(10 % a doubling), small micro-batches. Not counted: your network. Try the first few."
+        "parallelism\n(10 % a doubling), small micro-batches. Not counted: your network. Try the first few. "
+        "Days: with --gpu, where measured."
     )
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: Plan, gpu: str | None = None) -> dict[str, Any]:
     """The plan as plain data: everything but the configuration, which ``resolved.yaml`` holds."""
     data = {f.name: _plain(getattr(plan, f.name)) for f in dataclasses.fields(plan) if f.name != "config"}
     data["model"] = plan.config.model.name
+    data["time"] = [{**_plain(estimate), "days": estimate.days} for estimate in estimate_times(plan, gpu)]
     layers = [row.description for row in plan.layers]
     longest = plan.config.model.max_position_embeddings
     data["inference_cache"] = _plain(inference_cache(plan.config.model, layers, longest))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import Config
+from hymba_train.config.typed import flatten, to_plain
+from hymba_train.describe import capacity
 from hymba_train.errors import UserError
+from hymba_train.plan.measured import estimate_times
 from hymba_train.plan.plan import Plan, make_plan
 
 DEFAULT_MEMORY_GIB = 80.0
@@ -30,17 +34,13 @@ class Suggestion:
     recompute: str
     memory_gib: float  # of the fullest GPU
     relative_time: float
-
-    @property
-    def overrides(self) -> str:
-        """What to write on the command line."""
-        words = [f"parallel.tensor={self.tensor}", f"parallel.pipeline={self.pipeline}"]
-        words += ["parallel.sequence=true"] if self.tensor > 1 else []
-        words += ["parallel.recompute=full"] if self.recompute == "full" else []
-        return " ".join(words)
+    overrides: str  # to be added to those of the configuration; all that differs, micro-batches included
+    days: float | None  # on the GPU asked for; None: not measured, or none was named
 
 
-def suggest(config: Config, num_gpus: int, memory_gib: float = DEFAULT_MEMORY_GIB, most: int = 10) -> list[Suggestion]:
+def suggest(
+    config: Config, num_gpus: int, memory_gib: float = DEFAULT_MEMORY_GIB, most: int = 10, gpu: str | None = None
+) -> list[Suggestion]:
     """Layouts of ``num_gpus`` GPUs that fit into ``memory_gib`` each, best first.
 
     Tensor parallelism of 1, 2, 4, 8; pipelines of 1, 2, 4, 8, 16; the optimizer split over the data-parallel ranks; for
@@ -60,7 +60,7 @@ def suggest(config: Config, num_gpus: int, memory_gib: float = DEFAULT_MEMORY_GI
                 except UserError as error:
                     problems += error.problems
                     continue
-                option = _rate(plan)
+                option = _rate(plan, config, gpu)
                 if smallest is None or option.memory_gib < smallest[0]:
                     smallest = (option.memory_gib, option.overrides)
                 if option.memory_gib <= memory_gib * MEMORY_IN_USE:
@@ -107,11 +107,18 @@ def _with(config: Config, recompute: str, shrink: int) -> Config:
     return changed
 
 
-def _rate(plan: Plan) -> Suggestion:
+def differences(changed: Config, config: Config) -> str:
+    """Overrides that turn ``config`` into ``changed``."""
+    before, after = (flatten(to_plain(c)) for c in (config, changed))
+    changes = {key: value for key, value in after.items() if before.get(key, ...) != value}
+    return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes.items())
+
+
+def _rate(plan: Plan, config: Config, gpu: str | None) -> Suggestion:
     p = plan.config.parallel
     heads = plan.config.model.num_attention_heads
     time = plan.balance
-    time *= math.ceil(heads / p.tensor) * p.tensor / heads
+    time *= capacity(heads, p.tensor) * p.tensor / heads
     time *= 1 + TENSOR_COST * math.log2(p.tensor)
     time *= 1 + (RECOMPUTE_COST if p.recompute == "full" else 0)
     total = sum(phase.num_tokens for phase in plan.phases) or 1
@@ -122,4 +129,8 @@ def _rate(plan: Plan) -> Suggestion:
         factor += phase.num_tokens / total * (1 + small) / (1 - phase.bubble_fraction)
     micro = tuple(phase.micro_batch_size for phase in plan.phases)
     memory = max(stage.total_bytes for stage in plan.memory) / 2**30
-    return Suggestion(p.tensor, p.pipeline, plan.data_parallel, micro, p.recompute, memory, time * (factor or 1.0))
+    days = estimate_times(plan, gpu)[0].days if gpu else None
+    return Suggestion(
+        p.tensor, p.pipeline, plan.data_parallel, micro, p.recompute, memory, time * (factor or 1.0),
+        differences(plan.config, config), days,
+    )  # fmt: skip

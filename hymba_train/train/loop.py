@@ -24,7 +24,8 @@ class PlannedStep:
     micro_batch_size: int
     seq_length: int  # text tokens
     lr: float
-    flops_per_token: float
+    flops_per_token: float  # of the model as it is defined: the meta prefix in every sequence
+    executed_flops_per_token: float | None = None  # the meta prefix once a micro-batch; None: as many
 
     @property
     def tokens(self) -> int:
@@ -149,7 +150,7 @@ class Loop:
         wanted = (int(self._wants_stop is not None), int(self._wants_save))
         result = self._train(step, self._load(step), wanted)
         self.state.advance(step.batch_size, step.seq_length)
-        self.meter.count(step.tokens, step.flops_per_token)
+        self.meter.count(step.tokens, step.flops_per_token, step.executed_flops_per_token)
         stop, save = result.requests
         if stop:
             self.stop_reason = self._wants_stop or "another rank asked to stop"

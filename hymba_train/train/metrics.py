@@ -1,7 +1,9 @@
 """What a step is worth: loss, gradient norm, rate, tokens/s, TFLOP/s, MFU, memory.
 
 MFU is model FLOPs (PaLM, arXiv:2204.02311, appendix B: no recomputation) over what the devices could do at best, and
-that denominator is always named. A device that :data:`PEAK_FLOPS` does not know has no MFU: "n/a", never a guess.
+that denominator is always named. ``mfu`` counts the meta prefix in every sequence, as the model is defined and other
+codes compute it; ``mfu_executed`` counts it once a micro-batch, as it is computed here: utilisation proper. A device
+that :data:`PEAK_FLOPS` does not know has no MFU: "n/a", never a guess.
 """
 
 from __future__ import annotations
@@ -74,9 +76,10 @@ class StepMetrics:
     step_seconds: float
     tokens_per_second: float
     tflops_per_second_per_device: float
-    mfu: float | None  # 0..1; None: no peak known
+    mfu: float | None  # 0..1, by the model's FLOPs: the meta prefix in every sequence; None: no peak known
     memory_gib: float | None  # peak allocated on this device since the last logged step; None on a CPU
     batch_hash: str | None = None  # of every token id of the global batch, if logging.batch_hash asks for it
+    mfu_executed: float | None = None  # like mfu, by the FLOPs that are really done: the meta prefix once a micro-batch
 
 
 class ThroughputMeter:
@@ -93,7 +96,8 @@ class ThroughputMeter:
 
     def restart(self) -> None:
         """Start a new interval, paused if the old one was."""
-        self._start, self._steps, self._tokens, self._flops = self._clock(), 0, 0, 0.0
+        self._start, self._steps, self._tokens = self._clock(), 0, 0
+        self._flops = self._executed_flops = 0.0
         if self._paused_at is not None:
             self._paused_at = self._start
         if self.device.type == "cuda":
@@ -107,21 +111,27 @@ class ThroughputMeter:
             self._start += self._clock() - self._paused_at
             self._paused_at = None
 
-    def count(self, num_tokens: int, flops_per_token: float) -> None:
-        """Count one finished optimizer step of ``num_tokens`` text tokens over all ranks."""
+    def count(self, num_tokens: int, flops_per_token: float, executed_flops_per_token: float | None = None) -> None:
+        """Count one finished optimizer step of ``num_tokens`` text tokens over all ranks.
+
+        ``executed_flops_per_token`` is what mfu_executed counts; None: as many as ``flops_per_token``.
+        """
+        executed = flops_per_token if executed_flops_per_token is None else executed_flops_per_token
+        self._executed_flops += num_tokens * executed
         self._steps += 1
         self._tokens += num_tokens
         self._flops += num_tokens * flops_per_token
 
     def read(self) -> dict[str, float | None]:
-        """step_seconds, tokens_per_second, tflops_per_second_per_device, mfu and memory_gib of the interval so far."""
+        """step_seconds, tokens_per_second, tflops_per_second_per_device, mfu, mfu_executed and memory_gib so far."""
         seconds = max(self._clock() - self._start, 1e-9)
-        flops = self._flops / seconds / self.devices
+        flops, executed = (total / seconds / self.devices for total in (self._flops, self._executed_flops))
         on_gpu = self.device.type == "cuda"
         return {
             "step_seconds": seconds / max(self._steps, 1),
             "tokens_per_second": self._tokens / seconds,
             "tflops_per_second_per_device": flops / 1e12,
             "mfu": None if self.peak.flops is None else flops / self.peak.flops,
+            "mfu_executed": None if self.peak.flops is None else executed / self.peak.flops,
             "memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }

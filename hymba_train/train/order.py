@@ -18,8 +18,9 @@ class Order:
     def __init__(self, config: Config, plan: StepPlan) -> None:
         self.plan = plan
         self.learning_rate = LearningRate.of(config.schedule, config.optim, plan.num_tokens)
-        lengths = {segment.seq_length for segment in plan.segments}
-        self._flops = {length: training_flops(config.model, length) for length in lengths}
+        shapes = {(segment.seq_length, segment.micro_batch_size) for segment in plan.segments}
+        self._flops = {length: training_flops(config.model, length) for length, _ in shapes}
+        self._executed = {shape: training_flops(config.model, *shape) for shape in shapes}
 
     def next(self, state: TrainState) -> PlannedStep | None:
         number = self.plan.step_at(state.phase, state.samples_in_phase)
@@ -30,6 +31,7 @@ class Order:
             phase=info.phase_index, phase_name=info.phase, first_sample=info.first_sample,
             batch_size=info.global_batch_size, micro_batch_size=info.micro_batch_size, seq_length=info.seq_length,
             lr=self.learning_rate.of_step(state.tokens, info.num_tokens), flops_per_token=self._flops[info.seq_length],
+            executed_flops_per_token=self._executed[info.seq_length, info.micro_batch_size],
         )  # fmt: skip
 
     def check(self, state: TrainState) -> None:

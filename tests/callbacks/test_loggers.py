@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 def run(progress, loop_of):
     loop = loop_of(progress)
     loop.start()
-    loop.step(1, mfu=0.4123, memory_gib=12.3)
+    loop.step(1, mfu=0.4123, mfu_executed=0.3987, memory_gib=12.3)
     loop.emit("on_evaluate_end", {"books": 2.5, "code": 1.25})
     loop.step(2)
     loop.end()
@@ -38,7 +38,7 @@ def test_a_log_file_gets_plain_lines(loop_of):
     lines = text.splitlines()
     assert lines[0].endswith("989.5 TFLOP/s x 8")
     assert lines[2].startswith("step 1/10  short  loss 2.9000  gnorm 0.100  lr 1.00e-03  100 tok  200 tok/s")
-    assert "mfu 41.2%" in lines[2] and "mem 12.3 GiB" in lines[2] and "eta " in lines[2]
+    assert "mfu 41.2% (39.9% executed)" in lines[2] and "mem 12.3 GiB" in lines[2] and "eta " in lines[2]
     assert lines[3] == "step 1 held-out loss: books 2.5000  code 1.2500"
     assert "mfu n/a" in lines[4] and "mem" not in lines[4]
 

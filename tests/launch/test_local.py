@@ -46,6 +46,10 @@ def test_stopped_early_has_its_own_code(train):
     assert (code, starts) == (75, 1) and "saved and stopped at step 5: stop_requested" in said
 
 
+def test_restarted_ranks_do_not_find_the_store_of_dead_ones(train):
+    assert train('[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] && echo finished 5 all > $RUN/outcome')[0] == 0
+
+
 def test_an_old_outcome_does_not_count(train, tmp_path):
     (tmp_path / "outcome").write_text("finished 5 all\n")
     code, said, starts = train("exit 3", max_restarts=0)

@@ -16,12 +16,12 @@ from launch.script import FIXED_PART, interpreter, render
 
 GOLDEN = Path(__file__).parent / "golden"
 THREE = {
-    "slurm_venv": ["cluster.partition=h100", "cluster.account=lab", "cluster.venv=/work/me/venv"],
+    "slurm_venv": ["cluster.partition=h100", "cluster.account=lab", "cluster.venv=/shared/me/venv"],
     "slurm_container": [
-        "cluster.partition=batch", "cluster.account=lab", "cluster.container.image=/work/me/hymba.sqsh",
-        "cluster.container.mounts=[/work/me:/work/me,/data:/data:ro]",
+        "cluster.partition=batch", "cluster.account=lab", "cluster.container.image=/shared/me/hymba.sqsh",
+        "cluster.container.mounts=[/shared/me:/shared/me,/data:/data:ro]",
     ],
-    "slurm_sliced": ["cluster.partition=spot", "cluster.venv=/work/me/venv"],
+    "slurm_sliced": ["cluster.partition=spot", "cluster.venv=/shared/me/venv"],
 }  # fmt: skip
 
 
@@ -62,18 +62,18 @@ def test_special_characters_reach_bash_as_they_are(job_of):
     odd = 'it\'s "$HOME" `id` $(id) *'
     job = job_of("local_test", f"cluster.health_check.command={odd}", f"cluster.head_address={odd}")
     job.cluster.extra_srun.append(f"--comment={odd}")
-    job = replace(job, run_directories=(Path("/work/me/a run's $HOME"),))
+    job = replace(job, run_directories=(Path("/shared/me/a run's $HOME"),))
     assert variables(job, "HEAD_ADDRESS_COMMAND", "RUN_DIR", "SRUN_OPTIONS") == [
         odd,
-        "/work/me/a run's $HOME",
+        "/shared/me/a run's $HOME",
         f"--comment={odd}",
     ]
     assert variables(job, "NODE_CHECK")[-2:] == ["--command", odd]
 
 
 def test_paths_that_sbatch_would_take_apart_are_quoted(job_of):
-    job = replace(job_of("local_test"), directory=Path("/work/my runs/100%/slurm/0001"))
-    assert '#SBATCH --output="/work/my runs/100%%/slurm/0001"/job-%j.log' in render(job)
+    job = replace(job_of("local_test"), directory=Path("/shared/my runs/100%/slurm/0001"))
+    assert '#SBATCH --output="/shared/my runs/100%%/slurm/0001"/job-%j.log' in render(job)
 
 
 def test_a_sweep_is_an_array(job_of):
@@ -109,8 +109,8 @@ def test_the_container_gets_our_environment(job_of):
     options = variables(job, "IN_ENVIRONMENT")
     exported = re.findall(r"^export (\w+)=", head_of(render(job)), re.MULTILINE)
     assert f"--container-env={','.join(exported)}" in options and len(exported) >= 6
-    assert "--container-mounts=/work/me:/work/me,/data:/data:ro" in options
-    assert "--container-workdir=/work/me" in options
+    assert "--container-mounts=/shared/me:/shared/me,/data:/data:ro" in options
+    assert "--container-workdir=/shared/me" in options
 
 
 def test_the_interpreter(job_of):
@@ -118,4 +118,4 @@ def test_the_interpreter(job_of):
     assert interpreter(job_of("slurm_venv", *THREE["slurm_venv"]).cluster) == "python"
     assert interpreter(job_of("local_test", "cluster.python=/opt/python").cluster) == "/opt/python"
     text = render(job_of("slurm_venv", *THREE["slurm_venv"]))
-    assert f"source {shlex.quote('/work/me/venv')}/bin/activate\n" in text
+    assert f"source {shlex.quote('/shared/me/venv')}/bin/activate\n" in text

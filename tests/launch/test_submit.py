@@ -152,4 +152,4 @@ def test_other_mistakes(work, capsys):
     assert main(["launch", "slurm", "experiment=demo"]) == 2
     assert "cluster: not chosen" in capsys.readouterr().err
     assert main(["train", "experiment=demo", "cluster=local_test"]) == 2
-    assert "cluster: no such group or key" in capsys.readouterr().err
+    assert "clusters belong to hymba launch slurm" in capsys.readouterr().err

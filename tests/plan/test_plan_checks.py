@@ -5,7 +5,7 @@ import pytest
 from hymba_train.config import compose
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
-from hymba_train.plan.checks import divisors_around, multiples_around
+from hymba_train.plan.numbers import divisors_around, multiples_around
 
 FP8 = ["experiment=pretrain_1p5b", "precision=fp8", "parallel=single", "parallel.world_size=null"]
 
@@ -16,26 +16,62 @@ def problems(*overrides, world_size=None):
     return list(caught.value.problems)
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 @pytest.mark.parametrize("tensor", [1, 2, 4, 5])
-def test_fp8_fits_the_published_model(tensor):
-    ffn = [] if 5504 % tensor == 0 else ["model.ffn_hidden_size=5520"]
-    make_plan(compose([*FP8, f"parallel.tensor={tensor}", *ffn]), check_paths=False)
+def test_fp8_fits_the_published_model(tensor, recipe):
+    ffn = [] if 5504 % (16 * tensor) == 0 else [f"model.ffn_hidden_size={5520 if tensor == 5 else 5504}"]
+    make_plan(compose([*FP8, f"precision.fp8={recipe}", f"parallel.tensor={tensor}", *ffn]), check_paths=False)
+
+
+def test_mxfp8_fits_the_published_model():
+    make_plan(compose([*FP8, "precision.fp8=mxfp8"]), check_paths=False)
+
+
+def test_blockwise_fp8_does_not_fit_the_published_model():
+    assert problems(*FP8, "precision.fp8=blockwise") == [
+        "precision.fp8=blockwise: model.hidden_size=1600 is not a multiple of 128: nearest are 1536 and 1664; "
+        "change model.hidden_size, or set precision.fp8=delayed",
+        "precision.fp8=blockwise: mixer.in_proj is 8000 wide, not a multiple of 128: nearest are 7936 and 8064; "
+        "change model.num_attention_heads, or set precision.fp8=delayed",
+    ]
+    fits = ["model.hidden_size=1536", "model.num_attention_heads=24", "model.num_query_groups=6"]
+    make_plan(compose([*FP8, "precision.fp8=blockwise", *fits]), check_paths=False)
 
 
 @pytest.mark.parametrize(
-    ("override", "line"),
+    ("overrides", "line"),
     [
         (
-            "precision.layer_spec=local",
+            ["precision.layer_spec=local"],
             "precision.fp8=delayed needs Transformer Engine, but precision.layer_spec=local",
         ),
-        ("model.ffn_hidden_size=5500", "FFN width of a rank is 5500, not a multiple of 16: nearest are 5488 and 5504"),
-        ("model.hidden_size=1650", "model.hidden_size is 1650, not a multiple of 16: nearest are 1648 and 1664"),
-        ("model.num_meta_tokens=100", "= 16484 rows, not a multiple of 16: nearest are 16480 and 16496"),
+        (["precision.params=float32"], "precision.fp8=delayed needs precision.params=bf16, not float32; set that"),
+        (
+            ["model.ffn_hidden_size=5500"],
+            "ffn.linear_fc2 is 5500 wide, not a multiple of 16: nearest are 5488 and 5504; change "
+            "model.ffn_hidden_size, or set precision.fp8=null",
+        ),
+        (["model.hidden_size=1650"], "model.hidden_size=1650 is not a multiple of 16: nearest are 1648 and 1664"),
+        (
+            ["parallel.tensor=2", "model.ffn_hidden_size=5520"],
+            "ffn.linear_fc2 is 2760 wide on each of 2 tensor-parallel ranks, not a multiple of 16",
+        ),
+        (["model.num_meta_tokens=100"], "= 16484 rows, not a multiple of 16: nearest are 16480 and 16496"),
+        (["precision.fp8=mxfp8", "model.num_meta_tokens=112"], "= 16496 rows, not a multiple of 32"),
     ],
 )
-def test_fp8_shapes(override, line):
-    assert any(line in problem for problem in problems(*FP8, override))
+def test_fp8_shapes(overrides, line):
+    assert any(line in problem for problem in problems(*FP8, *overrides))
+
+
+def test_fp8_leaves_x_proj_and_dt_proj_in_bf16():
+    """R + 2N = 132 and R = 100 are no multiples of 16, and need not be."""
+    make_plan(compose([*FP8, "model.mamba_dt_rank=100"]), check_paths=False)
+
+
+def test_fp8_recipes_are_named_as_in_megatron_core():
+    line = "precision.fp8=current: not one of delayed, tensorwise, blockwise, mxfp8"
+    assert problems(*FP8, "precision.fp8=current") == [line]
 
 
 def test_fp8_and_transformer_engine_need_a_gpu():
@@ -49,6 +85,54 @@ def test_fp8_and_transformer_engine_need_a_gpu():
 def test_fp8_rows_are_those_of_a_rank_under_sequence_parallelism():
     overrides = [*FP8, "parallel.tensor=2", "parallel.sequence=true", "model.num_meta_tokens=144"]
     assert "not a multiple of 32" in problems(*overrides)[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["run.device=cpu", "precision.attention_backend=flex"], "precision.attention_backend=flex needs a GPU"),
+        (["run.device=cpu", "precision.scan_backend=triton"], "precision.scan_backend=triton needs a GPU"),
+        (["precision.attention_backend=flex", "run.deterministic=true"], "attention_backend=flex is not deterministic"),
+        (["precision.scan_backend=triton", "model.mamba_state_dim=12"], "nearest are 8 and 16"),
+        (
+            ["run.device=cuda", "model.mamba_state_dim=24"],
+            "wants a power of two: nearest are 16 and 32",
+        ),
+        (["precision.scan_backend=cuda", "model.mamba_state_dim=32"], "the CUDA scan takes 16 at most"),
+        (["precision.attention_backend=cudnn", "precision.params=float32"], "attention_backend=cudnn has no float32"),
+        (
+            ["precision.attention_backend=cudnn", "precision=bf16", "model.num_attention_heads=32"],
+            "multiples of 8",
+        ),
+        (["run.device=cpu", "precision.scan_backend=cuda"], "precision.scan_backend=cuda needs a GPU"),
+        (["run.device=cuda", "model.num_attention_heads=16", "model.num_query_groups=4"], "choose 8 at most"),
+    ],
+)
+def test_what_kernels_cannot_do(overrides, line):
+    (problem,) = problems("experiment=demo", *overrides)
+    assert line in problem
+
+
+def test_what_kernels_need_is_not_asked_of_others():
+    """On a CPU the plain backends run, and `auto` may mean a CPU."""
+    for device in ("cpu", "auto"):
+        odd = ["model.mamba_state_dim=24", "model.num_attention_heads=16", "model.num_query_groups=4"]
+        make_plan(compose(["experiment=demo", f"run.device={device}", *odd]), check_paths=False)
+
+
+def test_parallel_needs_a_head_a_rank_and_known_micro_batches():
+    tiny = ["experiment=demo", "parallel.world_size=null"]
+    (line,) = problems(*tiny, "parallel.pipeline=2", "parallel.pipeline_layout=[0,8]")
+    assert line.startswith("parallel.pipeline_layout=[0, 8]: every chunk needs a layer")
+    (line,) = problems(*tiny, "model.rope_type=ntk", "model.hidden_size=8")
+    assert line == "model.num_attention_heads=4: heads of 2 are too narrow for rope_type=ntk; choose 2 at most"
+
+
+def test_exponential_decay_never_reaches_nothing():
+    lines = problems("experiment=demo", "schedule.lr_wsd_decay_style=exponential", "optim.min_lr=0")
+    assert lines == [
+        "optim.min_lr=0 is never reached by schedule.lr_wsd_decay_style=exponential; set optim.min_lr above 0"
+    ]
 
 
 def test_world_size_must_hold_whole_replicas():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hymba_train.cli import main
 from hymba_train.config import compose
 from hymba_train.describe import head_flops, kv_crossing, layer_flops, resolve_stack
 from hymba_train.plan.stages import TIE, balance, bubble_fraction, make_borders, make_chunks
@@ -45,21 +46,45 @@ def test_no_split_is_better(num_chunks, costs, head):
         assert num_cuts(TINY, counts) <= min(num_cuts(TINY, s) for s in ties)
 
 
-@pytest.mark.parametrize(
-    ("num_chunks", "expected"),
-    [
-        (1, [32]),
-        (2, [16, 16]),
-        (4, [7, 9, 9, 7]),
-        (8, [3, 4, 4, 5, 5, 4, 4, 3]),
-        (16, [1, 2, 2, 2, 2, 2, 2, 3, 3, 2, 2, 2, 2, 2, 2, 1]),
-    ],
-)
-def test_stages_of_the_published_model_keep_kv_groups_whole(num_chunks, expected):
+PUBLISHED = [  # pipeline stages, layers of each, busiest stage over the mean
+    (1, [32], 1.0),
+    (2, [16, 16], 1.027),
+    (4, [7, 9, 9, 7], 1.094),
+    (8, [3, 4, 4, 5, 5, 4, 4, 3], 1.219),
+    (16, [1, 2, 2, 2, 2, 2, 2, 3, 3, 2, 2, 2, 2, 2, 2, 1], 1.470),
+]
+
+
+@pytest.mark.parametrize(("stages", "layers", "busiest"), PUBLISHED)
+def test_stages_of_the_published_model_keep_kv_groups_whole(stages, layers, busiest):
     """The output layer costs about as much as a layer, so the last stage gets fewer."""
-    counts = balance(LAYERS, num_chunks, COSTS, HEAD)
-    assert counts == expected
-    assert num_cuts(LAYERS, counts) == 0
+    counts = balance(LAYERS, stages, COSTS, HEAD)
+    assert counts == layers and num_cuts(LAYERS, counts) == 0
+    costs = chunk_costs(counts, COSTS, HEAD)
+    assert max(costs) * stages / sum(costs) == pytest.approx(busiest, abs=5e-4)
+
+
+@pytest.mark.parametrize(("stages", "layers", "busiest"), PUBLISHED[1:])
+def test_stages_of_the_published_model_are_printed(stages, layers, busiest, capsys):
+    overrides = ["experiment=pretrain_1p5b", f"parallel.pipeline={stages}", "parallel.world_size=null"]
+    assert main(["plan", *overrides, "--skip-paths"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index(f"Stages (busiest over mean: {busiest:.3f}; 0 KV groups cut)")
+    rows = [line.split() for line in lines[start + 4 : start + 4 + stages]]
+    ends = list(itertools.accumulate(layers))
+    assert [(row[0], row[1], row[4]) for row in rows] == [
+        (str(i), f"{end - count}..{end - 1}", "-") for i, (count, end) in enumerate(zip(layers, ends, strict=True))
+    ]
+    of_the_mean = [float(row[3]) for row in rows]
+    assert max(of_the_mean) == pytest.approx(busiest, abs=1e-3)
+    assert sum(of_the_mean) == pytest.approx(stages, abs=0.01)
+
+
+def test_stages_that_cut_kv_groups_are_printed(capsys):
+    overrides = ["experiment=pretrain_1p5b", "parallel.pipeline=2", "parallel.pipeline_layout=[8,24]"]
+    assert main(["plan", *overrides, "parallel.world_size=null", "--skip-paths"]) == 0
+    out = capsys.readouterr().out
+    assert "1 KV group cut)" in out and "layer 7 (960 values a token)" in out
 
 
 def test_even_cuts_of_the_published_model_carry_keys_and_values():

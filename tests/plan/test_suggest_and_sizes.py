@@ -25,12 +25,9 @@ def test_every_suggestion_is_possible_and_fits():
     for option in found:
         assert option.tensor * option.pipeline * option.data == 64
         assert option.memory_gib <= 80 * MEMORY_IN_USE and option.relative_time > 0.999
-        micro = [
-            f"data.phases.{name}.micro_batch_size={size}"
-            for name, size in zip(config.data.phases, option.micro_batch_sizes, strict=True)
-        ]
-        overrides = [*BIG, *option.overrides.split(), *micro, "parallel.world_size=64"]
-        plan = make_plan(compose(overrides), 64, check_paths=False)
+        plan = make_plan(compose([*BIG, *option.overrides.split()]), 64, check_paths=False)
+        assert (plan.data_parallel, plan.config.parallel.recompute) == (option.data, option.recompute)
+        assert tuple(phase.micro_batch_size for phase in plan.phases) == option.micro_batch_sizes
         assert max(stage.total_bytes for stage in plan.memory) / 2**30 == pytest.approx(option.memory_gib)
 
 
@@ -43,6 +40,15 @@ def test_less_memory_means_smaller_micro_batches_or_recomputation():
     roomy, tight = (suggest(compose(BIG), 64, memory) for memory in (141.0, 40.0))
     assert tight[0].relative_time >= roomy[0].relative_time
     assert all(option.memory_gib <= 40 * MEMORY_IN_USE for option in tight)
+
+
+def test_overrides_are_all_that_differs():
+    """Starting from a layout unlike any suggestion: its own split, virtual stages and missing optimizer shards go."""
+    base = [*BIG, "parallel=pp2_vpp2", "parallel.world_size=null", "parallel.pipeline_layout=[8,8,8,8]"]
+    for option in suggest(compose(base), 16, 141.0):
+        plan = make_plan(compose([*base, *option.overrides.split()]), 16, check_paths=False)
+        assert max(stage.total_bytes for stage in plan.memory) / 2**30 == pytest.approx(option.memory_gib)
+        assert plan.config.parallel.distributed_optimizer is (option.data > 1)
 
 
 def test_nothing_fits():
@@ -87,7 +93,7 @@ def test_on_the_command_line(capsys, tmp_path):
     assert main(["plan", *BIG, "--suggest", "gpus=16,memory=80"]) == 0
     assert "Layouts of 16 GPUs with 80 GiB" in capsys.readouterr().out
     assert main(["plan", *BIG, "--suggest", "gpus=16", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["overrides"].startswith("parallel.tensor=")
+    assert json.loads(capsys.readouterr().out)[0]["overrides"].startswith("parallel.")
     assert main(["plan", *BIG, "--suggest", "16"]) == 2
     assert "write gpus=64" in capsys.readouterr().err
     assert main(["plan", *BIG, "--skip-paths", "--png", str(tmp_path / "stack.png")]) == 0

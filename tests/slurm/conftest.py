@@ -24,6 +24,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 PATIENCE_SECONDS = 400  # for anything a job does: this machine may be busy
+SLOW_MACHINE = "cluster.health_check.timeout_seconds=240"  # a check starts a Python on every node at once
+NUM_NODES = 3
 
 
 class Slurm:
@@ -34,7 +36,7 @@ class Slurm:
         self.environment = {**os.environ, "SLURM_CONF": str(conf), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
         assert not check or done.returncode == 0, f"{command} exited {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
@@ -42,13 +44,21 @@ class Slurm:
         """``hymba ...`` in the directory of the data."""
         command = [sys.executable, "-m", "hymba_train", *arguments]
         return subprocess.run(
-            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=120
+            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=300
         )
 
-    def launch(self, name: str, *overrides: str) -> Launched:
-        """Submit the tiny experiment under the run name ``name``."""
-        base = ["launch", "slurm", "experiment=slurm_tiny", "cluster=local_test", f"--config-dir={self.directory}"]
-        done = self.hymba(*base, f"run.name={name}", *overrides)
+    def wait_until_idle(self) -> None:
+        """Until every node has put the jobs before behind it: a node that is still cleaning up would not be given."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) < NUM_NODES:
+            assert time.monotonic() < end, self.run("sinfo", "-N", "-o", "%N %T %E")
+            time.sleep(0.2)
+
+    def launch(self, name: str, *overrides: str, experiment: str = "slurm_tiny") -> Launched:
+        """Submit an experiment under the run name ``name``, once all nodes are free."""
+        self.wait_until_idle()
+        base = ["launch", "slurm", f"experiment={experiment}", "cluster=local_test", f"--config-dir={self.directory}"]
+        done = self.hymba(*base, f"run.name={name}", f"run.directory={self.directory}/runs", SLOW_MACHINE, *overrides)
         assert done.returncode == 0, done.stderr
         return Launched(
             self, re.match(r"job ([\d >-]+):", done.stdout)[1].split(" -> "), self.directory / "runs" / name
@@ -148,7 +158,7 @@ def slurm(tmp_path_factory):
     gpus = "2" if os.geteuid() == 0 else "0"
     try:
         done = subprocess.run(
-            ["bash", str(HERE / "minislurm.sh"), "start", str(base / "cluster"), "3", gpus],
+            ["bash", str(HERE / "minislurm.sh"), "start", str(base / "cluster"), str(NUM_NODES), gpus],
             capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path, **_pyxis(base)},
         )  # fmt: skip
         if done.returncode:

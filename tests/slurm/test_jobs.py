@@ -40,11 +40,14 @@ def test_dry_run_says_what_slurm_says(slurm):
     assert not (slurm.directory / "runs" / "dry").exists()
 
 
-def test_saves_before_the_limit_comes_back_and_leaves_out_a_bad_node(slurm):
-    """The whole story on 2 nodes x 2 ranks, one of three nodes being bad."""
+def test_the_demo_saves_before_the_limit_comes_back_and_leaves_out_a_bad_node(slurm):
+    """The whole story on 2 nodes x 2 ranks, one of three nodes being bad, with the demo on real text."""
+    made = slurm.hymba("data", "prepare-demo", "--output", "demo-data")
+    assert made.returncode == 0, made.stderr
     bad = 'cluster.health_check.command=test "$SLURMD_NODENAME" != n1'
-    spread = ["data.phases.short.micro_batch_size=1", "data.phases.long.micro_batch_size=1", "run.train_steps=40"]
-    job = slurm.launch("story", STEPS, "cluster.spare_nodes=1", bad, *spread)
+    short = ["run.train_steps=12", "logging.log_interval=1", "logging.eval_interval=0", "run.device=cpu"]
+    data = [f"data.path={slurm.directory}/demo-data", "data.validation_sequences=1"]
+    job = slurm.launch("story", "cluster.spare_nodes=1", bad, *short, *data, experiment="demo")
     job.wait_for_steps(3)
     assert len(job.ranks()) == 4
     slurm.run("scancel", "--batch", "--signal=USR1", job.ids[0])  # what --signal=B:USR1@... does near the limit
@@ -56,11 +59,13 @@ def test_saves_before_the_limit_comes_back_and_leaves_out_a_bad_node(slurm):
     starts, ends, trained = job.lines("start"), job.lines("end"), [line["step"] for line in job.lines("train")]
     assert [end["reason"] for end in ends] == ["time limit", "run.train_steps reached"]
     assert starts[0]["step"] == 0 and starts[1]["step"] == ends[0]["step"] > 0
-    assert trained == list(range(1, 41))  # each step once: it went on from the very step
+    assert trained == list(range(1, 13))  # each step once: it went on from the very step
     assert job.outcome().finished and not (job.directory / "stop_requested").exists()
     listed = json.loads(slurm.hymba("runs", "--json").stdout)
     (mine,) = [run for run in listed if run["name"] == "story"]
-    assert (mine["state"], mine["step"], mine["restarts"], mine["checkpoint"]) == ("finished", 40, 1, 40)
+    assert (mine["state"], mine["step"], mine["restarts"], mine["checkpoint"]) == ("finished", 12, 1, 12)
+    shown = slurm.hymba("runs", "show", "story").stdout
+    assert "loss (nats per token)" in shown and f"job         {job.ids[0]}: " in shown
 
 
 def test_a_dead_rank_is_replaced_within_the_allocation(slurm):

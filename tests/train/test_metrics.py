@@ -57,7 +57,7 @@ def test_speed_leaves_out_pauses_and_restarts():
     meter = ThroughputMeter(torch.device("cpu"), 2, Peak(1e6, "test"), clock)
     for _ in range(2):
         clock.now += 5
-        meter.count(num_tokens=1000, flops_per_token=500)
+        meter.count(num_tokens=1000, flops_per_token=500, executed_flops_per_token=400)
     meter.pause()
     clock.now += 100  # an evaluation
     meter.resume()
@@ -66,6 +66,7 @@ def test_speed_leaves_out_pauses_and_restarts():
         "tokens_per_second": 200.0,
         "tflops_per_second_per_device": 1000 * 1000 / 10 / 2 / 1e12,
         "mfu": 1000 * 1000 / 10 / 2 / 1e6,
+        "mfu_executed": 1000 * 800 / 10 / 2 / 1e6,
         "memory_gib": None,
     }
     meter.pause()
@@ -74,8 +75,10 @@ def test_speed_leaves_out_pauses_and_restarts():
     meter.resume()
     clock.now += 2
     meter.count(num_tokens=10, flops_per_token=1)
-    assert meter.read()["tokens_per_second"] == 5.0
+    read = meter.read()
+    assert read["tokens_per_second"] == 5.0 and read["mfu_executed"] == read["mfu"]
 
 
 def test_without_a_peak_there_is_no_mfu():
     assert ThroughputMeter(torch.device("cpu"), 1, Peak(None, "n/a")).read()["mfu"] is None
+    assert ThroughputMeter(torch.device("cpu"), 1, Peak(None, "n/a")).read()["mfu_executed"] is None

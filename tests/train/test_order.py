@@ -39,6 +39,10 @@ def test_steps_follow_phases_and_ramp(order, tmp_path):
     model = tiny_config(tmp_path).model
     assert steps[0].flops_per_token == training_flops(model, 16)
     assert steps[-1].flops_per_token == training_flops(model, 32)
+    first, last = steps[0], steps[-1]
+    assert first.executed_flops_per_token == training_flops(model, 16, first.micro_batch_size)
+    assert last.executed_flops_per_token == training_flops(model, 32, last.micro_batch_size)
+    assert first.micro_batch_size > 1 and first.executed_flops_per_token < first.flops_per_token
 
 
 def test_any_state_continues_the_same_way(order):

@@ -15,8 +15,8 @@
 #SBATCH --partition=batch
 #SBATCH --account=lab
 # relative paths of the configuration start here
-#SBATCH --chdir=/work/me
-#SBATCH --output=/work/me/runs/pretrain_1p5b/slurm/0001/job-%j.log
+#SBATCH --chdir=/shared/me
+#SBATCH --output=/shared/me/runs/pretrain_1p5b/slurm/0001/job-%j.log
 # a requeued job goes on in the same file
 #SBATCH --open-mode=append
 #SBATCH --requeue
@@ -28,7 +28,7 @@
 set -u -o pipefail
 
 # ---- This job -------------------------------------------------------------------------------------------------------
-RUN_DIR=/work/me/runs/pretrain_1p5b
+RUN_DIR=/shared/me/runs/pretrain_1p5b
 LAUNCH_DIR="$RUN_DIR/slurm/0001"
 NODES=16
 PROCESSES_PER_NODE=8
@@ -49,6 +49,8 @@ PYTHON=python
 export PYTHONUNBUFFERED=1
 # a crash in native code leaves a traceback
 export PYTHONFAULTHANDLER=1
+# a restarted rank must not find the addresses of dead ones
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # threads of a rank; left alone, torchrun says 1
 export OMP_NUM_THREADS=1
 # Megatron-Core overlaps tensor-parallel communication only so
@@ -63,11 +65,11 @@ SRUN_OPTIONS=()
 # The image is unpacked once a node (--container-name); its own environment does not hide ours
 # (--container-env).
 IN_ENVIRONMENT=(
-  --container-image=/work/me/hymba.sqsh
+  --container-image=/shared/me/hymba.sqsh
   --container-name=hymba
-  --container-mounts=/work/me:/work/me,/data:/data:ro
-  --container-workdir=/work/me
+  --container-mounts=/shared/me:/shared/me,/data:/data:ro
+  --container-workdir=/shared/me
   --no-container-mount-home
-  --container-env=PYTHONUNBUFFERED,PYTHONFAULTHANDLER,OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG,NCCL_IB_HCA,TRITON_CACHE_DIR
+  --container-env=PYTHONUNBUFFERED,PYTHONFAULTHANDLER,TORCH_DISABLE_SHARE_RDZV_TCP_STORE,OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG,NCCL_IB_HCA,TRITON_CACHE_DIR
 )
 

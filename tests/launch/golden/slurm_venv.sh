@@ -17,8 +17,8 @@
 #SBATCH --partition=h100
 #SBATCH --account=lab
 # relative paths of the configuration start here
-#SBATCH --chdir=/work/me
-#SBATCH --output=/work/me/runs/pretrain_1p5b/slurm/0001/job-%j.log
+#SBATCH --chdir=/shared/me
+#SBATCH --output=/shared/me/runs/pretrain_1p5b/slurm/0001/job-%j.log
 # a requeued job goes on in the same file
 #SBATCH --open-mode=append
 #SBATCH --requeue
@@ -30,7 +30,7 @@
 set -u -o pipefail
 
 # ---- This job -------------------------------------------------------------------------------------------------------
-RUN_DIR=/work/me/runs/pretrain_1p5b
+RUN_DIR=/shared/me/runs/pretrain_1p5b
 LAUNCH_DIR="$RUN_DIR/slurm/0001"
 NODES=16
 PROCESSES_PER_NODE=8
@@ -46,12 +46,14 @@ HEAD_ADDRESS_COMMAND=''
 NODE_CHECK=(--gpus 8 --min-free-disk-gib 20 --min-free-memory-gib 8 --timeout 240 --command 'python -m hymba_train doctor --quick')
 
 # ---- Its environment ------------------------------------------------------------------------------------------------
-source /work/me/venv/bin/activate
+source /shared/me/venv/bin/activate
 PYTHON=python
 # log lines appear when they are written
 export PYTHONUNBUFFERED=1
 # a crash in native code leaves a traceback
 export PYTHONFAULTHANDLER=1
+# a restarted rank must not find the addresses of dead ones
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # threads of a rank; left alone, torchrun says 1
 export OMP_NUM_THREADS=12
 # Megatron-Core overlaps tensor-parallel communication only so

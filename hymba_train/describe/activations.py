@@ -1,0 +1,116 @@
+"""Which tensors a rank keeps for its backward pass, by name, for the chosen backends. Plain Python, no torch.
+
+:mod:`hymba_train.describe.saved` knows what each backend keeps; here they become the lists of a layer and of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from hymba_train.config.schema import ModelConfig
+from hymba_train.describe.dims import padded_vocab_size
+from hymba_train.describe.saved import (
+    FLOAT32,
+    INT64,
+    LOSSES,
+    MOST_STATES,
+    NORMS,
+    SAVED_BY,
+    SavedTensor,
+    Setting,
+    Sizes,
+)
+from hymba_train.describe.stack import LayerDescription, resolve_stack
+
+OPS = (*SAVED_BY, *NORMS, "linear_cross_entropy")
+BACKEND_KEYS = {
+    "attention": "attention_backend", "selective_scan": "scan_backend", "causal_conv_rows": "conv_backend",
+    "rotate_heads": "rope_backend", "group_rms_norm": "norm_backend", "normed_average": "norm_backend",
+    "swiglu": "swiglu_backend", "rms_norm": "norm_backend", "add_rms_norm": "norm_backend",
+    "linear_cross_entropy": "loss_backend",
+}  # fmt: skip
+"""Op -> key below ``precision.`` that chooses its backend."""
+KNOWN_BACKENDS = {op: tuple((SAVED_BY | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
+ON_GPU_ONLY = ("flex", "cudnn", "cuda", "triton")
+
+
+def backends_of(
+    device: str, is_bf16: bool = True, deterministic: bool = False, num_states: int = MOST_STATES,
+    asked: Mapping[str, str] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Op -> backend on ``device`` (cpu | cuda), where every package is there: hymba_train.ops.registry in short.
+
+    asked: op -> what the configuration says; what is not 'auto' there is taken.
+    """
+    auto = dict.fromkeys(OPS, "torch")
+    if device != "cpu":
+        auto = dict.fromkeys(OPS, "triton")
+        auto["attention"] = "cudnn" if is_bf16 else "torch" if deterministic else "flex"
+        auto["selective_scan"] = "cuda" if num_states <= MOST_STATES else "triton"
+    return auto | {op: name for op, name in (asked or {}).items() if name != "auto"}
+
+
+def layer_saved_tensors(model: ModelConfig, layer: LayerDescription, setting: Setting) -> list[SavedTensor]:
+    """What one layer keeps for its backward pass, nothing recomputed, on the tensor-parallel rank that keeps most."""
+    saved = {tensor.name: tensor for tensor in _of_layer(Sizes(model, layer, setting))}
+    return [tensor for tensor in saved.values() if tensor.width]
+
+
+def _of_layer(x: Sizes) -> Iterator[SavedTensor]:
+    """With repetitions: a storage that several steps save has one name."""
+    backends, layer = x.setting.backends, x.description
+
+    def by(op: str) -> Iterator[SavedTensor]:
+        return SAVED_BY[op][backends[op]](x)
+
+    yield from NORMS["rms_norm"][backends["rms_norm"]](x, "input_norm")
+    if layer.has_attention:
+        yield from by("rotate_heads")
+        if x.makes_kv and not x.kv_in_projection and x.setting.sequence:  # gathered, to project K/V from
+            yield SavedTensor("kv_proj.in", x.whole_D, x.v)
+        yield from by("attention")
+    if layer.has_ssm:
+        yield from by("causal_conv_rows")
+        yield SavedTensor("conv.out", x.E, x.v)
+        yield from by("group_rms_norm")
+        yield from by("selective_scan")
+    if layer.mixer == "hybrid":
+        yield from by("normed_average")
+    yield SavedTensor("out_proj.in", x.E, x.v)
+    if layer.has_ffn:
+        yield from NORMS["add_rms_norm"][backends["add_rms_norm"]](x, "ffn_norm")
+        yield from by("swiglu")
+        yield SavedTensor("ffn.product", x.F, x.v)
+
+
+def recomputed_saved_tensors(model: ModelConfig, layer: LayerDescription, setting: Setting) -> list[SavedTensor]:
+    """What is left of a layer that is recomputed as a whole: its input; in a producer also K, and V as a view of
+    where it was projected, because its consumers save them."""
+    x = Sizes(model, layer, setting)
+    saved = [SavedTensor("layer.in", x.D, x.v)]
+    if layer.kv_role == "producer":
+        groups = len(x.heads.kv_heads)
+        saved.append(SavedTensor("attention.k_rotated", groups * x.dk, x.v))
+        width = x.in_width if x.kv_in_projection else groups * x.dv
+        saved.append(SavedTensor("in_proj.out" if x.kv_in_projection else "kv_proj.v", width, x.v))
+    return saved
+
+
+def head_saved_tensors(model: ModelConfig, setting: Setting) -> list[SavedTensor]:
+    """What final norm, output layer and cross entropy keep."""
+    x = Sizes(model, resolve_stack(model)[0], setting)
+    share = x.B * x.S / x.N  # of the rows: text
+    if setting.tensor == 1:
+        logits = LOSSES[setting.backends["linear_cross_entropy"]](model, setting)
+    else:  # Megatron-Core's, in which the softmax replaces float32 logits
+        logits = SavedTensor("logits", padded_vocab_size(model, setting.tensor) / setting.tensor, FLOAT32)
+    norm = NORMS["rms_norm"][setting.backends["rms_norm"]](x, "final_norm")
+    return [*norm, SavedTensor("logits", logits.width * share, logits.num_bytes), SavedTensor("labels", share, INT64)]
+
+
+def logit_gradient_bytes(model: ModelConfig, setting: Setting) -> float:
+    """Bytes per row of the logits' gradient in the activations' type, which stands beside them in the backward pass."""
+    if setting.tensor == 1 and setting.backends["linear_cross_entropy"] == "triton":
+        return 0.0  # in place
+    logits = next(tensor for tensor in head_saved_tensors(model, setting) if tensor.name == "logits")
+    return logits.width * setting.value_bytes

@@ -1,0 +1,332 @@
+"""What each backend of an op keeps for the backward pass. Plain Python, no torch; put together by
+:mod:`hymba_train.describe.activations`.
+
+Counted are storages: a saved view keeps all of its storage alive, and a storage that several steps save counts once,
+under one name. A new backend gets an entry in :data:`SAVED_BY`; tests/describe/test_saved_activations.py names the ones
+that lack it, and holds the lists to what autograd really saves.
+
+Letters: rows N = M + B*S of the flat token axis; D, E, F, H, R as in :class:`ModelDims`, per tensor-parallel rank
+where they are cut. Widths are values per row, means where only some rows have them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from hymba_train.config.schema import ModelConfig
+from hymba_train.describe.dims import ModelDims, padded_vocab_size
+from hymba_train.describe.heads import heads_of_rank
+from hymba_train.describe.stack import LayerDescription
+from hymba_train.describe.tensors import capacity, layer_tensors
+
+FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
+MOST_STATES = 16  # of the scan in CUDA
+ATTENTION_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time of attention's torch backend
+GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
+SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
+SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One storage kept from forward to backward."""
+
+    name: str
+    width: float  # values per row
+    num_bytes: int  # of a value
+
+    @property
+    def bytes_per_row(self) -> float:
+        return self.width * self.num_bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a layer's saved tensors depend on besides its description."""
+
+    batch: int  # B, sequences of a micro-batch
+    seq: int  # S, text tokens of a sequence
+    tensor: int = 1  # tensor-parallel ranks
+    sequence: bool = False  # residual stream split over them
+    value_bytes: int = 2  # of an activation: 2 in bf16, 4 in float32
+    documents: bool = True  # segment_ids keep documents apart
+    device: str = "cuda"
+    backends: Mapping[str, str] = field(default_factory=dict)  # op -> backend, all ops of the model
+
+
+class Sizes:
+    """Sizes of one layer under one setting, on the tensor-parallel rank with most heads."""
+
+    def __init__(self, model: ModelConfig, layer: LayerDescription, setting: Setting) -> None:
+        d = ModelDims.of(model)
+        self.description, self.setting = layer, setting
+        self.heads = heads_of_rank(d, setting.tensor, setting.tensor - 1)
+        self.M, self.B, self.S = d.num_meta_tokens, setting.batch, setting.seq
+        self.N = self.M + self.B * self.S
+        self.v = setting.value_bytes
+        self.dk, self.dv = d.head_dim, d.value_head_dim
+        self.H = self.heads.count
+        self.E = self.heads.capacity * d.value_head_dim
+        self.F = capacity(d.ffn_hidden_size, setting.tensor)
+        self.D = d.hidden_size / (setting.tensor if setting.sequence else 1)
+        self.whole_D = d.hidden_size
+        self.states, self.small = d.state_dim, d.dt_rank + 2 * d.state_dim
+        groups = (d.dt_rank, d.state_dim, d.state_dim)
+        self.small_aligned = sum(math.ceil(width / GROUP_ALIGNMENT) * GROUP_ALIGNMENT for width in groups)
+        self.taps = d.conv_width - 1
+        in_proj = next(t for t in layer_tensors(model, layer) if t.name == "mixer.in_proj.weight")
+        cut = [s for s in in_proj.slices if not s.is_replicated(setting.tensor)]
+        self.in_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in cut)
+        self.kv_in_projection = len(cut) == len(in_proj.slices)
+        self.makes_kv = layer.has_attention and layer.kv_role != "consumer"
+
+    @property
+    def is_bf16(self) -> bool:
+        return self.v < FLOAT32
+
+    def wide(self, name: str, width: float, otherwise: tuple[str, float] | None = None) -> Iterator[SavedTensor]:
+        """A float32 copy in bf16. In float32 there is none, and what it would copy is saved: ``otherwise``, or it."""
+        if self.is_bf16 or otherwise is None:
+            yield SavedTensor(name, width, FLOAT32)
+        else:
+            yield SavedTensor(*otherwise, FLOAT32)
+
+    @property
+    def projected(self) -> tuple[str, float]:
+        """in_proj's output: its parts are views, so one saved part keeps all of it."""
+        return "in_proj.out", self.in_width
+
+
+Part = Callable[[Sizes], Iterator[SavedTensor]]
+
+
+Part = Callable[[Sizes], Iterator[SavedTensor]]
+NormPart = Callable[[Sizes, str], Iterator[SavedTensor]]
+
+
+def norm_torch(x: Sizes, name: str) -> Iterator[SavedTensor]:
+    """RMSNorm of the residual stream, and its output, which what comes behind it saves."""
+    yield SavedTensor(f"{name}.wide", x.D, FLOAT32)  # in float32 the residual stream itself
+    yield SavedTensor(f"{name}.scale", x.D / x.whole_D, FLOAT32)
+    yield SavedTensor(f"{name}.normalised", x.D, x.v)
+    yield SavedTensor(f"{name}.out", x.D, x.v)
+
+
+def norm_triton(x: Sizes, name: str) -> Iterator[SavedTensor]:
+    yield SavedTensor(f"{name}.in", x.D, x.v)
+    yield SavedTensor(f"{name}.scale", x.D / x.whole_D, FLOAT32)
+    yield SavedTensor(f"{name}.out", x.D, x.v)
+
+
+def _rotate_torch(x: Sizes) -> Iterator[SavedTensor]:
+    """cos and sin in the activations' type, for the queries and for the keys made here; in float32 they are shared."""
+    if x.is_bf16:
+        yield SavedTensor("rope.tables", x.dk * (2 if x.makes_kv else 1), x.v)
+
+
+def nothing(x: Sizes) -> Iterator[SavedTensor]:
+    """Its inputs are parameters, or what the whole micro-batch shares."""
+    return iter(())
+
+
+def _attention_torch(x: Sizes) -> Iterator[SavedTensor]:
+    """Scores of a block of queries against every key that the block reaches: quadratic without a window."""
+    window, block = x.description.window, ATTENTION_BLOCK["cpu" if x.setting.device == "cpu" else "cuda"]
+    pairs = keys = 0
+    for first in range(0, x.S, block):
+        last = min(first + block, x.S)
+        reached = x.M + last - (0 if window is None else max(0, first - window))
+        pairs += (last - first) * reached
+        keys += reached
+    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
+    all_pairs, all_keys = x.B * pairs + x.M * x.M, x.B * keys + x.M
+    yield SavedTensor("attention.softmax", x.H * all_pairs / x.N, FLOAT32)
+    if x.is_bf16:
+        yield SavedTensor("attention.weights", x.H * all_pairs / x.N, x.v)
+    yield SavedTensor("attention.q", x.H * x.dk, FLOAT32)
+    text_keys = all_keys - x.M
+    if x.is_bf16 or x.heads.kv_index:
+        yield SavedTensor("attention.keys", groups * x.dk * all_keys / x.N, FLOAT32)
+    else:  # in float32 the meta tokens' keys are a view of where they were rotated
+        yield SavedTensor("attention.keys", groups * x.dk * text_keys / x.N, FLOAT32)
+        yield SavedTensor("attention.k_rotated", groups * x.dk if x.makes_kv else 0, FLOAT32)
+    if not x.heads.kv_index:  # the meta tokens' values are a view of where they were projected
+        if x.makes_kv and x.kv_in_projection:
+            yield SavedTensor(*x.projected, x.v)
+        elif x.makes_kv:
+            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
+    else:
+        text_keys = all_keys
+    yield SavedTensor("attention.values", groups * x.dv * text_keys / x.N, x.v)
+    masks = (x.B if x.setting.documents else 1) * pairs + x.M * x.M
+    yield SavedTensor("attention.mask", masks / x.N, BOOL)
+
+
+def _attention_flex(x: Sizes) -> Iterator[SavedTensor]:
+    """The kernel keeps its inputs, its output and one logarithm a query and head. K and V get the meta tokens in
+    front; those of the meta tokens' own call are views of where they were made."""
+    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
+    keys = x.B * (x.M + x.S) / x.N
+    yield SavedTensor("attention.q", x.H * x.dk, x.v)
+    yield SavedTensor("attention.keys", groups * x.dk * keys, x.v)
+    yield SavedTensor("attention.values", groups * x.dv * keys, x.v)
+    yield SavedTensor("attention.flex_out", x.H * x.dv, x.v)
+    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
+    if x.makes_kv and x.M and not x.heads.kv_index:
+        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
+        if x.kv_in_projection:
+            yield SavedTensor(*x.projected, x.v)
+        else:
+            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
+
+
+def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
+    """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected."""
+    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
+    yield SavedTensor("attention.q", x.H * x.dk, x.v)
+    if x.heads.kv_index:
+        yield SavedTensor("attention.keys", groups * x.dk, x.v)
+    elif x.makes_kv:
+        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
+    yield SavedTensor("attention.values", groups * x.dv, x.v)
+    yield SavedTensor("attention.out", x.H * x.dv, x.v)
+    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
+
+
+def _conv_torch(x: Sizes) -> Iterator[SavedTensor]:
+    """Every tap's shifted input in float32, and the sum in front of SiLU."""
+    text = x.B * x.S / x.N
+    yield from x.wide("conv.input", x.E, x.projected)
+    if x.is_bf16 or x.setting.documents:
+        in_text = x.taps * x.E
+        in_meta = x.taps * x.E if x.is_bf16 else x.E
+        yield SavedTensor("conv.past", text * in_text + (1 - text) * in_meta, FLOAT32)
+    else:  # views of one padded copy
+        yield SavedTensor("conv.past", x.E * (1 + x.taps * (x.B + (1 if x.M else 0)) / x.N), FLOAT32)
+    yield SavedTensor("conv.sum", x.E, FLOAT32)
+    if x.setting.documents:
+        yield SavedTensor("conv.tap_index", x.taps * text, INT64)
+        yield SavedTensor("conv.is_inside", x.taps * text, BOOL)
+
+
+def _conv_triton(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor(*x.projected, x.v)
+
+
+def _scan_torch(x: Sizes) -> Iterator[SavedTensor]:
+    yield from x.wide("scan.u", x.E, ("conv.out", x.E))
+    yield from x.wide("scan.z", x.E, x.projected)
+    yield from x.wide("scan.B_C", 2 * x.states, ("dt_B_C.out", x.small_aligned))
+    for name in ("softplus_in", "delta", "delta_u", "y", "silu_z"):
+        yield SavedTensor(f"scan.{name}", x.E, FLOAT32)
+    yield SavedTensor("scan.states", x.E * x.states * _num_states(x, _torch_chunk) / x.N, FLOAT32)
+
+
+def _torch_chunk(x: Sizes, batch: int) -> int:
+    if x.setting.device != "cpu":
+        return SCAN_CHUNK
+    return min(max(2**20 // max(1, batch * x.E * x.states), 8), 64)
+
+
+def _num_states(x: Sizes, chunk: Callable[[Sizes, int], int]) -> int:
+    """Saved states: one a chunk of each sequence, and of the meta tokens."""
+    return x.B * math.ceil(x.S / chunk(x, x.B)) + math.ceil(x.M / chunk(x, 1))
+
+
+def _scan_reference(x: Sizes) -> Iterator[SavedTensor]:
+    """Through autograd, a step at a time: decay and state of every step, and the state that a document may reset."""
+    yield from (tensor for tensor in _scan_torch(x) if tensor.name != "scan.states")
+    of_text = 3 if x.setting.documents else 2
+    every_step = (of_text * x.B * x.S + 2 * x.M) / x.N
+    yield SavedTensor("scan.every_step", every_step * x.E * x.states, FLOAT32)
+
+
+def _scan_triton(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor("scan.dt", x.E, x.v)
+    yield SavedTensor("scan.z", x.E, x.v)  # contiguous copies
+    yield SavedTensor("scan.B_C", 2 * x.states, FLOAT32)
+    num_states = _num_states(x, lambda x, batch: SCAN_CHUNK)
+    yield SavedTensor("scan.states", x.E * x.states * num_states / x.N, FLOAT32)
+    yield SavedTensor("scan.sum_delta", x.E * num_states / x.N, FLOAT32)
+
+
+def _scan_cuda(x: Sizes) -> Iterator[SavedTensor]:
+    """Reads its inputs where they lie, and keeps the state of every tile of tokens and block of channels, padded."""
+    tokens, channels = SCAN_TILE
+    tiles = x.B * math.ceil(x.S / tokens) + math.ceil(x.M / tokens)
+    yield SavedTensor("scan.dt", x.E, x.v)
+    yield SavedTensor("scan.y", x.E, x.v)  # before the gate
+    yield SavedTensor(*x.projected, x.v)  # z
+    padded = math.ceil(x.E / channels) * channels
+    yield SavedTensor("scan.states", padded * MOST_STATES * tiles / x.N, FLOAT32)
+
+
+def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:
+    """The three norms between x_proj and the scan, and their output."""
+    yield SavedTensor("dt_B_C.wide", x.small if x.is_bf16 else x.small_aligned, FLOAT32)
+    yield SavedTensor("dt_B_C.scale", 3, FLOAT32)
+    yield SavedTensor("dt_B_C.normalised", x.small, x.v)
+    yield SavedTensor("dt_B_C.out", x.small_aligned, x.v)
+
+
+def _group_norm_triton(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor("dt_B_C.in", x.small_aligned, x.v)
+    yield SavedTensor("dt_B_C.out", x.small_aligned, x.v)
+
+
+def _average_torch(x: Sizes) -> Iterator[SavedTensor]:
+    for branch in ("attention", "ssm"):
+        yield SavedTensor(f"average.{branch}_wide", x.E, FLOAT32)
+        yield SavedTensor(f"average.{branch}_normalised", x.E, x.v)
+    yield SavedTensor("average.scale", 2, FLOAT32)
+
+
+def _average_triton(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor("average.attention", x.E, x.v)
+    yield SavedTensor("average.ssm", x.E, x.v)
+    yield SavedTensor("average.sums", 2, FLOAT32)
+
+
+def _swiglu_torch(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor("ffn.gate_up", 2 * x.F, x.v)
+    yield SavedTensor("ffn.silu_gate", x.F, x.v)
+
+
+def _swiglu_triton(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor("ffn.gate_up", 2 * x.F, x.v)
+
+
+def loss_torch(model: ModelConfig, setting: Setting) -> SavedTensor:
+    """Logarithms of the softmax over the true vocabulary."""
+    return SavedTensor("logits", model.vocab_size, FLOAT32)
+
+
+def loss_triton(model: ModelConfig, setting: Setting) -> SavedTensor:
+    """The logits themselves, which become their gradient in place."""
+    return SavedTensor("logits", padded_vocab_size(model, 1), setting.value_bytes)
+
+
+SAVED_BY: dict[str, dict[str, Part]] = {
+    "attention": {"flex": _attention_flex, "cudnn": _attention_cudnn, "torch": _attention_torch},
+    "selective_scan": {
+        "cuda": _scan_cuda,
+        "triton": _scan_triton,
+        "torch": _scan_torch,
+        "reference": _scan_reference,
+    },
+    "causal_conv_rows": {"triton": _conv_triton, "torch": _conv_torch},
+    "rotate_heads": {"triton": nothing, "torch": _rotate_torch},
+    "group_rms_norm": {"triton": _group_norm_triton, "torch": _group_norm_torch},
+    "normed_average": {"triton": _average_triton, "torch": _average_torch},
+    "swiglu": {"triton": _swiglu_triton, "torch": _swiglu_torch},
+}
+"""Op -> backend -> what it saves. Where an op is fused with its neighbours, the entry names all that is left."""
+NORMS: dict[str, dict[str, NormPart]] = {
+    "rms_norm": {"triton": norm_triton, "torch": norm_torch},
+    "add_rms_norm": {"triton": norm_triton, "torch": norm_torch},
+}
+"""The same for the norms of the residual stream, of which a layer has two under different names."""
+LOSSES: dict[str, Callable[[ModelConfig, Setting], SavedTensor]] = {"triton": loss_triton, "torch": loss_torch}
+"""The same for linear_cross_entropy, which one tensor-parallel rank uses."""
