@@ -76,6 +76,7 @@ class StepMetrics:
     tflops_per_second_per_device: float
     mfu: float | None  # 0..1; None: no peak known
     memory_gib: float | None  # peak allocated on this device since the last logged step; None on a CPU
+    rank_seconds: tuple[float, ...] = ()  # each rank's own time in the step before, without waiting for others
     batch_hash: str | None = None  # of every token id of the global batch, if logging.batch_hash asks for it
 
 

@@ -32,6 +32,8 @@ class StepResult:
     requests: tuple[int, ...]
     action: str = "updated"  # updated | skipped | rewind | stop: what became of the step (hymba_train.guards)
     reason: str = ""  # why it was not an update
+    event: dict[str, Any] | None = None  # for the log, if a guard has something to say
+    rank_seconds: tuple[float, ...] = ()  # what each rank said about its step before
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,9 @@ class Stepper:
 def result_of(gradients: Gradients, action: str = "updated", reason: str = "") -> StepResult:
     """What the loop is told about a step with these gradients."""
     g = gradients
-    return StepResult(g.loss, g.grad_norm, g.num_labelled_tokens, g.requests, action, reason)
+    return StepResult(
+        g.loss, g.grad_norm, g.num_labelled_tokens, g.requests, action, reason, rank_seconds=g.rank_seconds
+    )
 
 
 def forward_step(micro_batches: Iterator[MicroBatch], chunk) -> tuple[torch.Tensor, Any]:
