@@ -19,6 +19,7 @@ from hymba_train.callbacks.stop_file import StopOnRequest
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB
 from hymba_train.config.schema import Config
+from hymba_train.guards.progress import Starts
 
 METRICS = "metrics.jsonl"
 
@@ -39,6 +40,8 @@ def build_callbacks(
         callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
     callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))
+    if runtime.rank == 0:
+        callbacks.append(Starts(directory))
     if runtime.is_logging_rank:
         callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]
     return callbacks

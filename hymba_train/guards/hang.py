@@ -33,7 +33,11 @@ class Report:
         return f"in step {self.step} ({ACTIVITIES[self.activity]}) for {self.seconds:.0f} s"
 
     def top(self) -> str:
-        return self.frames[0] if self.frames else "no stack"
+        """The innermost frame, and the innermost one of this package."""
+        if not self.frames:
+            return "no stack"
+        ours = next((frame for frame in self.frames if "/hymba_train/" in frame), self.frames[0])
+        return self.frames[0] if ours == self.frames[0] else f"{self.frames[0]}, called from {ours}"
 
 
 NO_BEAT_SECONDS = 3.0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,8 @@ from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
-from hymba_train.guards.ledger import Ledger
-from hymba_train.guards.numerics import NumericalGuard
+from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
+from hymba_train.guards.helpers import start_results_queue
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
@@ -55,21 +53,11 @@ def train(config: Config, plan: Plan) -> int:
     """
     directory = run_directory(config)
     runtime = initialize(config)
+    reason = refusal_at_start(directory)
+    if reason is not None:
+        return give_up(runtime, reason)
     with failing_at_once(), locked(directory), watched(config, directory, runtime) as watchdog:
         return _train(config, plan, directory, runtime, watchdog)
-
-
-@contextmanager
-def watched(config: Config, directory: Path, runtime) -> Iterator[Watchdog | None]:
-    """The watchdog, from here on to the end; None if guards.hang_seconds is."""
-    if config.guards.hang_seconds is None:
-        yield None
-        return
-    watchdog = Watchdog(config.guards, directory, runtime)
-    try:
-        yield watchdog
-    finally:
-        watchdog.close()
 
 
 def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watchdog | None) -> int:
@@ -82,25 +70,27 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     record = DataRecord(data.identity())
     start = Start(config, directory, runtime, chunks, optimizer, order, record)
     state, remembered = start.load(find_source(config, directory))
+    reason = refusal_from(config, directory, state.step)
+    if reason is not None:
+        return give_up(runtime, reason)
 
     stepper = Stepper(runtime, chunks, optimizer)
-    guard = NumericalGuard(config.guards, stepper, data, runtime, state, on_rank_0(lambda: Ledger(directory)))
-    guard.judge.load(remembered)
-    if watchdog:
-        guard.touch = watchdog.touch
+    guards = Guards(config, directory, runtime, models, chunks, optimizer, stepper, data, state, watchdog)
+    guards.load(remembered)
     phases = list(config.data.phases.values())
     feed = Feed(data, order, state, runtime)
     meter = ThroughputMeter(
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
     )
     layout = Layout.of(config, runtime)
+    if config.checkpoint.enabled and config.checkpoint.async_save:
+        start_results_queue()
     writer = GatheringWriter(
         directory / CHECKPOINTS, runtime, chunks, optimizer,
-        lambda saved: metadata_of(config, layout, saved, record.to_dict(), guard.judge.to_dict()),
+        lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
         config.checkpoint.async_save,
     )  # fmt: skip
-    callbacks = [watchdog] if watchdog else []
-    callbacks += build_callbacks(
+    callbacks = guards.callbacks + build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,
         make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
     )  # fmt: skip
@@ -111,7 +101,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
 
     def one_step(step: PlannedStep, batches: list, requests: tuple[int, ...]):
         set_hyperparameters(optimizer.param_groups, step.lr, config.optim.weight_decay)
-        return guard.step(step, batches, requests) if config.guards.numerics else stepper.train(batches, requests)
+        return guards.step(step, batches, requests)
 
     def go_back() -> bool:
         for path in writer.poll(wait=True):
@@ -122,7 +112,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
             loaded, remembered = start.load(find_source(config, directory))
         for name, value in loaded.to_dict().items():
             setattr(state, name, value)
-        guard.judge.load(remembered)
+        guards.load(remembered)
         feed.restart(state)
         return True
 
@@ -139,6 +129,14 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     if loop.failed:
         return GUARD_STOP
     return 0 if loop.finished else STOPPED_EARLY
+
+
+def give_up(runtime: Runtime, reason: str) -> int:
+    """End in good order, on every rank, a process that will not train. Returns its exit code."""
+    if runtime.is_logging_rank:
+        logger.error("giving up: %s", reason)
+    shutdown()
+    return GUARD_STOP
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -60,9 +60,11 @@ class Stepper:
         # The loss is on the last stage; of its tensor-parallel ranks one speaks.
         self._has_loss = runtime.is_last_stage and runtime.tensor_rank == 0
 
-    def train(self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = ()) -> StepResult:
+    def train(
+        self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = (), seconds: float = 0.0
+    ) -> StepResult:
         """:meth:`gradients`, then :meth:`update`: a step that nobody guards."""
-        gradients = self.gradients(micro_batches, requests)
+        gradients = self.gradients(micro_batches, requests, seconds)
         updated = self.update(gradients)
         return result_of(gradients, *(() if updated else ("skipped", "the optimizer refused the update")))
 

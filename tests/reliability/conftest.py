@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.train.test_training import ROOT, run, start
@@ -37,3 +39,21 @@ def call(command: list[str], env: dict[str, str], timeout_seconds: float) -> tup
         )
         output.seek(0)
         return done.returncode, output.read()
+
+
+def left_behind(word: str, seconds: float = 5.0) -> list[str]:
+    """Command lines of processes that are still alive after ``seconds`` and have ``word`` there, or as RUN_OF."""
+    deadline = time.monotonic() + seconds
+    while True:
+        alive = []
+        for process in psutil.process_iter():
+            try:
+                command = " ".join(process.cmdline())
+                run_of = process.environ().get("RUN_OF", "")
+            except psutil.Error:
+                continue
+            if word in command or word in run_of:
+                alive.append(f"{process.pid}: {command}")
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.2)
