@@ -1,6 +1,6 @@
 """Helper processes of libraries that outlive the rank which started them.
 
-Megatron-Core's background saves report through a queue of multiprocessing's Manager, a process started by ``spawn``
+Megatron-Core's saves, in the background or not, report through a queue of multiprocessing's Manager, a process started by ``spawn``
 that serves until it is told to stop. A rank that is killed tells it nothing: it stays, and keeps the rank's output
 pipes open, for ever. Started here instead, it asks the kernel to end it with its parent (Linux).
 """
@@ -27,7 +27,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def start_results_queue() -> None:
-    """Give Megatron-Core its queue for results of background saves. Idempotent; call from the main thread."""
+    """Give Megatron-Core its queue for results of saves. Idempotent; call from the main thread."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:

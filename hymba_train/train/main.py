@@ -83,7 +83,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
     )
     layout = Layout.of(config, runtime)
-    if config.checkpoint.enabled and config.checkpoint.async_save:
+    if config.checkpoint.enabled:
         start_results_queue()
     writer = GatheringWriter(
         directory / CHECKPOINTS, runtime, chunks, optimizer,

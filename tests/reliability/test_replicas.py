@@ -92,10 +92,10 @@ def flip_in(directory: Path, *names: str, extra: tuple[str, ...] = ()) -> tuple[
 def hold_to_promise(directory: Path, *names: str) -> None:
     code, output = flip_in(directory, *names)
     assert code == 0, output
-    assert guard_events(directory, "clean") == [], "equal replicas are no drift"
+    assert guard_events(directory, "clean", "drift") == [], "equal replicas are no drift"
     assert output.count("(exitcode: 78)") + output.count("exitcode  : 78") >= len(names)
     for name in names:
-        (event,) = [e for e in guard_events(directory, name) if e["guard"] == "drift"]
+        (event,) = guard_events(directory, name, "drift")
         assert event["step"] == 8 and FLIPS[name][3] in event["problem"], name
         assert "rank 0 and rank 1 differ" in event["problem"]
         lines = (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()

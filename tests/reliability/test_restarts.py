@@ -39,7 +39,7 @@ def starts_of(directory: Path, name: str) -> list[int]:
 
 
 def test_a_killed_rank_leaves_no_process_behind(tmp_path):
-    """With a background save made, so that Megatron-Core's helper processes are there; and a monitor."""
+    """After a save, so that Megatron-Core's helper processes are there; and the monitor."""
     write_data(tmp_path)
     saves = ["checkpoint.save_interval=2", "checkpoint.async_save=true"]
     code, output = guarded(tmp_path, *run("killed", PHASE, *saves, 'fault.kind="exit"', "fault.step=7"))
