@@ -1,8 +1,8 @@
 """Helper processes of libraries that outlive the rank which started them.
 
-Megatron-Core's saves, in the background or not, report through a queue of multiprocessing's Manager, a process started by ``spawn``
-that serves until it is told to stop. A rank that is killed tells it nothing: it stays, and keeps the rank's output
-pipes open, for ever. Started here instead, it asks the kernel to end it with its parent (Linux).
+Megatron-Core's saves, in the background or not, report through a queue of multiprocessing's Manager, which is a process
+started by ``spawn`` that serves until it is told to stop. A rank that is killed tells it nothing: it stays, and keeps
+the rank's output pipes open, for ever. Started here instead, it asks the kernel to end it with its parent (Linux).
 """
 
 from __future__ import annotations
