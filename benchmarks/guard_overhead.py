@@ -13,10 +13,13 @@ which comes once in guards.drift_interval steps. Batches are random tokens: no d
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,9 +96,11 @@ class Bench:
     def own_seconds(self, count: int = 500) -> float:
         """CPU time of this thread that the guards' own code takes a step: all of :meth:`guarded` without training."""
         gradients = self.stepper.gradients(self.batches, (0, 0))
-        stepper = self.stepper
+        stepper, rng = self.stepper, random.Random(0)
+        varied = [replace(gradients, loss=gradients.loss + rng.gauss(0, 0.02)) for _ in range(97)]
+        turns = itertools.cycle(varied)
         trains = stepper.gradients, stepper.update
-        stepper.gradients, stepper.update = lambda *args: gradients, lambda gradients: True
+        stepper.gradients, stepper.update = lambda *args: next(turns), lambda gradients: True
         before = time.thread_time()
         for _ in range(count):
             self.guarded()
