@@ -16,7 +16,7 @@ import pytest
 from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.guards import marks, stacks
 from hymba_train.guards.hang import Report, find_guilty, verdict
-from tests.reliability.conftest import call, left_behind
+from tests.reliability.conftest import call, left_behind, start_of_ranks, torchrun
 from tests.reliability.test_numerics import PHASE
 from tests.train.test_training import ROOT, exact, run
 from tests.train.tiny_run import write_data
@@ -81,19 +81,6 @@ def test_threads_of_a_dump_are_told_apart():
     assert stacks.threads("") == {} and not stacks.is_waiting([])
 
 
-def torchrun(directory: Path, runs: list[list[str]], restarts: int, processes: int = 2) -> tuple[list[str], dict]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
-        "--monitor-interval=0.1", f"--max-restarts={restarts}", "-m", "tests.reliability.guarded_run", str(directory),
-        *" then ".join(" ".join(r) for r in runs).split(" "),
-    ]  # fmt: skip
-    env = {
-        **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "", "RUN_OF": str(directory),
-    }  # fmt: skip
-    return command, env
-
-
 def hanging(kind: str, *settings: str) -> list[str]:
     return run(
         kind, PHASE, f"guards.hang_seconds={HANG_SECONDS}", "guards.hang_slow_seconds=120", "logging.eval_interval=0",
@@ -124,28 +111,19 @@ def hold_to_promise(directory: Path, output: str, kind: str) -> None:
     assert read_outcome(directory / "runs" / kind).finished, "torchrun started it again"
 
 
-def hang(directory: Path, *kinds: str) -> None:
-    write_data(directory)
-    command, env = torchrun(directory, [hanging("none"), *map(hanging, kinds)], restarts=len(kinds))
-    code, output = call(command, env, timeout_seconds=120 + 60 * len(kinds))
-    assert code == 0, output
-    assert not (directory / "runs" / "none" / "hangs").exists(), "nothing is written while nothing hangs"
-    for kind in kinds:
-        hold_to_promise(directory, output, kind)
-        assert exact(directory, kind) == exact(directory, "none")
-    assert left_behind(str(directory)) == []
-
-
-@pytest.mark.distributed
-def test_a_stopped_rank(tmp_path):
-    hang(tmp_path, "stop")
-
-
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_endless_loop_a_held_lock_and_data_that_never_come(tmp_path):
-    hang(tmp_path, "loop", "gil", "loader")
+    kinds = ("loop", "gil", "loader")
+    write_data(tmp_path)
+    code, output = torchrun(tmp_path, [hanging("none"), *map(hanging, kinds)], len(kinds), timeout_seconds=800)
+    assert code == 0, output
+    assert not (tmp_path / "runs" / "none" / "hangs").exists(), "nothing is written while nothing hangs"
+    for kind in kinds:
+        hold_to_promise(tmp_path, output, kind)
+        assert exact(tmp_path, kind) == exact(tmp_path, "none")
+    assert left_behind(str(tmp_path)) == []
 
 
 @pytest.mark.distributed
@@ -153,7 +131,7 @@ def test_an_endless_loop_a_held_lock_and_data_that_never_come(tmp_path):
 def test_without_the_watchdog_nothing_happens(tmp_path):
     """The control: the same fault and no guard."""
     write_data(tmp_path)
-    command, env = torchrun(tmp_path, [hanging("stop", "guards.hang_seconds=null")], restarts=0)
+    command, env = start_of_ranks(tmp_path, 2, [hanging("stop", "guards.hang_seconds=null")], restarts=0)
     with open(tmp_path / "output", "w") as output:
         agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
         try:
@@ -169,6 +147,7 @@ def test_without_the_watchdog_nothing_happens(tmp_path):
             agent.wait()
 
 
+@pytest.mark.slow
 def test_a_lone_rank_that_hangs_ends_with_its_code(tmp_path):
     """Without torchrun; also: neither the monitor nor anything else outlives it."""
     write_data(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from hymba_train.callbacks.stop_file import read_outcome
 from tests.reliability.conftest import call
-from tests.train.test_training import OVERLAP, ROOT, exact, run
+from tests.train.test_training import exact, run
 from tests.train.tiny_run import write_data
 
 pytestmark = pytest.mark.reliability
@@ -164,34 +164,3 @@ def test_a_forgetful_guard_would_have_trained_on_the_spike(directory):
     settings = [f"fault.sample={SAMPLE}", "fault.factor=100", f"run.train_steps={BAD}", f'checkpoint.load="{copy}"']
     guarded(directory, bad_run("forgetful", "sample", *settings))
     assert guard_events(directory, "forgetful") == []
-
-
-@pytest.mark.distributed
-def test_two_ranks_agree_and_name_the_rank(tmp_path):
-    write_data(tmp_path)
-    start_of_torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
-        "tests.reliability.guarded_run", str(tmp_path),
-    ]  # fmt: skip
-    runs = [
-        run("clean", *SETTINGS, *OVERLAP),
-        bad_run("transient", "transient", "fault.rank=1", *OVERLAP),
-        bad_run("rewind", "sample", f"fault.sample={SAMPLE + 3}", *OVERLAP, 'guards.on_data="rewind"'),
-        bad_run("skip", "sample", f"fault.sample={SAMPLE + 3}", *OVERLAP),
-        bad_run("tensor", "sample", f"fault.sample={SAMPLE}", "parallel.tensor=2"),
-        bad_run("pipeline", "sample", f"fault.sample={SAMPLE}", "parallel.pipeline=2"),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    code, output = call([*start_of_torchrun, *" then ".join(map(" ".join, runs)).split(" ")], env, 280)
-    assert code == 0, output
-    assert exact(tmp_path, "transient") == exact(tmp_path, "clean")
-    (event,) = guard_events(tmp_path, "transient")
-    assert event["data_parallel_ranks"] == [1]
-    assert updates(tmp_path, "rewind") == updates(tmp_path, "skip")
-    # Sample 87 is the last one of micro-batch 1 of rank 1; without data parallelism 84 is in micro-batch 2.
-    places = {"skip": (1, 1), "tensor": (0, 2), "pipeline": (0, 2)}
-    for name, place in places.items():
-        (event,) = guard_events(tmp_path, name)
-        (culprit,) = event["culprits"]
-        assert (culprit["data_parallel_rank"], culprit["micro_batch"]) == place, name
-        assert read_outcome(tmp_path / "runs" / name).finished

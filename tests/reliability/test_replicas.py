@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,9 @@ import torch
 
 from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.guards.drift import CHUNK_VALUES, checksum, differing
-from tests.reliability.conftest import call
+from tests.reliability.conftest import torchrun
 from tests.reliability.test_numerics import PHASE, guard_events
-from tests.train.test_training import OVERLAP, ROOT, exact, run
+from tests.train.test_training import OVERLAP, exact, run
 from tests.train.tiny_run import write_data
 
 pytestmark = pytest.mark.reliability
@@ -68,52 +66,38 @@ FLIPS = {
 }  # fmt: skip
 
 
-def flip_in(directory: Path, *names: str, extra: tuple[str, ...] = ()) -> tuple[int, str]:
-    write_data(directory)
-    # Saved every 4 steps and compared every 3: step 7's flip is found before step 8's checkpoint is written.
-    settings = [PHASE, "guards.drift_interval=3", "checkpoint.save_interval=4", "logging.eval_interval=0", *extra]
-    runs = [run("clean", *settings)]
-    for name in names:
-        layout, kind, parameter, _ = FLIPS[name]
-        fault = [f'fault.kind="{kind}"', "fault.step=7", "fault.rank=1", f'fault.parameter="{parameter}"']
-        runs.append(run(name, *settings, *layout, *fault))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--monitor-interval=0.1",
-        f"--max-restarts={len(names)}", "-m", "tests.reliability.guarded_run", str(directory),
-        *" then ".join(" ".join(r) for r in runs).split(" "),
-    ]  # fmt: skip
-    env = {
-        **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    return call(command, env, timeout_seconds=60 + 60 * (len(names) + 1))
+# Saved every 4 steps and compared every 3: step 7's flip is found before step 8's checkpoint is written.
+SETTINGS = [PHASE, "guards.drift_interval=3", "checkpoint.save_interval=4", "logging.eval_interval=0"]
 
 
-def hold_to_promise(directory: Path, *names: str) -> None:
-    code, output = flip_in(directory, *names)
-    assert code == 0, output
-    assert guard_events(directory, "clean", "drift") == [], "equal replicas are no drift"
-    assert output.count("(exitcode: 78)") + output.count("exitcode  : 78") >= len(names)
-    for name in names:
-        (event,) = guard_events(directory, name, "drift")
-        assert event["step"] == 8 and FLIPS[name][3] in event["problem"], name
-        assert "rank 0 and rank 1 differ" in event["problem"]
-        lines = (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        found = next(i for i, line in enumerate(lines) if '"drift"' in line)
-        saved = [line for line in lines[:found] if '"event": "checkpoint"' in line]
-        assert len(saved) == 1 and "step_0000004" in saved[0], "no checkpoint of replicas that differ"
-        assert read_outcome(directory / "runs" / name).finished, "the restart went on from step 4"
-        if "parallel" not in str(FLIPS[name][0]):
-            assert exact(directory, name) == exact(directory, "clean"), "as if nothing had been"
+def flipped(name: str) -> list[str]:
+    layout, kind, parameter, _ = FLIPS[name]
+    fault = [f'fault.kind="{kind}"', "fault.step=7", "fault.rank=1", f'fault.parameter="{parameter}"']
+    return run(name, *SETTINGS, *layout, *fault)
+
+
+def hold_to_promise(directory: Path, output: str, name: str) -> None:
+    assert "exitcode: 78" in output or "exitcode  : 78" in output
+    (event,) = guard_events(directory, name, "drift")
+    assert event["step"] == 8 and FLIPS[name][3] in event["problem"], name
+    assert "rank 0 and rank 1 differ" in event["problem"]
+    lines = (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    found = next(i for i, line in enumerate(lines) if '"drift"' in line)
+    saved = [line for line in lines[:found] if '"event": "checkpoint"' in line]
+    assert len(saved) == 1 and "step_0000004" in saved[0], "no checkpoint of replicas that differ"
+    assert read_outcome(directory / "runs" / name).finished, "the restart went on from step 4"
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_flips_in_parameters_and_moments_are_found(tmp_path):
-    hold_to_promise(tmp_path, *FLIPS)
-
-
-@pytest.mark.distributed
-def test_a_flip_in_a_tensor_parallel_replica_is_found(tmp_path):
-    hold_to_promise(tmp_path, "tensor")
+    write_data(tmp_path)
+    runs = [run("clean", *SETTINGS), *map(flipped, FLIPS)]
+    code, output = torchrun(tmp_path, runs, restarts=len(FLIPS), timeout_seconds=600)
+    assert code == 0, output
+    assert guard_events(tmp_path, "clean", "drift") == [], "equal replicas are no drift"
+    for name, (layout, *_) in FLIPS.items():
+        hold_to_promise(tmp_path, output, name)
+        if "parallel" not in str(layout):
+            assert exact(tmp_path, name) == exact(tmp_path, "clean"), "as if nothing had been"
