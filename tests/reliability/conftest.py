@@ -78,9 +78,10 @@ def start_of_ranks(directory: Path, processes: int, runs: list[list[str]], resta
 
 def torchrun(directory: Path, runs: list[list[str]], restarts: int, timeout_seconds: float) -> tuple[int, str]:
     """(exit code, output) of runs on two ranks, one after the other; those that have finished are left out after a
-    restart."""
+    restart. Two more ``restarts`` are allowed: torchrun picks a free port which another program may take before the
+    ranks do."""
     try:
-        return call(*start_of_ranks(directory, 2, runs, restarts), timeout_seconds)
+        return call(*start_of_ranks(directory, 2, runs, restarts + 2), timeout_seconds)
     except subprocess.TimeoutExpired:  # of which the ranks know nothing
         for line in left_behind(str(directory), seconds=2):
             with contextlib.suppress(psutil.Error):
