@@ -91,7 +91,7 @@ class Fault(Callback):
 
 
 def flip(models: list, optimizer, fault: SimpleNamespace) -> None:
-    """Flip the lowest bit of the mantissa of one value."""
+    """Flip the lowest bit of one value; of a moment a higher one, since the next step would round the lowest away."""
     import torch
 
     (param,) = (p for model in models for name, p in model.named_parameters() if name == fault.parameter)
@@ -99,7 +99,7 @@ def flip(models: list, optimizer, fault: SimpleNamespace) -> None:
     if fault.kind == "moment":
         value = optimizer.optimizer.state[getattr(param, "main_param", param)]["exp_avg"]
     bits = value.view(torch.int16 if value.element_size() == 2 else torch.int32).view(-1)
-    bits[3] ^= 1
+    bits[3] ^= 1 << (20 if fault.kind == "moment" else 0)
 
 
 def main() -> int:
