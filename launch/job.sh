@@ -1,12 +1,16 @@
 # ---------------------------------------------------------------------------------------------------------------------
 # From here on every script is the same (launch/job.sh of hymba_train).
 #
-# Training ends in one of four ways. It finished: the job ends with 0. It saved and stopped because the time limit is
+# Training ends in one of five ways. It finished: the job ends with 0. It saved and stopped because the time limit is
 # near: the job requeues itself, or its successor in the chain takes over. Somebody else stopped it (a file
-# $RUN_DIR/stop_requested): the job ends. A rank or a node failed: nodes are checked and training starts again from the
-# newest checkpoint. Starts that bring no new checkpoint are counted, so nothing loops for ever.
+# $RUN_DIR/stop_requested), or a guard ended it: the job ends. A rank or a node failed: nodes are checked and training
+# starts again from the newest checkpoint. Starts that bring no new checkpoint are counted, so nothing loops for ever.
 
 STOPPED_EARLY=75 # exit code: saved, not finished
+GUARD_STOP=76    # a guard ended the run; started again unchanged it would end again
+
+# torchrun keeps one store over its own restarts, in which a restarted rank would find the addresses of dead ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -185,6 +189,10 @@ while :; do
       say "saved and stopped at step $step: $reason"
       [[ -n $stop_asked || $reason == signal* ]] && come_back
       exit 0 # the user asked for it
+      ;;
+    failed)
+      say "ended by a guard at step $step: $reason"
+      exit "$GUARD_STOP"
       ;;
   esac
   [[ -n $too_late ]] && { say "training did not stop in time"; come_back; }

@@ -19,6 +19,7 @@ from hymba_train.callbacks.stop_file import STOPPED_EARLY, clear, read_outcome, 
 from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.config import FROZEN_NAME, freeze_run
 from hymba_train.errors import UserError
+from hymba_train.exit_codes import GUARD_STOP
 from launch.cluster import ClusterConfig
 from launch.points import make_points
 
@@ -73,9 +74,12 @@ def supervise(
     """Run ``command`` until the run has finished or was stopped; start again after a failure.
 
     The first Ctrl-C, SIGTERM or SIGUSR1 asks training to save and stop; a second one ends it at once. Returns 0
-    (finished), 75 (stopped early), 1 (failed more than ``max_restarts`` times, or without progress) or 130.
+    (finished), 75 (stopped early), 76 (ended by a guard), 1 (failed more than ``max_restarts`` times, or without
+    progress) or 130.
     """
     say = say or (lambda text: print(f"hymba: {text}", file=sys.stderr, flush=True))
+    # torchrun keeps one store over its restarts, in which a restarted rank would find the addresses of dead ones.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     starts: list[str] = []
     for attempt in range(max_restarts + 1):
         newest, _ = checkpoints.newest(run_directory / checkpoints.CHECKPOINTS)
@@ -89,6 +93,9 @@ def supervise(
         if outcome is not None:
             if outcome.finished:
                 return 0
+            if outcome.failed:
+                say(f"ended by a guard at step {outcome.step}: {outcome.reason}")
+                return GUARD_STOP
             say(f"saved and stopped at step {outcome.step}: {outcome.reason}; start again to go on")
             return STOPPED_EARLY
         if num_signals:

@@ -27,6 +27,15 @@ class Callback:
     def on_step_start(self, loop: Loop) -> None:
         """Before an optimizer step. ``loop.state.step`` steps are done."""
 
+    def on_batch_loaded(self, loop: Loop) -> None:
+        """Within a step: its micro-batches are there, and computing begins."""
+
+    def on_guard(self, loop: Loop, event: dict) -> None:
+        """A guard has noticed something; ``event`` is plain data for logs (``guard``, ``step`` and what it knows)."""
+
+    def on_rewind(self, loop: Loop) -> None:
+        """The run went back: ``loop.state`` is that of the checkpoint which has been loaded."""
+
     def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         """After every optimizer step; ``loop.state`` counts it already."""
 

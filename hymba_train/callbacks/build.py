@@ -20,6 +20,7 @@ from hymba_train.callbacks.stop_file import StopOnRequest
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB
 from hymba_train.config.schema import Config
+from hymba_train.guards.progress import Starts
 
 METRICS = "metrics.jsonl"
 EXPORTS = "hf"
@@ -45,6 +46,8 @@ def build_callbacks(
             callbacks.append(NeverFatal(exports))
     callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))
+    if runtime.rank == 0:
+        callbacks.append(Starts(directory))
     if runtime.is_logging_rank:
         callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]
     return callbacks

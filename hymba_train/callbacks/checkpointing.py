@@ -33,6 +33,8 @@ class Checkpointing(Callback):
     def on_train_start(self, loop) -> None:
         self._saved_at = loop.state.step  # loaded from there, or nothing trained yet
 
+    on_rewind = on_train_start
+
     def on_step_end(self, loop, metrics) -> None:
         self._report(loop, self.writer.poll())
         due = self.interval and loop.state.step % self.interval == 0

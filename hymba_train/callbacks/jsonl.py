@@ -13,7 +13,8 @@ from hymba_train.callbacks.base import Callback
 
 
 class JsonLines(Callback):
-    """Writes ``{"event": "train" | "validation" | "start" | "phase" | "checkpoint" | "end", "step": ...}`` lines.
+    """Writes ``{"event": "train" | "validation" | "start" | "phase" | "checkpoint" | "guard" | "end", "step": ...}``
+    lines.
 
     Loss and gradient norm are written a second time as hexadecimal floats (``loss_hex``), which is what two runs are
     compared by bit for bit. After a restart, steps behind the loaded checkpoint come again: the last line of a step
@@ -49,11 +50,18 @@ class JsonLines(Callback):
     def on_log(self, loop, metrics) -> None:
         values = asdict(metrics)
         step = values.pop("step")
+        del values["rank_seconds"]  # as many as ranks: a straggler is named in an event of its own
         if values["batch_hash"] is None:
             del values["batch_hash"]
         self.write(
             "train", step, **values, loss_hex=float(metrics.loss).hex(), grad_norm_hex=float(metrics.grad_norm).hex()
         )
+
+    def on_guard(self, loop, event: dict) -> None:
+        self.write("guard", **{"step": loop.state.step, "time": time.time(), **event})
+
+    def on_rewind(self, loop) -> None:
+        self.write("rewind", loop.state.step, tokens=loop.state.tokens)
 
     def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
         hexes = {name: float(loss).hex() for name, loss in losses.items()}

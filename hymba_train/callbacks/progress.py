@@ -41,6 +41,13 @@ class Progress(Callback):
         if not self._live:
             self.say(self.line(metrics))
 
+    def on_guard(self, loop, event: dict) -> None:
+        self.say(describe_event(event))
+
+    def on_rewind(self, loop) -> None:
+        self._start, self._start_tokens = time.monotonic(), loop.state.tokens
+        self.say(f"went back to step {loop.state.step}")
+
     def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
         self.say(f"step {loop.state.step} held-out loss: " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
 
@@ -89,6 +96,18 @@ class Progress(Callback):
     def close(self) -> None:
         if self._on_line:
             self._stream.write("\n")
+
+
+def describe_event(event: dict) -> str:
+    """A guard's event in one line."""
+    facts = {k: v for k, v in event.items() if k not in ("guard", "step", "problem", "action")}
+    action = f" -> {event['action']}" if "action" in event else ""
+    more = "  ".join(f"{name} {_short(value)}" for name, value in facts.items())
+    return f"step {event['step']} {event['guard']}: {event.get('problem', '')}{action}  {more}"
+
+
+def _short(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def format_count(value: float) -> str:

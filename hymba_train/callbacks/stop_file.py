@@ -6,6 +6,7 @@ signals to a job under torchrun end torchrun itself. How a process ended is left
 
     finished STEP
     stopped STEP REASON
+    failed STEP REASON     (a guard ended the run: to start it again unchanged would be in vain)
 
 An early stop also has its own exit code, 75 (EX_TEMPFAIL): start the run again and it goes on. Free of torch.
 """
@@ -20,10 +21,10 @@ from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.config.freeze import write_atomically
+from hymba_train.exit_codes import STOPPED_EARLY as STOPPED_EARLY
 
 STOP_FILE = "stop_requested"
 OUTCOME_FILE = "outcome"
-STOPPED_EARLY = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 1.0  # on a shared file system a look costs about a millisecond
 
@@ -32,9 +33,10 @@ SECONDS_BETWEEN_LOOKS = 1.0  # on a shared file system a look costs about a mill
 class Outcome:
     """How the last process of a run ended."""
 
-    finished: bool  # else stopped early
+    finished: bool  # else stopped early, or failed
     step: int
     reason: str
+    failed: bool = False  # ended by a guard
 
 
 class StopOnRequest(Callback):
@@ -71,9 +73,8 @@ class StopOnRequest(Callback):
 
     def on_train_end(self, loop) -> None:
         if self.is_first_rank:
-            word = "finished" if loop.finished else "stopped"
-            reason = " ".join(loop.stop_reason.split())
-            write_atomically(self.directory / OUTCOME_FILE, f"{word} {loop.state.step} {reason}\n")
+            word = "failed" if loop.failed else "finished" if loop.finished else "stopped"
+            write_outcome(self.directory, word, loop.state.step, loop.stop_reason)
             (self.directory / STOP_FILE).unlink(missing_ok=True)  # done: the next start must not stop at once
 
     def close(self) -> None:
@@ -87,6 +88,11 @@ def request_stop(directory: Path, reason: str) -> None:
     write_atomically(directory / STOP_FILE, reason + "\n")
 
 
+def write_outcome(directory: Path, word: str, step: int, reason: str) -> None:
+    """``word``: finished | stopped | failed."""
+    write_atomically(directory / OUTCOME_FILE, f"{word} {step} {' '.join(reason.split())}\n")
+
+
 def clear(directory: Path) -> None:
     """Forget earlier requests and outcomes; call before a start."""
     for name in (STOP_FILE, OUTCOME_FILE):
@@ -97,9 +103,9 @@ def read_outcome(directory: Path) -> Outcome | None:
     """How the last process of a run ended; None if it runs, or died."""
     word, _, rest = _first_line(directory / OUTCOME_FILE).partition(" ")
     step, _, reason = rest.partition(" ")
-    if word not in ("finished", "stopped") or not step.isdigit():
+    if word not in ("finished", "stopped", "failed") or not step.isdigit():
         return None
-    return Outcome(word == "finished", int(step), reason)
+    return Outcome(word == "finished", int(step), reason, word == "failed")
 
 
 def _first_line(path: Path) -> str:

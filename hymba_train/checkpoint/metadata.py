@@ -41,9 +41,11 @@ class Layout:
 
 
 def metadata_of(
-    config: Config, layout: Layout, state: dict[str, int], data: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """The content of checkpoint.json. ``data``: :meth:`hymba_train.data.DataRecord.to_dict`."""
+    config: Config, layout: Layout, state: dict[str, int], data: dict[str, Any] | None = None,
+    guards: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of checkpoint.json. ``data``: :meth:`hymba_train.data.DataRecord.to_dict`; ``guards``: the memory of
+    the guards, plain data."""
     import megatron.core
     import torch
 
@@ -54,6 +56,7 @@ def metadata_of(
         "step": state["step"],
         "train_state": state,
         "data": data,
+        "guards": guards,
         "layout": dataclasses.asdict(layout),
         "config": plain,
         "config_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),

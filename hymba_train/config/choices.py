@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.phases.NAME.rope_type": ("default", "ntk"),
     "checkpoint.export_dtype": ("bfloat16", "float32"),
     "data.phases.NAME.packing": ("concat", "best_fit", "length_buckets"),
+    "guards.on_data": ("skip", "rewind", "stop"),
+    "guards.on_persistent": ("skip", "rewind", "stop"),
     "run.device": ("auto", "cpu", "cuda"),
 }
 """Words. null is allowed wherever the schema allows it."""
@@ -37,7 +39,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
             "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.world_size",
             "data.phases.NAME.tokens", "data.phases.NAME.seq_length", "data.phases.NAME.global_batch_size",
             "data.phases.NAME.micro_batch_size", "data.validation_sequences", "checkpoint.keep_last",
-            "logging.log_interval", "run.train_steps",
+            "logging.log_interval", "run.train_steps", "guards.window_steps", "guards.min_window_steps",
+            "guards.skip_window_steps", "guards.grad_spike_ratio", "guards.straggler_ratio",
+            "guards.max_starts_without_progress",
         ),
         _FROM_1,
     ),
@@ -45,7 +49,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
         (
             "model.num_meta_tokens", "model.init_method_std", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
             "checkpoint.save_interval", "checkpoint.keep_every", "checkpoint.export_interval", "logging.eval_interval",
-            "run.seed", "data.phases.NAME.min_document_tokens",
+            "run.seed", "data.phases.NAME.min_document_tokens", "guards.spike_sigmas", "guards.loss_spike_nats",
+            "guards.max_skips", "guards.max_rewinds", "guards.rewind_skip_steps", "guards.drift_interval",
         ),
         _FROM_0,
     ),
@@ -53,7 +58,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 """Smallest and largest value, both allowed."""
 
-POSITIVE = ("model.rotary_base", "model.layernorm_epsilon", "optim.lr", "optim.adam_eps", "data.phases.NAME.blend.NAME")
+POSITIVE = (
+    "model.rotary_base", "model.layernorm_epsilon", "optim.lr", "optim.adam_eps", "data.phases.NAME.blend.NAME",
+    "guards.hang_seconds", "guards.hang_slow_seconds",
+)  # fmt: skip
 """Numbers that must be above 0."""
 
 BELOW_1 = ("optim.adam_beta1", "optim.adam_beta2", "data.sources.NAME.validation_fraction")

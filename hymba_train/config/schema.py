@@ -260,6 +260,45 @@ class LoggingConfig:
 
 
 @dataclass
+class GuardsConfig:
+    numerics: bool = True
+    """Watch loss and gradient norm of every step; a bad one is never applied, and is run again to find out why."""
+    on_data: str = "skip"
+    """skip | rewind | stop: what to do when the batch is the cause. rewind: go back to a checkpoint, leave it out."""
+    on_persistent: str = "rewind"
+    """skip | rewind | stop: what to do when a good batch comes out bad as well."""
+    window_steps: int = 128
+    """Accepted steps by whose median and median deviation the next one is judged; part of checkpoints."""
+    min_window_steps: int = 32
+    """Before so many accepted steps (in a phase) only values that are not finite count as bad."""
+    spike_sigmas: float = 10.0
+    """A spike is so many robust standard deviations above the median, and beyond the next two keys as well."""
+    loss_spike_nats: float = 1.0
+    """Least distance from the median of a loss spike, in nats per token."""
+    grad_spike_ratio: float = 10.0
+    """Least ratio to the median of a gradient-norm spike (norm before clipping)."""
+    max_skips: int = 10
+    """More skipped steps than this within skip_window_steps end the run."""
+    skip_window_steps: int = 1000
+    """Steps over which max_skips counts."""
+    max_rewinds: int = 3
+    """More rewinds than this end the run; counted in the run directory, over all restarts."""
+    rewind_skip_steps: int = 0
+    """A rewind leaves out so many steps before the bad one, too."""
+    drift_interval: int = 500
+    """Steps between comparisons of replicated parameters over the ranks (before every checkpoint, too); 0: never."""
+    hang_seconds: float | None = 300.0
+    """A step or a load of data that takes longer is a hang: the guilty ranks are named, all stacks written, the ranks
+    ended with exit code 77. None: no watchdog."""
+    hang_slow_seconds: float = 1800.0
+    """The same for start-up, the first step, evaluation and checkpoints."""
+    straggler_ratio: float | None = 1.3
+    """Name ranks whose own time a step is so many times the median of all ranks. None: do not look."""
+    max_starts_without_progress: int = 5
+    """So many starts in a row from the same step, and the next one gives up (launchers count for themselves, too)."""
+
+
+@dataclass
 class RunConfig:
     name: str = TO_BE_GIVEN
     """Name of the run; its directory is run.directory/run.name, the same after every restart."""
@@ -287,6 +326,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

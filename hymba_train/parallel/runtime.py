@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hymba_train.config.schema import Config, ParallelConfig
+from hymba_train.config.schema import Config, GuardsConfig, ParallelConfig
 from hymba_train.errors import UserError
 from hymba_train.parallel import device as device_module
 
@@ -64,7 +64,7 @@ def initialize(config: Config) -> Runtime:
     """
     device = device_module.activate(config.run.device)
     if not dist.is_initialized():
-        _init_process_group(device)
+        _init_process_group(device, config.guards)
     return create_groups(config.parallel, device)
 
 
@@ -103,10 +103,12 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _init_process_group(device: torch.device) -> None:
+def _init_process_group(device: torch.device, guards: GuardsConfig) -> None:
+    # A collective that times out names only ranks that waited in it: the watchdog, which names the other, comes first.
+    seconds = 600 if guards.hang_seconds is None else max(600, guards.hang_seconds, guards.hang_slow_seconds) + 60
     common = dict(
         backend=device_module.backend(device),
-        timeout=timedelta(minutes=10),
+        timeout=timedelta(seconds=seconds),
         device_id=device if device.type == "cuda" else None,
     )
     if "RANK" in os.environ:

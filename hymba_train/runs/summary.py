@@ -69,9 +69,12 @@ def summarize(run: Path, root: Path, now: float | None = None, verify: bool = Fa
 
 
 def state_of(run: Path, lines: list[Line], last_sign: float, now: float) -> str:
-    """finished | stopped (REASON) | failed (ERROR) | job N pending ... | running | silent for TIME | not started."""
+    """finished | stopped (REASON) | ended by a guard (REASON) | failed (ERROR) | job N pending ... | running |
+    silent for TIME | not started."""
     outcome = read_outcome(run)
     if outcome is not None:
+        if outcome.failed:
+            return f"ended by a guard ({outcome.reason})"
         return "finished" if outcome.finished else f"stopped ({outcome.reason})"
     job = _job_state(run)
     if job is not None and not job.endswith("running"):

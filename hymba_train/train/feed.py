@@ -15,8 +15,13 @@ class Feed:
     """Walks the plan ahead of the loop, from a copy of its state. Close it to stop the thread."""
 
     def __init__(self, data: TrainingData, steps: Steps, state: TrainState, runtime, depth: int = 2) -> None:
-        self.data, self.steps, self.runtime = data, steps, runtime
+        self.data, self.steps, self.runtime, self.depth = data, steps, runtime, depth
         self._prefetcher = Prefetcher(self._walk(replace(state)), depth)
+
+    def restart(self, state: TrainState) -> None:
+        """Go on from another state."""
+        self.close()
+        self._prefetcher = Prefetcher(self._walk(replace(state)), self.depth)
 
     def load(self, step: PlannedStep) -> list[MicroBatch]:
         """This rank's micro-batches of ``step``, which must be the next one of the plan."""

@@ -50,6 +50,7 @@ class Loop:
         start_phase: called with the planned step before the first step of a phase (in this process).
         batch_hash: hash of a step's tokens for the log; None: none.
         train_steps: stop after this step of the run.
+        go_back: load the newest checkpoint and set ``state`` to it; false if there is none.
     """
 
     def __init__(
@@ -58,11 +59,14 @@ class Loop:
         train: Callable[[PlannedStep, list[MicroBatch], tuple[int, ...]], StepResult],
         start_phase: Callable[[PlannedStep], None] = lambda step: None,
         batch_hash: Callable[[PlannedStep], str] | None = None, log_interval: int = 1, train_steps: int | None = None,
+        go_back: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.state, self.steps, self.callbacks, self.meter = state, steps, callbacks, meter
         self._load, self._train, self._start_phase, self._batch_hash = load, train, start_phase, batch_hash
         self.log_interval, self.train_steps = log_interval, train_steps
+        self._go_back = go_back
         self.stop_reason = ""
+        self.failed = False  # a guard ended the run, and starting it again would end the same way
         self.save_requested = False  # true during on_step_end of the step in which all ranks learnt of a request
         self._wants_stop: str | None = None
         self._wants_save = False
@@ -123,6 +127,21 @@ class Loop:
             self.emit("on_step_start")
             result = self._one_step(step)
             self.meter.pause()
+            if result.event is not None:
+                self.emit("on_guard", result.event)
+            if result.action == "rewind" and self._go_back():
+                self.emit("on_rewind")
+                phase = None
+                self.meter.restart()
+                self.meter.resume()
+                continue
+            if result.action in ("rewind", "stop"):
+                self.failed = True
+                self.stop_reason = result.reason + (
+                    "; no checkpoint to go back to" if result.action == "rewind" else ""
+                )
+                break
+            self._count(step, result)
             logged = bool(self.stop_reason) or self._is_over() or self.state.step % self.log_interval == 0
             metrics = self._metrics(step, result, logged)
             if logged:
@@ -148,7 +167,11 @@ class Loop:
 
     def _one_step(self, step: PlannedStep) -> StepResult:
         wanted = (int(self._wants_stop is not None), int(self._wants_save))
-        result = self._train(step, self._load(step), wanted)
+        batches = self._load(step)
+        self.emit("on_batch_loaded")
+        return self._train(step, batches, wanted)
+
+    def _count(self, step: PlannedStep, result: StepResult) -> None:
         self.state.advance(step.batch_size, step.seq_length)
         self.meter.count(step.tokens, step.flops_per_token, step.executed_flops_per_token)
         stop, save = result.requests
@@ -156,12 +179,11 @@ class Loop:
             self.stop_reason = self._wants_stop or "another rank asked to stop"
         if save:
             self.save_requested, self._wants_save = True, False
-        return result
 
     def _metrics(self, step: PlannedStep, result: StepResult, logged: bool) -> StepMetrics:
         return StepMetrics(
             step=self.state.step, phase=step.phase_name, loss=result.loss, grad_norm=result.grad_norm, lr=step.lr,
             tokens=self.state.tokens, labelled_tokens=result.num_labelled_tokens, batch_size=step.batch_size,
-            seq_length=step.seq_length, **self.meter.read(),
+            seq_length=step.seq_length, rank_seconds=result.rank_seconds, **self.meter.read(),
             batch_hash=self._batch_hash(step) if logged and self._batch_hash else None,
         )  # fmt: skip

@@ -5,24 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hymba_train.callbacks.build import build_callbacks
-from hymba_train.callbacks.stop_file import STOPPED_EARLY
-from hymba_train.checkpoint.directory import CHECKPOINTS
-from hymba_train.checkpoint.load import find_source, load_checkpoint
+from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, step_of
+from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
-from hymba_train.checkpoint.together import failing_at_once, locked
+from hymba_train.checkpoint.together import failing_at_once, locked, on_rank_0
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
+from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
+from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
+from hymba_train.guards.helpers import start_results_queue
+from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.evaluate import make_evaluate
 from hymba_train.train.feed import Feed
 from hymba_train.train.loop import Loop, PlannedStep
@@ -40,18 +45,22 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, plan: Plan) -> int:
-    """Train a run to its end, from its newest checkpoint if it has one. Returns the exit code: 0, or STOPPED_EARLY.
+    """Train a run to its end, from its newest checkpoint if it has one. Returns the exit code: 0, or one of
+    hymba_train.exit_codes.
 
     Called by every rank, with a configuration that ``plan`` has checked. Raises UserError for what only shows here:
     missing data, a checkpoint that cannot be read, a backend this machine does not have, a run directory in use.
     """
     directory = run_directory(config)
     runtime = initialize(config)
-    with failing_at_once(), locked(directory):
-        return _train(config, plan, directory, runtime)
+    reason = refusal_at_start(directory)
+    if reason is not None:
+        return give_up(runtime, reason)
+    with failing_at_once(), locked(directory), watched(config, directory, runtime) as watchdog:
+        return _train(config, plan, directory, runtime, watchdog)
 
 
-def _train(config: Config, plan: Plan, directory: Path, runtime) -> int:
+def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watchdog | None) -> int:
     seed_everything(config.run.seed, config.run.deterministic)
     order = Order(config, plan.steps)
     data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
@@ -59,20 +68,29 @@ def _train(config: Config, plan: Plan, directory: Path, runtime) -> int:
     chunks = wrap_model(config, runtime, models)
     optimizer = build_optimizer(config, runtime, chunks)
     record = DataRecord(data.identity())
-    state = start_state(config, directory, runtime, chunks, optimizer, order, record)
+    start = Start(config, directory, runtime, chunks, optimizer, order, record)
+    state, remembered = start.load(find_source(config, directory))
+    reason = refusal_from(config, directory, state.step)
+    if reason is not None:
+        return give_up(runtime, reason)
 
     stepper = Stepper(runtime, chunks, optimizer)
+    guards = Guards(config, directory, runtime, models, chunks, optimizer, stepper, data, state, watchdog)
+    guards.load(remembered)
     phases = list(config.data.phases.values())
     feed = Feed(data, order, state, runtime)
     meter = ThroughputMeter(
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
     )
     layout = Layout.of(config, runtime)
+    if config.checkpoint.enabled:
+        start_results_queue()
     writer = GatheringWriter(
         directory / CHECKPOINTS, runtime, chunks, optimizer,
-        lambda saved: metadata_of(config, layout, saved, record.to_dict()), config.checkpoint.async_save,
+        lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
+        config.checkpoint.async_save,
     )  # fmt: skip
-    callbacks = build_callbacks(
+    callbacks = guards.callbacks + build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,
         make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
     )  # fmt: skip
@@ -83,19 +101,42 @@ def _train(config: Config, plan: Plan, directory: Path, runtime) -> int:
 
     def one_step(step: PlannedStep, batches: list, requests: tuple[int, ...]):
         set_hyperparameters(optimizer.param_groups, step.lr, config.optim.weight_decay)
-        return stepper.train(batches, requests)
+        return guards.step(step, batches, requests)
+
+    def go_back() -> bool:
+        for path in writer.poll(wait=True):
+            loop.emit("on_checkpoint_saved", path, step_of(path))
+        if not on_rank_0(lambda: has_any(writer.root)):
+            return False
+        with gathered_parameters(chunks):
+            loaded, remembered = start.load(find_source(config, directory))
+        for name, value in loaded.to_dict().items():
+            setattr(state, name, value)
+        guards.load(remembered)
+        feed.restart(state)
+        return True
 
     loop = Loop(
         state, order, callbacks, meter, load=feed.load, train=one_step, start_phase=start_phase,
         batch_hash=feed.hash if config.logging.batch_hash and runtime.is_logging_rank else None,
-        log_interval=config.logging.log_interval, train_steps=config.run.train_steps,
+        log_interval=config.logging.log_interval, train_steps=config.run.train_steps, go_back=go_back,
     )  # fmt: skip
     try:
         loop.run()
     finally:
         feed.close()
     shutdown()  # not after an exception: other ranks may be waiting for this one, and torchrun ends them all
+    if loop.failed:
+        return GUARD_STOP
     return 0 if loop.finished else STOPPED_EARLY
+
+
+def give_up(runtime: Runtime, reason: str) -> int:
+    """End in good order, on every rank, a process that will not train. Returns its exit code."""
+    if runtime.is_logging_rank:
+        logger.error("giving up: %s", reason)
+    shutdown()
+    return GUARD_STOP
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -111,32 +152,43 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def start_state(
-    config: Config, directory: Path, runtime, chunks: list, optimizer, order: Order, record: DataRecord
-) -> TrainState:
-    """Load what the run starts from, if anything, into model and optimizer; returns where it stands.
+@dataclass(frozen=True)
+class Start:
+    """Loads what a run starts from, or goes back to, into model and optimizer."""
 
-    Raises UserError when the run would go on with other data than the checkpoint's (``record``), unless accepted.
-    """
-    source = find_source(config, directory)
-    if source is None:
-        return TrainState()
-    if not source.weights_only:
-        saved, name = read_metadata(source.path), source.path.name
-        accept = config.checkpoint.accept_changed_data
-        for line in record.resume(saved.get("data"), saved["train_state"], accept, name):
-            if runtime.is_logging_rank:
-                logger.warning("%s: accepted other data: %s", name, line)
-    loaded = load_checkpoint(source, config, runtime, chunks, optimizer)
-    if runtime.is_logging_rank:
-        logger.info("loaded %s%s", source.path, " (weights only)" if source.weights_only else "")
-    if loaded.state is None:
-        return TrainState()
-    state = TrainState.from_dict(loaded.state)
-    order.check(state)
-    if not loaded.rng_restored:
-        seed_everything(config.run.seed + state.step, config.run.deterministic)
-    return state
+    config: Config
+    directory: Path
+    runtime: Runtime
+    chunks: list
+    optimizer: Any
+    order: Order
+    record: DataRecord
+
+    def load(self, source: Source | None) -> tuple[TrainState, dict[str, Any] | None]:
+        """(where the run stands, what its guards remember). None as ``source``: at the beginning.
+
+        Raises UserError when the run would go on with other data than the checkpoint's, unless accepted.
+        """
+        if source is None:
+            return TrainState(), None
+        config, runtime, remembered = self.config, self.runtime, None
+        if not source.weights_only:
+            saved, name = read_metadata(source.path), source.path.name
+            remembered = saved.get("guards")
+            accept = config.checkpoint.accept_changed_data
+            for line in self.record.resume(saved.get("data"), saved["train_state"], accept, name):
+                if runtime.is_logging_rank:
+                    logger.warning("%s: accepted other data: %s", name, line)
+        loaded = load_checkpoint(source, config, runtime, self.chunks, self.optimizer)
+        if runtime.is_logging_rank:
+            logger.info("loaded %s%s", source.path, " (weights only)" if source.weights_only else "")
+        if loaded.state is None:
+            return TrainState(), None
+        state = TrainState.from_dict(loaded.state)
+        self.order.check(state)
+        if not loaded.rng_restored:
+            seed_everything(config.run.seed + state.step, config.run.deterministic)
+        return state, remembered
 
 
 class GatheringWriter(CheckpointWriter):

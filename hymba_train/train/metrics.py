@@ -78,6 +78,7 @@ class StepMetrics:
     tflops_per_second_per_device: float
     mfu: float | None  # 0..1, by the model's FLOPs: the meta prefix in every sequence; None: no peak known
     memory_gib: float | None  # peak allocated on this device since the last logged step; None on a CPU
+    rank_seconds: tuple[float, ...] = ()  # each rank's own time in the step before, without waiting for others
     batch_hash: str | None = None  # of every token id of the global batch, if logging.batch_hash asks for it
     mfu_executed: float | None = None  # like mfu, by the FLOPs that are really done: the meta prefix once a micro-batch
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -29,6 +30,23 @@ class StepResult:
     grad_norm: float  # global, before clipping
     num_labelled_tokens: int
     requests: tuple[int, ...]
+    action: str = "updated"  # updated | skipped | rewind | stop: what became of the step (hymba_train.guards)
+    reason: str = ""  # why it was not an update
+    event: dict[str, Any] | None = None  # for the log, if a guard has something to say
+    rank_seconds: tuple[float, ...] = ()  # what each rank said about its step before
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Finished gradients, which wait in the buffers for :meth:`Stepper.update`. Equal on all ranks but for ``norm``."""
+
+    loss: float
+    grad_norm: float  # mean over the ranks, which only a damaged replica differs from
+    num_labelled_tokens: int
+    requests: tuple[int, ...]
+    rank_seconds: tuple[float, ...]  # what each rank gave as ``seconds``
+    norm: Any  # as Megatron-Core's clipping wants it: float, or float32 [1] on the device
+    loss_sums: list[torch.Tensor]  # of each micro-batch, on the device; empty but on one rank of the last stage
 
 
 class Stepper:
@@ -42,23 +60,65 @@ class Stepper:
         # The loss is on the last stage; of its tensor-parallel ranks one speaks.
         self._has_loss = runtime.is_last_stage and runtime.tensor_rank == 0
 
-    def train(self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = ()) -> StepResult:
-        """Forward and backward over ``micro_batches`` (this rank's part of the global batch), then one update.
+    def train(
+        self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = (), seconds: float = 0.0
+    ) -> StepResult:
+        """:meth:`gradients`, then :meth:`update`: a step that nobody guards."""
+        gradients = self.gradients(micro_batches, requests, seconds)
+        updated = self.update(gradients)
+        return result_of(gradients, *(() if updated else ("skipped", "the optimizer refused the update")))
+
+    def gradients(
+        self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = (), seconds: float = 0.0
+    ) -> Gradients:
+        """Forward and backward over ``micro_batches`` (this rank's part of the global batch); no update yet.
 
         The gradient is that of the mean over all labelled tokens of the global batch, under every layout. Every rank
         calls it with as many micro-batches and ``requests``, which are summed over the ranks along with the loss.
+        ``seconds``: a figure of this rank that all ranks get. May be called again instead of an update.
+
+        Here the host waits for the device, the only time in a step. The update is sent off afterwards, so whether to
+        make it can be decided in between, and runs while the host prepares the next forward pass.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(micro_batches, forward_only=False)
-        # Sent before the update, whose gradient norm makes the host wait for the device anyway.
-        sums = self._reduce(outputs, requests)
-        _, grad_norm, _ = self.optimizer.step()
-        loss_sum, num_tokens, *answers = sums.tolist()
-        return StepResult(
-            loss_sum / max(num_tokens, 1.0), float(grad_norm), int(num_tokens), tuple(int(a) for a in answers)
-        )
+        self.optimizer.prepare_grads()
+        norm = self.optimizer.get_grad_norm()
+        sums = self._reduce(outputs, requests, norm, seconds).tolist()
+        world_size, num_requests = self.runtime.world_size, len(requests)
+        loss_sum, num_tokens, norm_sum = sums[0], sums[1], sums[2]
+        return Gradients(
+            loss_sum / max(num_tokens, 1.0), norm_sum / world_size, int(num_tokens),
+            tuple(int(number) for number in sums[3 : 3 + num_requests]), tuple(sums[3 + num_requests :]), norm,
+            [output["loss_sum"] for output in outputs] if self._has_loss else [],
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update(self, gradients: Gradients) -> bool:
+        """Clip and apply ``gradients``, the latest that were made. False if the optimizer left the weights alone."""
+        parameters = self.optimizer.get_parameters()
+        if parameters and self.optimizer.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, self.optimizer.config.clip_grad, gradients.norm)
+        return self.optimizer.step_with_ready_grads()
+
+    def exchange(self, requests: tuple[int, ...]) -> tuple[int, ...]:
+        """``requests`` summed over the ranks, for a step that trains nothing."""
+        sums = torch.tensor(requests, dtype=torch.int64).to(self.runtime.device)
+        dist.all_reduce(sums)
+        return tuple(sums.tolist())
+
+    def micro_batch_losses(self, gradients: Gradients) -> list[list[float]]:
+        """Summed loss of every micro-batch, [data-parallel rank][micro-batch], on all ranks. Makes the host wait."""
+        data_rank, data_size = self.runtime.data_parallel_rank, self.runtime.data_parallel_size
+        count = torch.tensor([len(gradients.loss_sums)], device=self.runtime.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        table = torch.zeros(data_size, int(count), dtype=torch.float64, device=self.runtime.device)
+        if gradients.loss_sums:
+            table[data_rank] = torch.stack(gradients.loss_sums).double()
+        dist.all_reduce(table)
+        return table.tolist()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
@@ -97,11 +157,19 @@ class Stepper:
             batch = {**batch, "document_ends": document_ends(ids, DOCUMENT_COUNT_MULTIPLE)}
         return {k: None if v is None else v.to(self.runtime.device, non_blocking=True) for k, v in batch.items()}
 
-    def _reduce(self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...]) -> torch.Tensor:
-        """float64 [2 + requests]: loss sum, labelled tokens and requests over all ranks, in one collective."""
-        sums = torch.zeros(2 + len(requests), dtype=torch.float64)
-        sums[2:] = torch.tensor(requests, dtype=torch.float64)
-        sums = sums.to(self.runtime.device, non_blocking=True)
+    def _reduce(
+        self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...], norm: Any = None, seconds: float = 0.0
+    ) -> torch.Tensor:
+        """Sums over all ranks in one collective, float64 [2]: losses, labelled tokens. With a ``norm``
+        [3 + requests + ranks]: after those the norms, the requests and each rank's ``seconds``."""
+        host = [0.0, 0.0]
+        if norm is not None:
+            each_rank = [0.0] * self.runtime.world_size
+            each_rank[self.runtime.rank] = seconds
+            host += [0.0 if isinstance(norm, torch.Tensor) else float(norm), *map(float, requests), *each_rank]
+        sums = torch.tensor(host, dtype=torch.float64).to(self.runtime.device, non_blocking=True)
+        if isinstance(norm, torch.Tensor):
+            sums[2] = norm.squeeze()
         if self._has_loss:
             for i, name in enumerate(("loss_sum", "num_tokens")):
                 sums[i] = torch.stack([output[name] for output in outputs]).double().sum()
@@ -116,6 +184,14 @@ class Stepper:
         last = micro_batches[-1]
         empty = {**last, "labels": torch.full_like(last["labels"], -100)}
         return [*micro_batches, *[empty] * missing]
+
+
+def result_of(gradients: Gradients, action: str = "updated", reason: str = "") -> StepResult:
+    """What the loop is told about a step with these gradients."""
+    g = gradients
+    return StepResult(
+        g.loss, g.grad_norm, g.num_labelled_tokens, g.requests, action, reason, rank_seconds=g.rank_seconds
+    )
 
 
 def forward_step(micro_batches: Iterator[MicroBatch], chunk) -> tuple[torch.Tensor, Any]:

@@ -16,7 +16,7 @@ class FakeLoop(SimpleNamespace):
     def __init__(self, *callbacks):
         super().__init__(
             state=TrainState(), callbacks=list(callbacks), emitted=[], save_requested=False, trained=False,
-            stop_reason="all phases trained", finished=True,
+            stop_reason="all phases trained", finished=True, failed=False,
         )  # fmt: skip
 
     def emit(self, event, *args):

@@ -158,6 +158,17 @@ def test_the_users_stop_does_not_come_back(script):
     assert code == 0 and not script.requeues()
 
 
+def test_what_a_guard_has_ended_ends_the_job(script):
+    code, output = script('train() { echo "failed 12 11 steps skipped" > "$RUN_DIR/outcome"; return 1; }')
+    assert code == 76 and "ended by a guard at step 12: 11 steps skipped" in output
+    assert len(script.trainings()) == 1 and not script.requeues()
+
+
+def test_ranks_that_torchrun_restarts_do_not_meet_the_addresses_of_dead_ones(script):
+    shared = '[[ $TORCH_DISABLE_SHARE_RDZV_TCP_STORE == 1 ]] && echo "finished 30 all" > "$RUN_DIR/outcome"'
+    assert script(f"train() {{ {shared}; }}")[0] == 0
+
+
 def test_a_failure_starts_again_and_gives_up_without_progress(script):
     code, output = script(FAILS)
     assert code == 1 and "giving up: 2 starts in a row from checkpoint none" in output

@@ -46,8 +46,15 @@ def test_stopped_early_has_its_own_code(train):
     assert (code, starts) == (75, 1) and "saved and stopped at step 5: stop_requested" in said
 
 
-def test_restarted_ranks_do_not_find_the_store_of_dead_ones(train):
-    assert train('[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] && echo finished 5 all > $RUN/outcome')[0] == 0
+def test_what_a_guard_has_ended_is_not_started_again(train):
+    code, said, starts = train("echo failed 5 11 steps skipped > $RUN/outcome; exit 76")
+    assert (code, starts) == (76, 1) and "ended by a guard at step 5: 11 steps skipped" in said
+
+
+def test_a_restart_does_not_meet_the_addresses_of_dead_ranks(train, monkeypatch):
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    code, _, starts = train('[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] && echo finished 5 all > $RUN/outcome')
+    assert (code, starts) == (0, 1)
 
 
 def test_an_old_outcome_does_not_count(train, tmp_path):

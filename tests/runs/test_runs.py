@@ -109,6 +109,7 @@ def test_a_summary(run, tmp_path):
         ([start(0, NOW), {"event": "end", "step": 3, "reason": "ValueError: x"}], None, 10, "failed (ValueError: x)"),
         ([start(0, NOW)], "finished 5 all phases trained", 99999, "finished"),
         ([start(0, NOW)], "stopped 5 time limit", 99999, "stopped (time limit)"),
+        ([start(0, NOW)], "failed 5 a spike", 99999, "ended by a guard (a spike)"),
     ],
 )
 def test_states(run, tmp_path, lines, outcome, age, state):

@@ -60,8 +60,8 @@ def test_runs_all_phases_and_counts():
     assert state == TrainState(step=5, phase=1, samples_in_phase=8, samples=20, tokens=160)
     assert phases == ["phase0", "phase1"]
     assert loop.stop_reason == "all phases trained"
-    per_step = ["on_step_start", "on_step_end"]
-    logged = ["on_step_start", "on_log", "on_step_end"]
+    per_step = ["on_step_start", "on_batch_loaded", "on_step_end"]
+    logged = ["on_step_start", "on_batch_loaded", "on_log", "on_step_end"]
     assert recorder.calls == [
         "on_train_start", "on_phase_start", *per_step, *logged, *per_step,
         "on_phase_start", *logged, *logged,  # step 4 by the interval, step 5 as the last
@@ -132,7 +132,8 @@ def test_an_exception_is_shown_to_all_and_raised():
 
     with pytest.raises(RuntimeError, match="device lost"):
         make([recorder], train=train).run()
-    assert recorder.calls == ["on_train_start", "on_phase_start", "on_step_start", "on_exception", "close"]
+    begun = ["on_train_start", "on_phase_start", "on_step_start", "on_batch_loaded"]
+    assert recorder.calls == [*begun, "on_exception", "close"]
 
 
 def test_batch_hash_of_logged_steps_only():
@@ -151,3 +152,42 @@ def test_state_survives_a_dict_and_refuses_a_damaged_one():
     assert TrainState.from_dict(state.to_dict()) == state
     with pytest.raises(ValueError, match="samples_in_phase"):
         TrainState.from_dict({**state.to_dict(), "samples_in_phase": "4"})
+
+
+def acting(**actions):
+    """A train function that has something else to say about some steps."""
+    calls = []
+
+    def train(step, batches, requests):
+        calls.append((step.phase, step.first_sample))
+        action = actions.get(f"call{len(calls)}", "updated")
+        return StepResult(1.5, 0.5, 32, (0, 0), action, "bad step", None if action == "updated" else {"step": 1})
+
+    return train, calls
+
+
+def test_a_guard_that_stops_ends_the_run_before_the_bad_step():
+    recorder, (train, _) = Recorder(), acting(call3="stop")
+    loop = make([recorder], train=train)
+    assert loop.run().step == 2 and loop.failed and loop.stop_reason == "bad step"
+    assert recorder.calls[-3:] == ["on_guard", "on_train_end", "close"]
+
+
+def test_a_rewind_goes_on_from_the_state_that_was_loaded():
+    recorder, (train, calls) = Recorder(), acting(call4="rewind")
+
+    def go_back() -> bool:
+        loop.state.__dict__.update(TrainState(step=1, samples_in_phase=4, samples=4, tokens=32).to_dict())
+        return True
+
+    phases = []
+    loop = make([recorder], train=train, go_back=go_back, start_phase=lambda step: phases.append(step.phase))
+    assert loop.run().step == 5 and not loop.failed
+    assert calls == [(0, 0), (0, 4), (0, 8), (1, 0), (0, 4), (0, 8), (1, 0), (1, 4)]
+    assert phases == [0, 1, 0, 1] and recorder.calls.count("on_rewind") == 1
+
+
+def test_a_rewind_without_a_checkpoint_ends_the_run():
+    train, _ = acting(call2="rewind")
+    loop = make([], train=train)
+    assert loop.run().step == 1 and loop.failed and "no checkpoint to go back to" in loop.stop_reason

@@ -1,0 +1,1 @@
+"""Guards: what watches a run and names the culprit. See docs/reliability.md."""

@@ -1,0 +1,81 @@
+"""starts.jsonl in the run directory: from which step each process began, so that nothing starts over for ever.
+
+The launchers count starts, too, but only those that they make themselves; ``torchrun --max-restarts`` and schedulers of
+other kinds make others. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from hymba_train.callbacks.base import Callback
+from hymba_train.callbacks.stop_file import read_outcome
+
+STARTS = "starts.jsonl"
+
+
+def failed_before(directory: Path) -> str | None:
+    """Why there is no use in going on: torchrun starts again what a guard has ended. None for any other start."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) == 0:
+        return None
+    outcome = read_outcome(directory)
+    return outcome.reason if outcome is not None and outcome.failed else None
+
+
+def too_many_starts(directory: Path, from_step: int, limit: int) -> str | None:
+    """Why a start from ``from_step`` is refused: the last ``limit`` ones were from there, too, and all were cut off.
+
+    A process that ended in good order makes a new beginning, and so does one that starts from another step.
+    """
+    same = 0
+    for record in reversed(_read(directory / STARTS)):
+        if record.get("from_step") != from_step:
+            break
+        same += 1
+    if same < limit:
+        return None
+    return (
+        f"{same} starts in a row from step {from_step} were cut off before the next checkpoint; find the cause in the "
+        f"logs, or save more often; delete {directory / STARTS} to try again"
+    )
+
+
+def _read(path: Path) -> list[dict]:
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by a crash
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+class Starts(Callback):
+    """On the first rank: notes this process's start, and its end if that is in good order."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / STARTS
+
+    def on_train_start(self, loop) -> None:
+        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
+        self._write({"from_step": loop.state.step, "time": time.time(), "pid": os.getpid(), "restart": restart})
+
+    def on_train_end(self, loop) -> None:
+        self._write({"ended_at": loop.state.step, "time": time.time()})
+
+    def _write(self, record: dict) -> None:
+        # One write, so that a line is whole or torn, never mixed; a line of its own after a torn one.
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(("\n" if file.tell() and not _ends_with_newline(self.path) else "") + json.dumps(record) + "\n")
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
