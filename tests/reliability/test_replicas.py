@@ -11,7 +11,7 @@ from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.guards.drift import CHUNK_VALUES, checksum, differing
 from tests.reliability.conftest import torchrun
 from tests.reliability.test_numerics import PHASE, guard_events
-from tests.train.test_training import OVERLAP, exact, run
+from tests.train.test_training import exact, run
 from tests.train.tiny_run import write_data
 
 pytestmark = pytest.mark.reliability
@@ -59,7 +59,6 @@ FLIPS = {
     # name: (layout, kind of fault, parameter, what the message names)
     "data": ([], "bit", "decoder.layers.1.mixer.in_proj.weight", "decoder.layers.1.mixer.in_proj.weight:"),
     "moment": ([], "moment", "embedding.meta_tokens", "embedding.meta_tokens (exp_avg):"),
-    "overlap": (OVERLAP, "bit", "decoder.layers.2.mixer.in_proj.weight", "decoder.layers.2.mixer.in_proj.weight:"),
     "tensor": (
         ["parallel.tensor=2"], "bit", "decoder.layers.0.input_norm.weight", "decoder.layers.0.input_norm.weight:",
     ),
