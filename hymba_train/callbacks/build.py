@@ -36,7 +36,7 @@ def build_callbacks(
     c, log = config.checkpoint, config.logging
     callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
     if c.enabled:
-        callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+        callbacks.append(Checkpointing(writer, c.save_interval))
     callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))
     if runtime.is_logging_rank:

@@ -12,11 +12,11 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hymba_train.checkpoint import directory, together, tree
+from hymba_train.checkpoint.index import read_index
 from hymba_train.checkpoint.metadata import Layout, changed_keys, check_model, read_metadata
 from hymba_train.checkpoint.optimizer_state import optimizer_state, sharded_tensors, weights_as_masters
 from hymba_train.checkpoint.restricted import nothing_runs
 from hymba_train.config.schema import Config
-from hymba_train.convert.dcp import read_index
 from hymba_train.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""manifest.json: size and checksum of every file of a step directory, which a checkpoint is verified against.
+"""manifest.json: size and checksum of every file of a step directory, which a checkpoint is verified against; and
+tensors.json, covered by it: place and checksum of every tensor in the files, so that damage is named by tensor.
 
 XXH3-128 finds every accident (a flipped bit, a torn or lost write, another file's content); it is no signature: whoever
 can write the checkpoint can write the manifest. Free of torch.
@@ -13,6 +14,7 @@ from pathlib import Path
 import xxhash
 
 MANIFEST = "manifest.json"
+TENSORS = "tensors.json"
 ALGORITHM = "xxh3_128"
 CHUNK_BYTES = 8 << 20
 
@@ -61,6 +63,26 @@ def write(directory: Path, entries: dict[str, Entry]) -> None:
     (directory / MANIFEST).write_text(_render(entries), encoding="utf-8")
 
 
+def write_tensors(directory: Path, tensors: dict[str, list[tuple[str, int, int, str]]]) -> None:
+    """Write tensors.json: for each file (name, offset, bytes, XXH3-128 of those bytes) of what it holds."""
+    (directory / TENSORS).write_text(json.dumps(tensors, indent=0) + "\n", encoding="utf-8")
+
+
+def damaged_tensors(path: Path) -> list[str]:
+    """Names of the tensors in a file that are not as they were written; empty where tensors.json does not say."""
+    try:
+        tensors = json.loads((path.parent / TENSORS).read_bytes())[path.name]
+        damaged = []
+        with open(path, "rb") as file:
+            for name, offset, num_bytes, checksum in tensors:
+                file.seek(offset)
+                if xxhash.xxh3_128_hexdigest(file.read(num_bytes)) != checksum:
+                    damaged.append(name)
+        return damaged
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def read(directory: Path) -> dict[str, Entry]:
     """Read the manifest. Raises ValueError, one line naming the file, if it is missing or not as it was written."""
     path = directory / MANIFEST
@@ -92,17 +114,29 @@ def compare(directory: Path, entries: dict[str, Entry], names: list[str]) -> lis
         try:
             size = path.stat().st_size
             if size != expected.num_bytes:
-                problems.append(f"{path}: has {size} bytes, {MANIFEST} says {expected.num_bytes}")
+                problems.append(f"{path}: has {size} bytes, {MANIFEST} says {expected.num_bytes}{_in_tensors(path)}")
             elif (found := hash_file(path)) != expected:
-                problems.append(f"{path}: is damaged: checksum {found.xxh3_128}, {MANIFEST} says {expected.xxh3_128}")
+                problems.append(
+                    f"{path}: is damaged: checksum {found.xxh3_128}, {MANIFEST} says {expected.xxh3_128}"
+                    f"{_in_tensors(path)}"
+                )
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror})")
     return problems
 
 
+def _in_tensors(path: Path) -> str:
+    names = damaged_tensors(path)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" (in {', '.join(names[:3])}{more})" if names else ""
+
+
 def unexpected(directory: Path, entries: dict[str, Entry]) -> list[str]:
-    """A line for each file that the manifest does not know: a loader might look into it."""
-    return [f"{directory / name}: is not in {MANIFEST}" for name in file_names(directory) if name not in entries]
+    """A line for each file that the manifest does not know, which a loader might look into, and for each link."""
+    names = file_names(directory)
+    foreign = [f"{directory / name}: is not in {MANIFEST}" for name in names if name not in entries]
+    links = [p for p in (directory, *directory.rglob("*")) if p.is_symlink() and p.name != ".nfs"]
+    return foreign + [f"{path}: is a link; a checkpoint consists of plain files" for path in links]
 
 
 def verify(directory: Path) -> list[str]:

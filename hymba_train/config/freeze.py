@@ -44,7 +44,7 @@ def freeze(config: Config, path: str | Path) -> Path:
     """Write the configuration to ``path``: complete or not at all (temporary file, fsync, rename)."""
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_atomically(path, to_yaml(config))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another run.directory") from error
@@ -110,6 +110,11 @@ def load_frozen(path: str | Path) -> Config:
         return from_plain(plain)
     except UserError as error:
         raise UserError(*(f"{path}: {line}" for line in error.problems)) from error
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory that only its owner may look into (0700). One that is there keeps its mode."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

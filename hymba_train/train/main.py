@@ -12,7 +12,7 @@ import torch
 
 from hymba_train.callbacks.build import build_callbacks
 from hymba_train.callbacks.stop_file import STOPPED_EARLY
-from hymba_train.checkpoint.directory import CHECKPOINTS
+from hymba_train.checkpoint.directory import CHECKPOINTS, prune
 from hymba_train.checkpoint.load import find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
@@ -68,9 +68,10 @@ def _train(config: Config, plan: Plan, directory: Path, runtime) -> int:
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
     )
     layout = Layout.of(config, runtime)
+    kept, root = config.checkpoint, directory / CHECKPOINTS
     writer = GatheringWriter(
-        directory / CHECKPOINTS, runtime, chunks, optimizer,
-        lambda saved: metadata_of(config, layout, saved, record.to_dict()), config.checkpoint.async_save,
+        root, runtime, chunks, optimizer, lambda saved: metadata_of(config, layout, saved, record.to_dict()),
+        kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
     callbacks = build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hymba_train.checkpoint import manifest
+from hymba_train.checkpoint.index import read_index
 from hymba_train.checkpoint.restricted import nothing_runs
-from hymba_train.convert.dcp import read_index
 from hymba_train.errors import UserError
 from tests.train.test_training import run, start
 
