@@ -8,6 +8,7 @@ can write the checkpoint can write the manifest. Free of torch.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,10 +33,18 @@ class Entry:
 
 
 def file_names(directory: Path) -> list[str]:
-    """Names of the files that a manifest covers, relative to ``directory``: all but the manifest itself."""
-    names = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    """Names of the files that a manifest covers, relative to ``directory``: all but the manifest itself.
+
+    Raises OSError if the directory cannot be read.
+    """
+    walk = os.walk(directory, onerror=_raise)  # rglob leaves out what it cannot read, in some versions of Python
+    names = (Path(place, name).relative_to(directory).as_posix() for place, _, files in walk for name in files)
     # .nfsXXXX is a file that was deleted while another machine had it open
     return sorted(n for n in names if n != MANIFEST and not n.startswith(".nfs"))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def share(sizes: dict[str, int], rank: int, num_ranks: int) -> list[str]:

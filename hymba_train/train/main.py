@@ -12,6 +12,7 @@ import torch
 
 from hymba_train.callbacks.build import build_callbacks
 from hymba_train.callbacks.stop_file import STOPPED_EARLY
+from hymba_train.checkpoint.children import stop_when_parent_dies
 from hymba_train.checkpoint.directory import CHECKPOINTS, prune
 from hymba_train.checkpoint.load import find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
@@ -46,6 +47,8 @@ def train(config: Config, plan: Plan) -> int:
     missing data, a checkpoint that cannot be read, a backend this machine does not have, a run directory in use.
     """
     directory = run_directory(config)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_when_parent_dies()
     runtime = initialize(config)
     with failing_at_once(), locked(directory):
         return _train(config, plan, directory, runtime)

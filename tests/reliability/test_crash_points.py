@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from hymba_train.checkpoint import directory, manifest
-from tests.reliability.conftest import call
-from tests.train.test_training import ROOT, exact, run, start
+from tests.train.test_training import ROOT, exact
 
 pytestmark = pytest.mark.reliability
 
@@ -82,11 +80,6 @@ def test_a_death_at_every_call_of_a_publication(tmp_path):
     sweep(tmp_path, every=1)
 
 
-def faulty(path: Path, *settings: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "tests.reliability.faulty_run", str(path), *settings]
-    return call(command, {**os.environ, "OMP_NUM_THREADS": "1"}, timeout_seconds=120)
-
-
 @pytest.fixture
 def small_disk(tmp_path, finished):
     """A file system with room for the data of one checkpoint and a half."""
@@ -103,13 +96,17 @@ def small_disk(tmp_path, finished):
 
 
 @pytest.mark.parametrize("lie", [False, True], ids=["seen_before", "seen_while_writing"])
-def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_loads(finished, small_disk, lie):
+def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_loads(warm, finished, small_disk, lie):
     name = f"full_{lie}".lower()
-    settings = run(name, "checkpoint.save_interval=5", f'run.directory="{small_disk}"')
-    _, output = faulty(finished, *settings, *(["fault.lie_about_room=true"] if lie else []))
+    patch = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 60)" if lie else ""
+    code, output = warm.train(
+        finished / "runs" / name, patch=patch, checkpoint__save_interval=5, run__directory=str(small_disk)
+    )
+    assert code == 2
     (line,) = [li for li in output.splitlines() if li.startswith("UserError")]
     assert "step_0000010" in line and "bytes are needed" in line and "are free" in line and str(small_disk) in line
     older = small_disk / name / "checkpoints" / "step_0000005"
     assert manifest.verify(older) == []
-    start(finished, run(f"after_{name}", load=str(older)))
+    code, output = warm.train(finished / "runs" / f"after_{name}", checkpoint__load=str(older))
+    assert code == 0, output
     assert exact(finished, f"after_{name}") == exact(finished, "whole", 6)

@@ -24,13 +24,10 @@ MOST_SECONDS = 30  # of an answer to an error
 numbers = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def warm():
+@pytest.fixture(scope="module", autouse=True)
+def strace_works():
     if why_no_strace():
         pytest.skip(why_no_strace())
-    server = Warm()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +96,21 @@ def kill_at(warm: Warm, root: Path, who: str, every: int) -> None:
         if who == "writer":
             assert "its writing process died (killed by SIGKILL)" in output and "step_0000006" in output, output
         steps.add(hold_to_promise(warm, root, name, f"{who} killed at {call}"))
-    assert steps == ({4, 6} if who == "writer" else {4})  # the training publishes nothing itself
+    assert steps == {4, 6} or (who == "training" and every > 1 and steps == {4}), "the sweep missed the publication"
 
 
 def fail_at(warm: Warm, root: Path, who: str, chosen: list[tuple[str, str]]) -> None:
+    seen: list[str] = []
     for (point, call), error in zip(chosen, itertools.cycle(("EIO", "ENOSPC"))):
         begin = time.monotonic()
         name, code, output, _ = save_step_6(warm, root, who, f"{point}:error={error}")
         assert time.monotonic() - begin < MOST_SECONDS + 30, call  # a loaded machine needs seconds for a good run, too
         what = f"{error} at {call}\n{output}"
+        seen.append(call)
+        # After the publication, and where an error is only the word for "it is there" or "it is gone".
+        published = any("rename" in c and '/latest"' in c for c in seen[:-1]) or re.search(r'/step_0000006[">]', call)
         harmless = any(word in call for word in ("mkdir", "rmdir", "unlink", ".deleted", "stop_requested"))
-        assert code == 2 or (harmless and code == 0), what
+        assert code == 2 or (code == 0 and (published or harmless)), what
         if code == 2:
             (line,) = [x for x in output.splitlines() if x.startswith("UserError")]
             assert str(root) in line and "bytes are needed" in line and "are free" in line, what

@@ -1,15 +1,18 @@
 """Trainings that start in a fraction of a second: forks of one process that has imported everything.
 
-As a script it is that process: it reads a job a line (JSON) and answers with the pid of its fork, then with its exit
-code (negative: the signal). :class:`Warm` is its other end. A job may pause a process before it saves, so that strace
-can be attached and sees nothing but the save.
+As a script it is that process: it reads a job a line (JSON) and answers with the pids of its forks, one a rank, then
+with their exit codes (negative: the signal). When a rank has failed and others live on, they are killed after a while,
+as torchrun does. :class:`Warm` is the other end. A job may pause a process before it saves, so that strace can be
+attached and sees nothing but the save.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from tests.train.test_training import ROOT
 
 LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 ATTACHED_SECONDS = 60
+GRACE_SECONDS = 30
 
 
 class Warm:
@@ -33,30 +37,45 @@ class Warm:
         )  # fmt: skip
 
     def train(self, directory: Path, *, pause: str | None = None, on_pause=None, patch: str = "", **changes):
-        """(exit code, output) of a tiny run in ``directory``, ROOT/runs/NAME with data in ROOT. ``pause``: training or
-        writer waits before it saves, and ``on_pause`` is called with its pid. ``patch``: Python code that the fork runs
-        first, to break something."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in ("ready", "go"):
-            (directory / name).unlink(missing_ok=True)
-        log = directory / "output"
-        job = {"directory": str(directory), "log": str(log), "pause": pause, "patch": patch, "changes": changes}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        self.pid = int(self._process.stdout.readline())
+        """(exit code, output) of a tiny run of one rank in ``directory``, ROOT/runs/NAME with data in ROOT.
+
+        ``pause``: training or writer waits before it saves, and ``on_pause`` is called with its pid. ``patch``: Python
+        code that the fork runs first, to break something. ``changes``: group__key=value.
+        """
+        self.start(directory, pause=pause, patch=patch, **changes)
         if pause:
             wait_for(directory / "ready", self._process)
             on_pause(int((directory / "ready").read_text()))
             (directory / "go").touch()
-        code = int(self._process.stdout.readline())
-        return code, log.read_text(errors="replace")
+        (code,), output = self.finish()
+        return code, output
+
+    def start(self, directory: Path, *, ranks: int = 1, pause: str | None = None, patch: str = "", **changes) -> None:
+        """Begin a run; ``pids`` are then its ranks'. One at a time."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("ready", "go"):
+            (directory / name).unlink(missing_ok=True)
+        self._log = directory / "output"
+        job = {
+            "directory": str(directory), "log": str(self._log), "pause": pause, "patch": patch, "changes": changes,
+            "ranks": ranks,
+        }  # fmt: skip
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        self.pids: list[int] = json.loads(self._process.stdout.readline())
+
+    def finish(self) -> tuple[list[int], str]:
+        """(exit codes by rank, output of all) of the run that was started."""
+        codes = json.loads(self._process.stdout.readline())
+        return codes, self._log.read_text(errors="replace")
 
     def close(self) -> None:
         self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:  # a test has failed while a job was paused
-            os.kill(self.pid, signal.SIGKILL)
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
             self._process.wait(20)
         self._process.stdout.close()
 
@@ -144,9 +163,47 @@ def _train(job: dict) -> int:
         return 2
 
 
-def main() -> None:
-    import logging
+def _fork(job: dict, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        logging.basicConfig(level=logging.WARNING)
+        if job["ranks"] > 1:
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )  # fmt: skip
+        code = _train(job)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
+
+def _wait(pids: list[int]) -> list[int]:
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+        if deadline is None and any(codes.values()):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def main() -> None:
     import torch
 
     import hymba_train.train.main  # noqa: F401  what takes long
@@ -154,23 +211,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                logging.basicConfig(level=logging.WARNING)
-                code = _train(job)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        Path(job["log"]).unlink(missing_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        pids = [_fork(job, rank, port) for rank in range(job["ranks"])]
+        print(json.dumps(pids), flush=True)
+        print(json.dumps(_wait(pids)), flush=True)
 
 
 if __name__ == "__main__":
