@@ -11,6 +11,7 @@ from pathlib import Path
 from hymba_train.config import Config, compose, run_directory
 from hymba_train.errors import UserError
 from hymba_train.plan import Plan, make_plan
+from hymba_train.plan.paths import check_run_name
 from launch.cluster import ClusterConfig
 
 
@@ -55,8 +56,8 @@ def _point(overrides, suffix, cluster, num_nodes, config_dir, check_paths) -> Po
     base_name = config.run.name
     if suffix:  # composed again, because other keys may be made from the name
         config = compose([*overrides, f"run.name='{config.run.name}-{suffix}'"], config_dir=config_dir)
-    if not all(re.fullmatch(r"[\w.=+-]*[\w=+-][\w.=+-]*", part) for part in config.run.name.split("/")):
-        raise UserError(f"run.name={config.run.name}: use letters, digits and . _ = + - only; it becomes a directory")
+    if problems := check_run_name(config.run.name):
+        raise UserError(*problems)
     nodes = num_nodes or cluster.nodes or _nodes_of_layout(config, cluster)
     plan = make_plan(config, nodes * cluster.ranks_per_node, check_paths=check_paths)
     plan.require_complete()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from hymba_train.config.freeze import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config
+
+_NAME_PART = re.compile(r"[\w.=+-]*[\w=+-][\w.=+-]*")  # no '..'
+
+
+def check_run_name(name: str) -> list[str]:
+    """A line if run.name would not become a directory below run.directory."""
+    if name == TO_BE_GIVEN or all(_NAME_PART.fullmatch(part) for part in name.split("/")):
+        return []
+    return [f"run.name={name}: use letters, digits and . _ = + - only; it becomes a directory"]
 
 
 def check_files(config: Config) -> list[str]:

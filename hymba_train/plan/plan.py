@@ -22,7 +22,7 @@ from hymba_train.describe.flops import BACKWARD_FACTOR, head_flops, layer_flops
 from hymba_train.errors import UserError
 from hymba_train.plan import checks
 from hymba_train.plan.memory import StageMemory, stage_memory
-from hymba_train.plan.paths import check_files
+from hymba_train.plan.paths import check_files, check_run_name
 from hymba_train.plan.stages import Border, Chunk, balance, bubble_fraction, make_borders, make_chunks
 from hymba_train.plan.steps import StepPlan, plan_steps
 
@@ -141,6 +141,7 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> 
         for name, phase in config.data.phases.items():
             if not any(line.startswith(f"data.phases.{name}.") for line in problems):
                 problems += checks.check_phase(config, name, phase, data_parallel)
+    problems += check_run_name(config.run.name)
     if check_paths:
         problems += check_files(config)
     return problems
