@@ -146,18 +146,18 @@ def _pause_before(who: str, directory: Path) -> None:
 def _train(job: dict) -> int:
     from hymba_train.errors import UserError
     from hymba_train.train import main as training
-    from tests.train.tiny_run import tiny_config, tiny_plan
+    from tests.train import tiny_run
 
     directory = Path(job["directory"])
     exec(job["patch"], {})
     if job["pause"]:
         _pause_before(job["pause"], directory)
-    config = tiny_config(directory.parents[1], **{"run.name": directory.name})
+    config = tiny_run.tiny_config(directory.parents[1], **{"run.name": directory.name})
     for key, value in job["changes"].items():
         group, _, leaf = key.partition("__")
         setattr(getattr(config, group), leaf, value)
     try:
-        return training.train(config, tiny_plan(config))
+        return training.train(config, tiny_run.tiny_plan(config))
     except UserError as error:
         print(f"UserError: {error}", flush=True)
         return 2
