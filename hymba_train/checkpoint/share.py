@@ -84,9 +84,11 @@ class _Strategy(TorchDistSaveShardedStrategy):
 def _no_queue() -> Iterator[None]:
     """Megatron-Core's plan starts a server process for its writer's answers, which takes seconds and outlives a killed
     rank. Our writer does not need it."""
-    original = filesystem_async.get_write_results_queue
-    filesystem_async.get_write_results_queue = lambda *args, **kwargs: None
+    names = ("get_write_results_queue", "_get_write_results_queue")  # Megatron-Core 0.19 and 0.16
+    (name,) = (name for name in names if hasattr(filesystem_async, name))
+    original = getattr(filesystem_async, name)
+    setattr(filesystem_async, name, lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        filesystem_async.get_write_results_queue = original
+        setattr(filesystem_async, name, original)

@@ -183,7 +183,7 @@ def fuzz(count: int, seed: int, tmp_path: Path, capsys) -> None:
 
 
 def test_broken_configurations(tmp_path, capsys):
-    fuzz(100, 17, tmp_path, capsys)
+    fuzz(80, 17, tmp_path, capsys)
 
 
 @pytest.mark.slow

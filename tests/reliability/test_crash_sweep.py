@@ -124,11 +124,11 @@ def some(calls: list[tuple[str, str]], *words: str) -> list[tuple[str, str]]:
 
 
 def test_the_writer_killed_at_some_calls(warm, root):
-    kill_at(warm, root, "writer", every=13)
+    kill_at(warm, root, "writer", every=18)
 
 
 def test_the_training_killed_at_some_calls(warm, root):
-    kill_at(warm, root, "training", every=4)
+    kill_at(warm, root, "training", every=7)
 
 
 def test_errors_at_some_calls(warm, root):
