@@ -7,6 +7,7 @@ from typing import Protocol
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.checkpoint import directory
+from hymba_train.errors import UserError
 
 
 class Writer(Protocol):
@@ -46,7 +47,10 @@ class Checkpointing(Callback):
         self._report(loop, self.writer.poll(wait=True))
 
     def on_exception(self, loop, error) -> None:
-        self.writer.finish_alone()  # a checkpoint from before the trouble is worth a little time
+        # What all ranks raise leaves them time for a checkpoint from before the trouble. After anything else a rank may
+        # be gone, without whose part it cannot be published.
+        if isinstance(error, UserError):
+            self.writer.finish_alone()
 
     def _save(self, loop, wait: bool) -> None:
         self._saved_at = loop.state.step

@@ -119,7 +119,9 @@ def test_an_exception_gives_a_save_under_way_time(tmp_path, loop_of):
     loop = loop_of(Checkpointing(writer, 1))
     loop.start()
     loop.step(1)
-    loop.emit("on_exception", RuntimeError())
+    loop.emit("on_exception", RuntimeError("a rank is gone"))
+    assert not writer.finished_alone
+    loop.emit("on_exception", UserError("a guard says stop"))
     assert writer.finished_alone
 
 

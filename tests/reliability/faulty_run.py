@@ -7,7 +7,6 @@
 Beside the settings of a run these keys choose its fault; each happens once, at the first start that comes to it:
 
     fault.rank, fault.step, fault.delay_seconds   SIGKILL to this rank so long after the start of the step after `step`
-    fault.lie_about_room=true                     the file system says that it is empty
 
 Runs that have finished are left out when the process is started again.
 """
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -59,8 +57,6 @@ def main() -> int:
         marker = directory / f"{name}.killed"
         if hasattr(fault, "step") and fault.rank == int(os.environ.get("RANK", 0)):
             killers[name] = KillAtStep(marker, fault.step, fault.delay_seconds)
-        if hasattr(fault, "lie_about_room"):
-            shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 60)
 
     def build_with_killer(config, *args, **kwargs):
         killer = killers.get(config.run.name)

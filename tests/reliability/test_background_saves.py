@@ -25,7 +25,7 @@ def root(tmp_path_factory):
 
 
 def start(warm, path, patch: str = "", **changes) -> tuple[list[int], str]:
-    warm.start(path, ranks=2, patch=patch, **LAYOUT, **EVERY_STEP, **changes)
+    warm.start(path, ranks=2, patch=patch, **LAYOUT, **{**EVERY_STEP, **changes})
     return warm.finish()
 
 
@@ -89,3 +89,23 @@ Checkpointing._report = checked
     assert codes == [0, 0], output
     assert [e["step"] for e in read_events(path / "metrics.jsonl", "checkpoint")] == [1, 2, 3, 4, 5]
     assert all(manifest.verify(p) == [] for p in directory.complete_steps(path / "checkpoints"))
+
+
+def test_an_error_of_all_ranks_leaves_time_for_the_save_under_way(warm, root):
+    path = root / "runs" / "guard"
+    patch = f"""
+from tests.reliability import faults
+faults.slow("hymba_train.checkpoint.save", "publish", 1, 1.0, {str(root / "guard.slow")!r})
+from hymba_train.errors import UserError
+from hymba_train.train.loop import Loop
+one_step = Loop._one_step
+def failing(self, step):
+    if self.state.step == 2:
+        raise UserError("a guard says stop")
+    return one_step(self, step)
+Loop._one_step = failing
+"""
+    codes, output = start(warm, path, patch, checkpoint__async_save=True, checkpoint__save_interval=2)
+    assert codes == [2, 2] and "a guard says stop" in output, output
+    (saved,) = directory.complete_steps(path / "checkpoints")
+    assert directory.step_of(saved) == 2 and manifest.verify(saved) == []
