@@ -9,7 +9,9 @@ every layout, optimizer and learning rate loads every checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,7 +97,8 @@ class DistributedState:
 
     def __init__(self, optimizer: Any, model: dict[str, Any], loading: bool) -> None:
         self.optimizer = optimizer
-        self._rest = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
+        with _places_without_padding(optimizer.buffers):
+            self._rest = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
         self.tensors = _sharded_part(self._rest)
         for entry in nested_values(self.tensors):
             entry.key = entry.key.replace(f"{PREFIX}param.", MASTER)
@@ -109,6 +112,29 @@ class DistributedState:
             group["step"] = step
         self.optimizer.load_state_dict(state)
         _set_step(self.optimizer, step)
+
+
+@contextmanager
+def _places_without_padding(buffers: list) -> Iterator[None]:
+    """Inside, buffers say where a parameter lies when the padding between buckets is left out.
+
+    For a checkpoint Megatron-Core (0.19.2) gathers the state without that padding, and then cuts it up at places
+    that count it: behind the first bucket whose size is no multiple of 128 every parameter would get its neighbour's
+    masters and moments.
+    """
+    originals = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        starts = [0, *accumulate(bucket.numel_unpadded for bucket in buffer.buckets)]
+        shifts = [start - bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=False)]
+        buffer.param_index_map = {
+            param: (start + shifts[bucket], end + shifts[bucket], bucket)
+            for param, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, original in zip(buffers, originals, strict=True):
+            buffer.param_index_map = original
 
 
 def weights_as_masters(tensors: dict, stored: set[str]) -> dict:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+import psutil
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -9,6 +13,7 @@ from megatron.core import dist_checkpointing
 from hymba_train.callbacks.jsonl import read_events
 from hymba_train.checkpoint import directory, manifest
 from tests.reliability.test_exact_resume import LAYOUT
+from tests.reliability.test_preemption import wait_for
 from tests.train.tiny_run import write_data
 
 pytestmark = [pytest.mark.reliability, pytest.mark.distributed]
@@ -109,3 +114,19 @@ Loop._one_step = failing
     assert codes == [2, 2] and "a guard says stop" in output, output
     (saved,) = directory.complete_steps(path / "checkpoints")
     assert directory.step_of(saved) == 2 and manifest.verify(saved) == []
+
+
+def test_a_writer_does_not_outlive_its_rank(warm, root):
+    """It would go on writing into the directory that the next start writes anew."""
+    marker = root / "orphan.slow"
+    patch = f"""
+from tests.reliability import faults
+faults.slow("hymba_train.checkpoint.save", "publish", 1, 60.0, {str(marker)!r})
+"""
+    warm.start(root / "runs" / "orphan", patch=patch, checkpoint__async_save=True, **EVERY_STEP)
+    wait_for(marker)
+    (writer,) = psutil.Process(warm.pids[0]).children()
+    os.kill(warm.pids[0], signal.SIGKILL)
+    assert warm.finish()[0] == [-9]
+    psutil.wait_procs([writer], timeout=10)
+    assert not writer.is_running() or writer.status() == psutil.STATUS_ZOMBIE

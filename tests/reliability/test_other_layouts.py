@@ -86,3 +86,30 @@ def test_float32_goes_on_from_the_masters_of_bf16(warm, root, lone_runtime, layo
     masters = {k.removeprefix("optimizer.state.fp32_param."): v for k, v in bf16.items() if ".fp32_param." in k}
     assert any(bf16[k].dtype == torch.bfloat16 and not torch.equal(bf16[k].float(), v) for k, v in masters.items())
     assert masters and [k for k, v in masters.items() if not torch.equal(wide[k], v)] == []
+
+
+SMALL_BUCKETS = """
+from hymba_train.train import main as training
+wrap = training.wrap_model
+training.wrap_model = lambda config, runtime, models: wrap(config, runtime, models, bucket_size=3000)
+"""
+MEGATRONS_OWN_PLACES = """
+import contextlib
+from hymba_train.checkpoint import optimizer_state
+optimizer_state._places_without_padding = lambda buffers: contextlib.nullcontext()
+"""
+
+
+def wrong_masters(stored: dict[str, torch.Tensor]) -> list[str]:
+    """float32 parameters are their own masters."""
+    prefix = "optimizer.state.fp32_param."
+    masters = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    assert len(masters) > 10
+    return [k for k, master in masters.items() if not torch.equal(master, stored[k])]
+
+
+def test_several_gradient_buckets(warm, root, lone_runtime):
+    """Buckets are padded; the state of every parameter is its own all the same."""
+    assert wrong_masters(go(warm, root, "buckets", "dp2", SMALL_BUCKETS)) == []
+    without = go(warm, root, "buckets_control", "dp2", SMALL_BUCKETS + MEGATRONS_OWN_PLACES)
+    assert len(wrong_masters(without)) > 10, "control: the test would see it"
