@@ -12,12 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-slurm lint wheel bench-data clean
+.PHONY: setup demo test test-full test-slurm test-reliability soak lint wheel bench-data clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a small Hymba on real text, resume it once, draw its loss curves"
-	@echo "make test       the default tests;  make test-full  all layouts and versions"
+	@echo "make test       the default tests;  make test-full  all layouts and versions;  make test-reliability, make soak"
 	@echo "make setup      only install, into $(VENV);  make lint, make wheel, make clean"
 
 setup: $(STAMP)
@@ -49,6 +49,16 @@ test: setup
 # Against real Slurm daemons on this machine (root; Debian packages slurm-wlm and munge).
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm -m "slurm and not slow" $(PYTEST_ARGS)
+
+# Kills, full disks, signals, other layouts, damage: every point of every sweep (docs/reliability.md). strace is needed.
+test-reliability: setup
+	$(BIN)/python -m pytest -m "reliability and not gpu and not multigpu" $(PYTEST_ARGS)
+
+# A training to which things keep happening: SOAK_MINUTES of it, from SOAK_SEED on. Exits with 1 if its log is not exact.
+SOAK_MINUTES ?= 30
+SOAK_SEED ?= 1
+soak: setup
+	$(BIN)/python -m tests.reliability.soak build/soak --minutes $(SOAK_MINUTES) --seed $(SOAK_SEED)
 
 test-full: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

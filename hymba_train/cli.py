@@ -226,6 +226,8 @@ def _torchrun(num_processes: int, resolved: str) -> int:
     # torchrun keeps one store for all restarts, in which a restarted rank finds the addresses of dead ones; this gives
     # every restart a store of its own.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Left alone, torchrun dies of SIGUSR1 and leaves its processes running; like this it passes the signal on.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     # Left alone, torchrun gives every process one thread and warns about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from hymba_train.config import secrets
 from hymba_train.config.typed import flatten, to_plain
 from launch.cluster import ClusterConfig
 
@@ -29,7 +30,6 @@ AT_LEAST = {
     "restart.max_restarts": 0, "restart.no_progress_limit": 1, "restart.kill_grace_seconds": 10,
 }  # fmt: skip
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
 def seconds_of(time_limit: str) -> int | None:
@@ -118,7 +118,7 @@ def _check_software(cluster: ClusterConfig) -> list[str]:
     for name, variable in cluster.environment.items():
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
             problems.append(f"cluster.environment.{name}: no name of an environment variable")
-        elif _SECRET.search(name):
+        elif secrets.NAME.search(name):
             problems.append(
                 f"cluster.environment.{name}: looks like a secret, which scripts must not hold; export it where you "
                 "run hymba launch: sbatch hands it on"

@@ -40,7 +40,7 @@ def build_callbacks(
     c, log = config.checkpoint, config.logging
     callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
     if c.enabled:
-        callbacks.append(Checkpointing(writer, c.save_interval, c.keep_last, c.keep_every, runtime.rank == 0))
+        callbacks.append(Checkpointing(writer, c.save_interval))
         if c.export_interval is not None and runtime.rank == 0:
             exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root)
             callbacks.append(NeverFatal(exports))

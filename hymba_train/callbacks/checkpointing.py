@@ -1,4 +1,4 @@
-"""When checkpoints are written, and which are kept."""
+"""When checkpoints are written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.checkpoint import directory
+from hymba_train.errors import UserError
 
 
 class Writer(Protocol):
@@ -16,18 +17,17 @@ class Writer(Protocol):
 
     def save(self, state: dict[str, int], wait: bool = False) -> None: ...
     def poll(self, wait: bool = False) -> list[Path]: ...
+    def finish_alone(self) -> None: ...
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` steps (0: never), on request, and at the end; then deletes what no rule keeps.
+    """Saves every ``interval`` steps (0: never), on request, and at the end.
 
-    Runs on every rank; ``is_first_rank`` deletes. A checkpoint is reported, and older ones are deleted, only once it
-    is published.
+    Runs on every rank. A checkpoint is reported only once it is published.
     """
 
-    def __init__(self, writer: Writer, interval: int, keep_last: int, keep_every: int, is_first_rank: bool) -> None:
+    def __init__(self, writer: Writer, interval: int) -> None:
         self.writer, self.interval = writer, interval
-        self.keep_last, self.keep_every, self.is_first_rank = keep_last, keep_every, is_first_rank
         self._saved_at: int | None = None
 
     def on_train_start(self, loop) -> None:
@@ -38,13 +38,21 @@ class Checkpointing(Callback):
     def on_step_end(self, loop, metrics) -> None:
         self._report(loop, self.writer.poll())
         due = self.interval and loop.state.step % self.interval == 0
-        if due or loop.save_requested:
+        if loop.stop_reason or loop.finished:  # before the evaluation that ends the run: it may take long
+            self._save(loop, wait=True)
+        elif due or loop.save_requested:
             self._save(loop, wait=False)
 
     def on_train_end(self, loop) -> None:
         if loop.state.step != self._saved_at:
             self._save(loop, wait=True)
         self._report(loop, self.writer.poll(wait=True))
+
+    def on_exception(self, loop, error) -> None:
+        # What all ranks raise leaves them time for a checkpoint from before the trouble. After anything else a rank may
+        # be gone, without whose part it cannot be published.
+        if isinstance(error, UserError):
+            self.writer.finish_alone()
 
     def _save(self, loop, wait: bool) -> None:
         self._saved_at = loop.state.step
@@ -53,6 +61,4 @@ class Checkpointing(Callback):
 
     def _report(self, loop, published: list[Path]) -> None:
         for path in published:
-            if self.is_first_rank:
-                directory.prune(self.writer.root, self.keep_last, self.keep_every)
             loop.emit("on_checkpoint_saved", path, directory.step_of(path))

@@ -1,7 +1,8 @@
-"""Forked writers that do not outlive the process they write for.
+"""Processes that do not outlive the one they work for.
 
 A rank that is killed while a fork of it writes a checkpoint would leave that fork writing into the directory which the
-restarted rank writes anew. Linux only; elsewhere forks live on. Free of torch.
+restarted rank writes anew; ranks whose torchrun is killed would train on with nobody to look after them. Linux only;
+elsewhere they live on. Free of torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ def children_die_with_us() -> Iterator[None]:
         yield
     finally:
         _parents.pop()
+
+
+def stop_when_parent_dies() -> None:
+    """Have SIGTERM sent to this process when the one that started it dies: a training then saves and stops."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _after_fork() -> None:

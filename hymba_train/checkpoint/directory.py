@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from hymba_train.checkpoint import manifest
-from hymba_train.config.freeze import write_atomically
+from hymba_train.config.freeze import make_private, write_atomically
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -87,9 +87,9 @@ def has_any(root: Path) -> bool:
 def start_step(root: Path, step: int) -> Path:
     """Make the empty directory that ``step`` is written into; a leftover of the same name is removed first."""
     path = root / f"{step_name(step)}.incomplete"
-    root.mkdir(parents=True, exist_ok=True)
+    make_private(root)
     remove(path)
-    path.mkdir()
+    path.mkdir(mode=0o700)
     return path
 
 
@@ -151,6 +151,8 @@ def remove_leftovers(root: Path) -> list[Path]:
     leftovers = [p for p in root.iterdir() if p.name.endswith(suffixes) and step_of(p.with_suffix("")) is not None]
     for path in leftovers:
         remove(path)
+    for path in root.glob(f".{LATEST}.*"):
+        path.unlink()
     return leftovers
 
 

@@ -12,11 +12,18 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hymba_train.checkpoint import directory, together, tree
+from hymba_train.checkpoint.index import read_index
 from hymba_train.checkpoint.metadata import Layout, changed_keys, check_model, read_metadata
-from hymba_train.checkpoint.optimizer_state import optimizer_state, sharded_tensors, weights_as_masters
+from hymba_train.checkpoint.optimizer_state import (
+    optimizer_state,
+    put_back,
+    sharded_tensors,
+    stored_masters_as_weights,
+    take_empty,
+    weights_as_masters,
+)
 from hymba_train.checkpoint.restricted import nothing_runs
 from hymba_train.config.schema import Config
-from hymba_train.convert.dcp import read_index
 from hymba_train.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +138,9 @@ def _load(source: Source, runtime, chunks: list, optimizer, same_layout: bool) -
     path = str(source.path)
     stored = dist_checkpointing.load_tensors_metadata(path)
     model = tree.model_tree(chunks)
-    wanted: dict[str, Any] = dict(model)
+    exact = stored_masters_as_weights(model, stored)
+    wanted: dict[str, Any] = {chunk: {k: v for k, v in part.items() if k not in exact[chunk]}
+                              for chunk, part in model.items()}  # fmt: skip
     masters: dict[str, Any] = {}
     if not source.weights_only:
         optimizer_part = optimizer_state(optimizer, model, loading=True)
@@ -140,24 +149,36 @@ def _load(source: Source, runtime, chunks: list, optimizer, same_layout: bool) -
         if same_layout:
             wanted["rng"] = tree.rng_tree(runtime.rank, runtime.world_size)
     _check_tensors(source.path, wanted, stored)
-    loaded = dist_checkpointing.load(wanted, path)
+    loaded = _read(wanted, path)
+    if _anywhere(any(exact.values())):
+        for chunk, part in _read(exact, path).items():
+            loaded[chunk] |= part
     tree.load_model_tree(chunks, loaded)
     if source.weights_only:
         optimizer.reload_model_params()
         return None
     parts = [loaded["optimizer"]]
-    if _anywhere(masters):
-        parts.append(dist_checkpointing.load({"masters": masters}, path)["masters"])
+    if _anywhere(bool(masters)):
+        parts.append(_read({"masters": masters}, path)["masters"])
     optimizer_part.load(parts, loaded["optimizer_step"])
     if same_layout:
         tree.load_rng_tree(loaded["rng"])
     return loaded["train_state"]
 
 
-def _anywhere(masters: dict) -> bool:
-    """Whether any rank has something: loading is collective."""
+def _read(wanted: dict[str, Any], path: str) -> dict[str, Any]:
+    """dist_checkpointing.load, also for entries of which this rank holds nothing (a vocabulary block of padding alone),
+    which Megatron-Core loses on the way."""
+    nothing = take_empty(wanted)
+    loaded = dist_checkpointing.load(wanted, path)
+    put_back(loaded, nothing)
+    return loaded
+
+
+def _anywhere(something: bool) -> bool:
+    """Whether any rank has something to load: loading is collective."""
     answers: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(answers, bool(masters))
+    dist.all_gather_object(answers, something)
     return any(answers)
 
 

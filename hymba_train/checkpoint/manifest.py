@@ -1,4 +1,5 @@
-"""manifest.json: size and checksum of every file of a step directory, which a checkpoint is verified against.
+"""manifest.json: size and checksum of every file of a step directory, which a checkpoint is verified against; and
+tensors.json, covered by it: place and checksum of every tensor in the files, so that damage is named by tensor.
 
 XXH3-128 finds every accident (a flipped bit, a torn or lost write, another file's content); it is no signature: whoever
 can write the checkpoint can write the manifest. Free of torch.
@@ -7,12 +8,14 @@ can write the checkpoint can write the manifest. Free of torch.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
 
 MANIFEST = "manifest.json"
+TENSORS = "tensors.json"
 ALGORITHM = "xxh3_128"
 CHUNK_BYTES = 8 << 20
 
@@ -30,10 +33,18 @@ class Entry:
 
 
 def file_names(directory: Path) -> list[str]:
-    """Names of the files that a manifest covers, relative to ``directory``: all but the manifest itself."""
-    names = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    """Names of the files that a manifest covers, relative to ``directory``: all but the manifest itself.
+
+    Raises OSError if the directory cannot be read.
+    """
+    walk = os.walk(directory, onerror=_raise)  # rglob leaves out what it cannot read, in some versions of Python
+    names = (Path(place, name).relative_to(directory).as_posix() for place, _, files in walk for name in files)
     # .nfsXXXX is a file that was deleted while another machine had it open
     return sorted(n for n in names if n != MANIFEST and not n.startswith(".nfs"))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def share(sizes: dict[str, int], rank: int, num_ranks: int) -> list[str]:
@@ -59,6 +70,26 @@ def make(directory: Path) -> dict[str, Entry]:
 def write(directory: Path, entries: dict[str, Entry]) -> None:
     """Write the manifest of a step directory that is not published yet."""
     (directory / MANIFEST).write_text(_render(entries), encoding="utf-8")
+
+
+def write_tensors(directory: Path, tensors: dict[str, list[tuple[str, int, int, str]]]) -> None:
+    """Write tensors.json: for each file (name, offset, bytes, XXH3-128 of those bytes) of what it holds."""
+    (directory / TENSORS).write_text(json.dumps(tensors, indent=0) + "\n", encoding="utf-8")
+
+
+def damaged_tensors(path: Path) -> list[str]:
+    """Names of the tensors in a file that are not as they were written; empty where tensors.json does not say."""
+    try:
+        tensors = json.loads((path.parent / TENSORS).read_bytes())[path.name]
+        damaged = []
+        with open(path, "rb") as file:
+            for name, offset, num_bytes, checksum in tensors:
+                file.seek(offset)
+                if xxhash.xxh3_128_hexdigest(file.read(num_bytes)) != checksum:
+                    damaged.append(name)
+        return damaged
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read(directory: Path) -> dict[str, Entry]:
@@ -92,17 +123,29 @@ def compare(directory: Path, entries: dict[str, Entry], names: list[str]) -> lis
         try:
             size = path.stat().st_size
             if size != expected.num_bytes:
-                problems.append(f"{path}: has {size} bytes, {MANIFEST} says {expected.num_bytes}")
+                problems.append(f"{path}: has {size} bytes, {MANIFEST} says {expected.num_bytes}{_in_tensors(path)}")
             elif (found := hash_file(path)) != expected:
-                problems.append(f"{path}: is damaged: checksum {found.xxh3_128}, {MANIFEST} says {expected.xxh3_128}")
+                problems.append(
+                    f"{path}: is damaged: checksum {found.xxh3_128}, {MANIFEST} says {expected.xxh3_128}"
+                    f"{_in_tensors(path)}"
+                )
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror})")
     return problems
 
 
+def _in_tensors(path: Path) -> str:
+    names = damaged_tensors(path)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" (in {', '.join(names[:3])}{more})" if names else ""
+
+
 def unexpected(directory: Path, entries: dict[str, Entry]) -> list[str]:
-    """A line for each file that the manifest does not know: a loader might look into it."""
-    return [f"{directory / name}: is not in {MANIFEST}" for name in file_names(directory) if name not in entries]
+    """A line for each file that the manifest does not know, which a loader might look into, and for each link."""
+    names = file_names(directory)
+    foreign = [f"{directory / name}: is not in {MANIFEST}" for name in names if name not in entries]
+    links = [p for p in (directory, *directory.rglob("*")) if p.is_symlink() and p.name != ".nfs"]
+    return foreign + [f"{path}: is a link; a checkpoint consists of plain files" for path in links]
 
 
 def verify(directory: Path) -> list[str]:

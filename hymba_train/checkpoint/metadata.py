@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1  # of our parameter names and of this file
 # Model keys that neither shape a parameter nor change what the parameters mean.
 _FREE_KEYS = {"name", "init_method", "init_method_std", "make_vocab_size_divisible_by"}
 # Keys that a later stage of training changes on purpose (context extension).
-_CONTEXT_KEYS = {"rope_type", "max_position_embeddings", "rope_original_max_positions"}
+_CONTEXT_KEYS = {"rope_type", "rotary_base", "max_position_embeddings", "rope_original_max_positions"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ every layout, optimizer and learning rate loads every checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,7 +97,8 @@ class DistributedState:
 
     def __init__(self, optimizer: Any, model: dict[str, Any], loading: bool) -> None:
         self.optimizer = optimizer
-        self._rest = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
+        with _places_without_padding(optimizer.buffers):
+            self._rest = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
         self.tensors = _sharded_part(self._rest)
         for entry in nested_values(self.tensors):
             entry.key = entry.key.replace(f"{PREFIX}param.", MASTER)
@@ -103,12 +106,35 @@ class DistributedState:
     def load(self, trees: list[dict], step: int) -> None:
         """Take over tensors that were loaded into (parts of) :attr:`tensors`, and the step count."""
         for tree in trees:
-            _put_back(self._rest, tree)
+            put_back(self._rest, tree)
         state = _unwrap(self._rest)
         for group in state["optimizer"]["param_groups"]:
             group["step"] = step
         self.optimizer.load_state_dict(state)
         _set_step(self.optimizer, step)
+
+
+@contextmanager
+def _places_without_padding(buffers: list) -> Iterator[None]:
+    """Inside, buffers say where a parameter lies when the padding between buckets is left out.
+
+    For a checkpoint Megatron-Core (0.19.2) gathers the state without that padding, and then cuts it up at places
+    that count it: behind the first bucket whose size is no multiple of 128 every parameter would get its neighbour's
+    masters and moments.
+    """
+    originals = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        starts = [0, *accumulate(bucket.numel_unpadded for bucket in buffer.buckets)]
+        shifts = [start - bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=False)]
+        buffer.param_index_map = {
+            param: (start + shifts[bucket], end + shifts[bucket], bucket)
+            for param, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, original in zip(buffers, originals, strict=True):
+            buffer.param_index_map = original
 
 
 def weights_as_masters(tensors: dict, stored: set[str]) -> dict:
@@ -127,6 +153,41 @@ def weights_as_masters(tensors: dict, stored: set[str]) -> dict:
         elif value.key.startswith(MASTER) and not {t.key for t in sharded_tensors(value)} & stored:
             renamed[key] = replace(tensors.pop(key), key=value.key.removeprefix(MASTER))
     return renamed
+
+
+def stored_masters_as_weights(model: dict[str, dict], stored: dict[str, Any]) -> dict[str, dict]:
+    """Entries of the model tree whose weights are float32 here and narrower in the checkpoint, made to read its float32
+    masters instead: a run that goes on in float32 loses nothing. ``stored``: tensors of the checkpoint by name."""
+
+    def is_exact(entry: Any) -> bool:
+        parts = sharded_tensors(entry)
+        return bool(parts) and all(
+            part.dtype == torch.float32 and part.key in stored and stored[part.key].dtype != torch.float32
+            and f"{MASTER}{part.key}" in stored
+            for part in parts
+        )  # fmt: skip
+
+    return {
+        chunk: {k: replace(v, key=f"{MASTER}{v.key}") for k, v in entries.items() if is_exact(v)}
+        for chunk, entries in model.items()
+    }
+
+
+def take_empty(tree: Any) -> dict:
+    """Take the entries of which this rank holds nothing out of ``tree``; -> them, as what loading would have made."""
+    taken = {}
+    for key, value in list(_items(tree)):
+        if isinstance(value, ShardedTensorFactory):
+            if not sharded_tensors(value):
+                taken[key] = value.merge_fn([])
+        elif isinstance(value, (dict, list)):
+            part = take_empty(value)
+            if part:
+                taken[key] = part
+    for key in taken:
+        if isinstance(tree[key], ShardedTensorFactory):
+            del tree[key]
+    return taken
 
 
 def sharded_tensors(tree: Any) -> list[ShardedTensor]:
@@ -162,10 +223,11 @@ def _sharded_part(tree: Any) -> dict:
     return out
 
 
-def _put_back(tree: Any, part: dict) -> None:
+def put_back(tree: Any, part: dict) -> None:
+    """Put the entries of ``part`` (nested dicts; lists by index) into ``tree``."""
     for key, value in part.items():
         if isinstance(value, dict):
-            _put_back(tree[key], value)
+            put_back(tree.setdefault(key, {}) if isinstance(tree, dict) else tree[key], value)
         else:
             tree[key] = value
 

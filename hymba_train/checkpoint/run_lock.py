@@ -17,6 +17,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hymba_train.config.freeze import make_private
 from hymba_train.errors import UserError
 
 LOCK_FILE = "run.lock"
@@ -30,9 +31,9 @@ class RunLock:
     """
 
     def __init__(self, run_directory: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        run_directory.mkdir(parents=True, exist_ok=True)
+        make_private(run_directory)
         self.path = run_directory / LOCK_FILE
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             self._acquire(time.monotonic() + patience_seconds)
             self._sign()

@@ -1,58 +1,67 @@
-"""Writing checkpoints, in the foreground or behind the training loop's back."""
+"""Saving a run: the content is taken on all ranks at once, and written by a forked process of each."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hymba_train.checkpoint import directory, together, tree
-from hymba_train.checkpoint.children import children_die_with_us
-from hymba_train.checkpoint.metadata import write_metadata
-from hymba_train.checkpoint.optimizer_state import SHARDING, optimizer_state, optimizer_step, sharded_tensors
+from hymba_train.checkpoint import directory, manifest, together, tree
+from hymba_train.checkpoint.background import Background
+from hymba_train.checkpoint.optimizer_state import optimizer_state, optimizer_step, sharded_tensors
+from hymba_train.checkpoint.share import Planner, Share
 from hymba_train.checkpoint.together import first_cause
+from hymba_train.checkpoint.writing import publish, write_share
+from hymba_train.config.freeze import make_private
 from hymba_train.errors import UserError
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_TO_FINISH = 60.0  # that a failing training gives a checkpoint which is being written
+MOST_REASONS = 3  # of ranks that failed, in a message
+
+
+@dataclass
+class _UnderWay:
+    """A save in the background."""
+
+    path: Path
+    process: Background | None
+    failure: str  # why there is no process
 
 
 class CheckpointWriter:
     """Saves a run into ``root``. Every method is called by all ranks alike.
 
     ``chunks`` are the model chunks in DistributedDataParallel, with their parameters gathered (no forward hook of
-    overlap_param_gather may be pending). ``metadata`` makes checkpoint.json from the train state's dict.
+    overlap_param_gather may be pending). ``metadata`` makes checkpoint.json from the train state's dict. ``retain``
+    runs on rank 0, in the background, after a checkpoint has been published.
 
-    With ``asynchronous`` the tensors are copied and a forked process writes them while training goes on; the
-    checkpoint is published by the first :meth:`poll` after all ranks' writers are done. One save is under way at a
-    time. A save that failed raises UserError on every rank, at :meth:`save` or :meth:`poll`; it leaves no checkpoint of
-    its step, and the older ones as they were.
+    A save is one path, in the background or not: tensors are copied off the GPU, and a fork of each rank writes and
+    verifies its share; rank 0's publishes. Without ``asynchronous`` :meth:`save` waits for it. One save is under way at
+    a time. A save that failed, or whose process died, on any rank raises UserError on every rank, at the next
+    :meth:`save` or :meth:`poll`; it leaves no checkpoint of its step, and the older ones as they were.
     """
 
     def __init__(
         self, root: Path, runtime, chunks: list, optimizer, metadata: Callable[[dict[str, int]], dict[str, Any]],
-        asynchronous: bool,
+        asynchronous: bool, retain: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
         self.root, self.runtime, self.chunks, self.optimizer = root, runtime, chunks, optimizer
-        self.metadata, self.asynchronous = metadata, asynchronous
-        self._queue = AsyncCallsQueue()
-        # Data-parallel ranks hold the same tensors: each writes its share, instead of the first one all of them.
-        self._strategy = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy(), runtime.groups.dp_cp, do_cache_distribution=True
-        )
+        self.metadata, self.asynchronous, self.retain = metadata, asynchronous, retain
+        self._planner = Planner(runtime.groups.dp_cp)
         self._published: list[Path] = []
-        self._under_way = root  # path of the save in the background
+        self._under_way: _UnderWay | None = None
         self._needed_bytes = 0  # of the latest save
         if runtime.rank == 0:
             for path in directory.remove_leftovers(root):
@@ -60,36 +69,21 @@ class CheckpointWriter:
 
     def save(self, state: dict[str, int], wait: bool = False) -> None:
         """Save weights, optimizer, RNG and ``state``. ``wait``: return only when it is published."""
-        self._finish()
+        self._finish(wait=True)
         step = state["step"]
         path = self.root / f"{directory.step_name(step)}.incomplete"
-        model = tree.model_tree(self.chunks)
-        content = {
-            **model,
-            "optimizer": optimizer_state(self.optimizer, model, loading=False).tensors,
-            "rng": tree.rng_tree(self.runtime.rank, self.runtime.world_size),
-            "train_state": dict(state),
-            "optimizer_step": optimizer_step(self.optimizer),
-        }
-        self._needed_bytes = self._count_bytes(content)
-        together.on_rank_0(lambda: self._start(step))
-        metadata = self.metadata(state)
-        in_background = self.asynchronous and not wait
-        with self._errors_named(path), children_die_with_us():
-            request = dist_checkpointing.save(
-                content, str(path), self._strategy, content_metadata=dict(SHARDING),
-                async_sharded_save=in_background, async_strategy="mcore",
-            )  # fmt: skip
-            if request is None:
-                self._publish(path, metadata)
-                return
-        self._under_way = path
-        request.add_finalize_fn(lambda: self._publish(path, metadata))
-        with children_die_with_us():
-            self._queue.schedule_async_request(request)
+        with self._errors_named(path):
+            content = self._content(state)
+            self._needed_bytes = self._count_bytes(content)
+            together.on_rank_0(lambda: self._start(step))
+            metadata = self.metadata(state)
+            share = self._planner.share(content, path)
+        self._under_way = self._begin(path, share, metadata)
+        if wait or not self.asynchronous:
+            self._finish(wait=True)
 
     def poll(self, wait: bool = False) -> list[Path]:
-        """Publish what has been written by now (``wait``: what is under way at all); returns the new directories.
+        """What has been published since the last call (``wait``: and what is under way); looks after the writers.
 
         Talks to the other ranks only while a save is under way.
         """
@@ -97,23 +91,100 @@ class CheckpointWriter:
         published, self._published = self._published, []
         return published
 
-    def _finish(self, wait: bool = True) -> None:
-        if self._queue.get_num_unfinalized_calls():
-            with self._errors_named(self._under_way):
-                self._queue.maybe_finalize_async_calls(blocking=wait)
+    def finish_alone(self) -> None:
+        """After an exception: let this rank's process end its work, for a while, without talking to other ranks."""
+        if self._under_way is not None and self._under_way.process is not None:
+            self._under_way.process.wait(SECONDS_TO_FINISH)
+
+    def _content(self, state: dict[str, int]) -> dict[str, Any]:
+        model = tree.model_tree(self.chunks)
+        return {
+            **model,
+            "optimizer": optimizer_state(self.optimizer, model, loading=False).tensors,
+            "rng": tree.rng_tree(self.runtime.rank, self.runtime.world_size),
+            "train_state": dict(state),
+            "optimizer_step": optimizer_step(self.optimizer),
+        }
+
+    def _begin(self, path: Path, share: Share, metadata: dict[str, Any]) -> _UnderWay:
+        rank, num_ranks = self.runtime.rank, self.runtime.world_size
+
+        def work() -> None:
+            write_share(share, path, rank)
+            if rank == 0:
+                publish(share, path, metadata, num_ranks)
+                self._retain()
+
+        try:
+            return _UnderWay(path, Background(work), "")
+        except OSError as error:  # the other ranks have theirs: they learn of it when they ask next
+            return _UnderWay(path, None, f"no process for the writer ({error.strerror})")
+
+    def _retain(self) -> None:
+        """A checkpoint too many is no reason to call a good one failed."""
+        if self.retain is not None:
+            try:
+                self.retain()
+            except OSError as error:
+                logger.warning("%s: older checkpoints cannot be deleted (%s)", self.root, error)
+
+    def _finish(self, wait: bool) -> None:
+        """Come to an agreement about the save under way, if there is one."""
+        current = self._under_way
+        while current is not None:
+            outcome = current.process.outcome() if current.process else current.failure
+            failed, running = self._sums(bool(outcome), outcome is None)
+            if failed:
+                self._under_way = None
+                self._give_up(current, outcome)
+            if not running:
+                self._under_way = None
+                final = current.path.with_name(current.path.name.removesuffix(".incomplete"))
+                manifest.remember(final)  # its writer has just read it
+                self._published.append(final)
+                return
+            if not wait:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _sums(self, *values: bool) -> list[int]:
+        """How many ranks say so, of each value."""
+        total = torch.tensor([int(v) for v in values], dtype=torch.int32, device=self.runtime.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def _give_up(self, current: _UnderWay, outcome: str | None) -> None:
+        """End what still writes, on all ranks, and raise on all of them what went wrong on some."""
+        if current.process:
+            current.process.kill()
+        reasons: list[str | None] = [None] * self.runtime.world_size
+        dist.all_gather_object(reasons, outcome)
+        free = together.on_rank_0(lambda: self._clean_up(current.path))
+        ranks = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+        raise self._error(current.path, "; ".join(ranks[:MOST_REASONS]), free)
+
+    def _clean_up(self, path: Path) -> int:
+        """Remove what there is of a failed save; -> bytes that were free before."""
+        free = shutil.disk_usage(self.root).free
+        with suppress(OSError):
+            directory.remove(path)
+        return free
 
     def _start(self, step: int) -> Path:
         """On rank 0: an empty directory, if there is room for what will be written into it."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_private(self.root)
         free = shutil.disk_usage(self.root).free
         if free < self._needed_bytes:
-            raise UserError(self._no_room(self.root / directory.step_name(step), free))
+            raise self._error(self.root / directory.step_name(step), "No space left", free)
         return directory.start_step(self.root, step)
 
-    def _no_room(self, path: Path, free: int) -> str:
-        return (
-            f"{path}: no room for this checkpoint: {self._needed_bytes} bytes are needed, {free} are free; make room "
-            "and start again (older checkpoints are as they were)"
+    def _error(self, path: Path, reason: str, free: int) -> UserError:
+        full = "No space left" in reason or "quota" in reason.lower()
+        what = "no room for this checkpoint" if full else "cannot be written"
+        todo = "make room and start again" if full else "see to the disk and start again"
+        return UserError(
+            f"{path}: {what}: {self._needed_bytes} bytes are needed, {free} are free ({reason}); {todo}; older "
+            "checkpoints are as they were"
         )
 
     def _count_bytes(self, content: dict[str, Any]) -> int:
@@ -131,14 +202,5 @@ class CheckpointWriter:
         except (OSError, CheckpointException) as error:
             cause = first_cause(error)
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-            if "No space left" in reason or "quota" in reason.lower():
-                raise UserError(self._no_room(path, shutil.disk_usage(self.root).free)) from error
-            raise UserError(
-                f"{path}: cannot be written ({reason}); {self._needed_bytes} bytes are needed, "
-                f"{shutil.disk_usage(self.root).free} are free; older checkpoints are as they were"
-            ) from error
-
-    def _publish(self, path: Path, metadata: dict[str, Any]) -> None:
-        together.on_rank_0(lambda: write_metadata(path, metadata))
-        together.write_manifest(path)
-        self._published.append(together.on_rank_0(lambda: directory.publish(path)))
+            free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+            raise self._error(path, reason, free) from error

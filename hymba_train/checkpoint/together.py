@@ -43,15 +43,6 @@ def locked(run_directory: Path) -> Iterator[None]:
             lock.release()
 
 
-def write_manifest(directory: Path) -> None:
-    """manifest.make and manifest.write, every rank hashing its share of the files. Raises OSError on every rank."""
-    sizes = on_rank_0(lambda: {name: (directory / name).stat().st_size for name in manifest.file_names(directory)})
-    entries: dict[str, manifest.Entry] = {}
-    for part in _gather(lambda: {n: manifest.hash_file(directory / n) for n in _mine(sizes)}):
-        entries |= part
-    on_rank_0(lambda: manifest.write(directory, entries))
-
-
 def verify(directory: Path) -> list[str]:
     """manifest.verify, every rank hashing its share of the files. Returns the same lines on every rank."""
 

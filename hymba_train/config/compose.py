@@ -16,6 +16,7 @@ from hymba_train.config.blends import name_blends
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.recipes import check_user_directory, group_options, recipes_directory
 from hymba_train.config.schema import Config, Plain
+from hymba_train.config.secrets import secrets_from_environment
 from hymba_train.config.typed import field_types, from_plain, schema_keys, to_plain
 from hymba_train.errors import UserError
 
@@ -114,6 +115,8 @@ def _hydra_compose(directories: list[Path], overrides: list[str]) -> Plain:
             composed = hydra_compose(config_name="config", overrides=overrides + search)
         # Defaults go underneath so that an interpolation may name a key that no recipe sets.
         plain = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+        if secrets := secrets_from_environment(plain):
+            raise UserError(*secrets)
         merged = OmegaConf.create(_fill_in(plain, to_plain(Config())))
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:

@@ -44,7 +44,7 @@ def freeze(config: Config, path: str | Path) -> Path:
     """Write the configuration to ``path``: complete or not at all (temporary file, fsync, rename)."""
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_atomically(path, to_yaml(config))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another run.directory") from error
@@ -96,13 +96,22 @@ def load_frozen(path: str | Path) -> Config:
     import yaml
 
     path = Path(path)
+
+    class Loader(yaml.SafeLoader):
+        """Without links, which a few lines can multiply to more than memory holds. A frozen file has none."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"links ('*{self.peek_event().anchor}') are not taken")
+            return super().compose_node(parent, index)
+
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; a run writes its {FROZEN_NAME} into run.directory/run.name") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # too deep; a date that is none
         raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):
         raise UserError(f"{path}: holds no configuration; {FROZEN_NAME} of a run directory is expected")
@@ -110,6 +119,11 @@ def load_frozen(path: str | Path) -> Config:
         return from_plain(plain)
     except UserError as error:
         raise UserError(*(f"{path}: {line}" for line in error.problems)) from error
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory that only its owner may look into (0700). One that is there keeps its mode."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.schema import TO_BE_GIVEN, Config, Plain
+from hymba_train.config.secrets import secrets_in_urls
 from hymba_train.errors import UserError
 
 
@@ -27,10 +28,11 @@ def from_plain(plain: Plain, cls: type = Config) -> Any:
     Keys that are absent take the schema's default; ``"???"`` is kept wherever it stands. An int is taken for a float,
     and a whole float such as 1e12 for an int; nothing else is converted.
 
-    Raises UserError with one line for every unknown key and every value of the wrong type.
+    Raises UserError with one line for every unknown key, every value of the wrong type, and every URL with a password.
     """
     problems: list[str] = []
     config = _build(cls, plain, "", problems, cls)
+    problems += secrets_in_urls(plain)
     if problems:
         raise UserError(*problems)
     return config

@@ -1,8 +1,6 @@
 """Tensors of PyTorch distributed checkpoints without a process group, one at a time, and without running pickles.
 
-``.metadata`` of such a checkpoint is a pickle. :class:`CheckpointReader` reads it with an unpickler that knows the few
-plain classes a checkpoint's index consists of and refuses everything else; tensors come through torch's weights-only
-loader.
+The index comes through :mod:`hymba_train.checkpoint.index`, tensors through torch's weights-only loader.
 """
 
 from __future__ import annotations
@@ -28,45 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from hymba_train.checkpoint.index import INDEX, read_index
 from hymba_train.errors import UserError
-
-INDEX = ".metadata"
-_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    "collections": {"OrderedDict"},
-}  # fmt: skip
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
-
-
-def read_index(directory: Path) -> Metadata:
-    """The index of a checkpoint. Raises UserError, and has run nothing, if it is damaged or holds foreign objects."""
-    path = directory / INDEX
-    try:
-        with open(path, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("it is no index")
-        for stored in metadata.storage_data.values():
-            name = stored.relative_path
-            if Path(name).name != name:
-                raise pickle.UnpicklingError(f"it names the file {name!r}, which is not in this directory")
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: cannot be read as a checkpoint index ({error}); choose another checkpoint") from error
-    return metadata
 
 
 class CheckpointReader:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hymba_train.callbacks.build import build_callbacks
-from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, step_of
+from hymba_train.checkpoint.children import stop_when_parent_dies
+from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, prune, step_of
 from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
@@ -23,7 +24,6 @@ from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
 from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
-from hymba_train.guards.helpers import start_results_queue
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
@@ -52,6 +52,8 @@ def train(config: Config, plan: Plan) -> int:
     missing data, a checkpoint that cannot be read, a backend this machine does not have, a run directory in use.
     """
     directory = run_directory(config)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_when_parent_dies()
     runtime = initialize(config)
     reason = refusal_at_start(directory)
     if reason is not None:
@@ -83,12 +85,11 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
     )
     layout = Layout.of(config, runtime)
-    if config.checkpoint.enabled:
-        start_results_queue()
+    kept, root = config.checkpoint, directory / CHECKPOINTS
     writer = GatheringWriter(
-        directory / CHECKPOINTS, runtime, chunks, optimizer,
+        root, runtime, chunks, optimizer,
         lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
-        config.checkpoint.async_save,
+        kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
     callbacks = guards.callbacks + build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,

@@ -16,7 +16,7 @@ class FakeLoop(SimpleNamespace):
     def __init__(self, *callbacks):
         super().__init__(
             state=TrainState(), callbacks=list(callbacks), emitted=[], save_requested=False, trained=False,
-            stop_reason="all phases trained", finished=True, failed=False,
+            stop_reason="", finished=False, failed=False,
         )  # fmt: skip
 
     def emit(self, event, *args):
@@ -36,7 +36,8 @@ class FakeLoop(SimpleNamespace):
         self.emit("on_step_end", metrics)
         self.save_requested = False
 
-    def end(self):
+    def end(self, finished=True):
+        self.finished, self.stop_reason = finished, "all phases trained" if finished else "a signal"
         self.emit("on_train_end")
         for callback in self.callbacks:
             callback.close()

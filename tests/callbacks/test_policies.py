@@ -21,6 +21,10 @@ class FakeWriter:
 
     def __init__(self, root, delay=2):
         self.root, self.delay, self.saves, self._pending = root, delay, [], []
+        self.finished_alone = False
+
+    def finish_alone(self):
+        self.finished_alone = True
 
     def save(self, state, wait=False):
         self.saves.append((state["step"], wait))
@@ -61,7 +65,7 @@ def train(loop, steps):
 
 def test_checkpoints_by_interval_and_at_the_end(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
-    loop = loop_of(Checkpointing(writer, 3, keep_last=9, keep_every=0, is_first_rank=True))
+    loop = loop_of(Checkpointing(writer, 3))
     train(loop, range(1, 8))
     assert writer.saves == [(3, False), (6, False), (7, True)]
     assert saved_steps(loop) == [(3, 5), (6, 7), (7, 7)]  # reported when published, not when asked for
@@ -70,20 +74,20 @@ def test_checkpoints_by_interval_and_at_the_end(tmp_path, loop_of):
 
 def test_the_last_step_is_not_saved_twice(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
-    loop = loop_of(Checkpointing(writer, 3, keep_last=9, keep_every=0, is_first_rank=True))
+    loop = loop_of(Checkpointing(writer, 3))
     train(loop, range(1, 4))
     assert writer.saves == [(3, False)] and saved_steps(loop) == [(3, 3)]
 
 
 def test_interval_zero_saves_at_the_end_only(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
-    train(loop_of(Checkpointing(writer, 0, 1, 0, True)), range(1, 4))
+    train(loop_of(Checkpointing(writer, 0)), range(1, 4))
     assert writer.saves == [(3, True)]
 
 
 def test_a_finished_run_saves_nothing(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
-    loop = loop_of(Checkpointing(writer, 0, 1, 0, True))
+    loop = loop_of(Checkpointing(writer, 0))
     loop.state.step = 9
     loop.start()
     loop.end()
@@ -92,18 +96,33 @@ def test_a_finished_run_saves_nothing(tmp_path, loop_of):
 
 def test_a_request_saves_now(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
-    loop = loop_of(Checkpointing(writer, 0, 1, 0, True))
+    loop = loop_of(Checkpointing(writer, 0))
     loop.start()
     loop.save_requested = True
     loop.step(1)
     assert writer.saves == [(1, False)]
 
 
-@pytest.mark.parametrize(("is_first_rank", "left"), [(True, [3, 4]), (False, [1, 2, 3, 4])])
-def test_the_first_rank_retains(tmp_path, loop_of, is_first_rank, left):
-    writer = FakeWriter(tmp_path, delay=0)
-    train(loop_of(Checkpointing(writer, 1, 2, 0, is_first_rank)), range(1, 5))
-    assert [directory.step_of(p) for p in directory.complete_steps(tmp_path)] == left
+def test_the_last_step_is_saved_and_published_before_the_evaluation_that_ends_the_run(tmp_path, loop_of):
+    writer, seen = FakeWriter(tmp_path), []
+    evaluation = Evaluation(lambda: seen.append(directory.newest(tmp_path)[0]) or {}, 0)
+    loop = loop_of(evaluation, Checkpointing(writer, 0))
+    loop.start()
+    loop.finished = True  # the real loop knows during the last step's hooks
+    loop.step(1)
+    loop.end()
+    assert writer.saves == [(1, True)] and [p.name for p in seen] == ["step_0000001"]
+
+
+def test_an_exception_gives_a_save_under_way_time(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 1))
+    loop.start()
+    loop.step(1)
+    loop.emit("on_exception", RuntimeError("a rank is gone"))
+    assert not writer.finished_alone
+    loop.emit("on_exception", UserError("a guard says stop"))
+    assert writer.finished_alone
 
 
 def test_evaluation_by_interval_and_once_at_the_end(loop_of):
@@ -127,8 +146,7 @@ def test_an_early_stop_does_not_wait_for_an_evaluation(loop_of):
     loop = loop_of(Evaluation(lambda: pytest.fail("evaluated"), 0))
     loop.start()
     loop.step(1)
-    loop.finished = False
-    loop.end()
+    loop.end(finished=False)
 
 
 def test_nothing_trained_is_not_evaluated(loop_of):

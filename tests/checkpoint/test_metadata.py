@@ -61,6 +61,20 @@ def test_context_extension_is_remarked_or_refused(saved):
         check_model(saved, read_metadata(saved), config, allow_context_change=False)
 
 
+def test_another_rotary_base_is_a_context_extension(saved):
+    config = tiny_config(saved, **{"model.rotary_base": 500000.0})
+    (remark,) = check_model(saved, read_metadata(saved), config, allow_context_change=True)
+    assert "model.rotary_base is 500000.0 now, 10000.0" in remark
+
+
+def test_nothing_here_imports_what_stands_above_it():
+    """config -> ... -> train -> checkpoint -> convert."""
+    import hymba_train.checkpoint
+
+    for path in Path(hymba_train.checkpoint.__file__).parent.glob("*.py"):
+        assert "hymba_train.convert" not in path.read_text(), path
+
+
 def test_changes_that_shape_training_are_listed(saved):
     config = tiny_config(saved, **{"optim.lr": 0.5, "logging.log_interval": 7, "run.name": "other"})
     assert changed_keys(read_metadata(saved), config) == ["optim.lr: 0.01 -> 0.5"]

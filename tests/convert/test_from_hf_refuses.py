@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hymba_train.checkpoint import manifest
+from hymba_train.checkpoint.index import read_index
 from hymba_train.convert.cli import run_convert
-from hymba_train.convert.dcp import read_index
 from hymba_train.convert.from_hf import import_hf
 from hymba_train.convert.load import load_model
 from hymba_train.convert.source import TrainingCheckpoint

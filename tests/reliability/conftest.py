@@ -14,16 +14,26 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.train.test_training import ROOT, run, start
+from tests.reliability.warm import Warm
+from tests.train.test_training import ROOT
 from tests.train.tiny_run import write_data
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
+def warm():
+    """Starts trainings in a fraction of a second."""
+    server = Warm()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def finished(warm, tmp_path_factory) -> Path:
     """Directory with data and one run of 10 steps, ``whole``, that has checkpoints of steps 5 and 10."""
     path = tmp_path_factory.mktemp("reliability")
     write_data(path)
-    start(path, run("whole", "checkpoint.save_interval=5"))
+    code, output = warm.train(path / "runs" / "whole", checkpoint__save_interval=5)
+    assert code == 0, output
     return path
 
 

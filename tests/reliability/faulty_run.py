@@ -7,20 +7,14 @@
 Beside the settings of a run these keys choose its fault; each happens once, at the first start that comes to it:
 
     fault.rank, fault.step, fault.delay_seconds   SIGKILL to this rank so long after the start of the step after `step`
-    fault.touch                                   SIGKILL at this many touches of the checkpoints by this process
-    fault.in_writer=true                          counts in processes forked from it, and ends them instead
-    fault.lie_about_room=true                     the file system says that it is empty
 
 Runs that have finished are left out when the process is started again.
 """
 
 from __future__ import annotations
 
-import builtins
-import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -29,8 +23,6 @@ from types import SimpleNamespace
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.stop_file import read_outcome
-
-TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fsync", "write"}
 
 
 class KillAtStep(Callback):
@@ -41,47 +33,6 @@ class KillAtStep(Callback):
         if loop.state.step == self.step and not self.marker.exists():
             self.marker.touch()
             threading.Timer(self.delay_seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-
-class KillAtTouch:
-    """Ends the process at the n-th time that it opens, makes, renames, deletes, writes or fsyncs below checkpoints/."""
-
-    def __init__(self, touch: int, marker: Path, in_writer: bool) -> None:
-        self.touch, self.marker, self.in_writer, self.parent = touch, marker, in_writer, os.getpid()
-        self.counted = itertools.count(1)
-        sys.addaudithook(lambda event, args: self.see(event, args[0] if args else ""))
-        self._wrap_fsync()
-        self._wrap_open()
-
-    def see(self, event: str, path) -> None:
-        if event not in TOUCHES or "/checkpoints/" not in os.fsdecode(path if not isinstance(path, int) else b""):
-            return
-        if self.in_writer == (os.getpid() == self.parent):
-            return
-        if next(self.counted) == self.touch:
-            self.marker.write_text(f"{event} {os.fsdecode(path)}")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def _wrap_fsync(self) -> None:
-        fsync = os.fsync
-
-        def seen(descriptor: int) -> None:
-            self.see("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-            fsync(descriptor)
-
-        os.fsync = seen
-
-    def _wrap_open(self) -> None:
-        """A write to a Python file counts before it is made: the file is there, its content is not."""
-        original = builtins.open
-
-        def seen(path, mode="r", *args, **kwargs):
-            file = original(path, mode, *args, **kwargs)
-            if isinstance(path, str | Path) and "/checkpoints/" in str(path) and set(mode) & set("wa+x"):
-                self.see("write", str(path))
-            return file
-
-        builtins.open = seen
 
 
 def split_faults(argument: str) -> tuple[list[str], SimpleNamespace]:
@@ -106,10 +57,6 @@ def main() -> int:
         marker = directory / f"{name}.killed"
         if hasattr(fault, "step") and fault.rank == int(os.environ.get("RANK", 0)):
             killers[name] = KillAtStep(marker, fault.step, fault.delay_seconds)
-        if hasattr(fault, "touch"):
-            KillAtTouch(fault.touch, marker, getattr(fault, "in_writer", False))
-        if hasattr(fault, "lie_about_room"):
-            shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 60)
 
     def build_with_killer(config, *args, **kwargs):
         killer = killers.get(config.run.name)

@@ -1,4 +1,4 @@
-"""R1: kill -9 of any rank at any moment; torchrun starts all again; the run is the one that nobody killed."""
+"""R1: kill -9 of any rank at any moment, and a new start; the run is the one that nobody killed."""
 
 from __future__ import annotations
 
@@ -11,42 +11,21 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
+from hymba_train.checkpoint.index import read_index
 from tests.reliability.conftest import call
 from tests.train.test_training import OVERLAP, ROOT, events, exact, run, step_directory
 from tests.train.tiny_run import write_data
 
 pytestmark = [pytest.mark.reliability, pytest.mark.distributed]
-SAVES = ["checkpoint.save_interval=3", "checkpoint.keep_last=2", "checkpoint.async_save=true", *OVERLAP]
 NUM_STEPS = 10
+SAVES = {"checkpoint__save_interval": 3, "checkpoint__keep_last": 2, "checkpoint__async_save": True}
+LAYOUT = {f"parallel__{k}": True for k in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")}
 
 
-def fault(seed: int) -> list[str]:
+def fault(seed: int) -> tuple[int, int, float]:
     """Rank, step and moment of the kill. A step takes some 40 ms, so all of it is covered, saves included."""
     rng = random.Random(seed)
-    values = (rng.randrange(2), rng.randrange(NUM_STEPS - 1), rng.uniform(0, 0.06))
-    return [f"fault.{key}={value}" for key, value in zip(("rank", "step", "delay_seconds"), values, strict=True)]
-
-
-def run_killed(directory: Path, seeds: range, timeout_seconds: int) -> str:
-    """The unkilled run and one for each seed, in one torchrun: every kill costs one start of Python."""
-    write_data(directory)
-    runs = [run("unkilled", *SAVES), *(run(f"seed{seed}", *SAVES, *fault(seed)) for seed in seeds)]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--monitor-interval=0.1",
-        f"--max-restarts={len(seeds)}", "-m", "tests.reliability.faulty_run", str(directory),
-        *" then ".join(" ".join(r) for r in runs).split(" "),
-    ]  # fmt: skip
-    # Without this the second round finds the addresses of the first round's groups in torchrun's store, and hangs.
-    env = {
-        **os.environ,
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    code, output = call(command, env, timeout_seconds)
-    assert code == 0, output
-    return output
+    return rng.randrange(2), rng.randrange(NUM_STEPS - 1), rng.uniform(0, 0.06)
 
 
 def parameters(directory: Path, name: str) -> dict[str, torch.Tensor]:
@@ -54,14 +33,12 @@ def parameters(directory: Path, name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
-def hold_to_unkilled(directory: Path, seeds: range) -> None:
+def hold_to_unkilled(directory: Path, names: list[str]) -> None:
     expected = exact(directory, "unkilled")
     assert sorted(events(directory, "unkilled")) == list(range(1, NUM_STEPS + 1))
     final = parameters(directory, "unkilled")
     assert any(key.startswith("optimizer.") for key in final)
-    for seed in seeds:
-        name = f"seed{seed}"
-        assert (directory / f"{name}.killed").exists(), f"{name} was not killed"
+    for name in names:
         assert exact(directory, name) == expected, name
         killed = parameters(directory, name)
         assert killed.keys() == final.keys()
@@ -69,15 +46,69 @@ def hold_to_unkilled(directory: Path, seeds: range) -> None:
         assert not list((directory / "runs" / name / "checkpoints").glob("*.incomplete"))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_three_kills(tmp_path, lone_runtime):
-    run_killed(tmp_path, range(3), timeout_seconds=560)
-    hold_to_unkilled(tmp_path, range(3))
+@pytest.fixture(scope="module")
+def unkilled(warm, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    write_data(path)
+    warm.start(path / "runs" / "unkilled", ranks=2, **SAVES, **LAYOUT)
+    codes, output = warm.finish()
+    assert codes == [0, 0], output
+    return path
+
+
+def kill_and_resume(warm, path: Path, seeds: range) -> None:
+    for seed in seeds:
+        rank, step, delay = fault(seed)
+        marker = path / f"seed{seed}.killed"
+        patch = f"from tests.reliability import faults; faults.kill_at_step({rank}, {step}, {delay}, {str(marker)!r})"
+        warm.start(path / "runs" / f"seed{seed}", ranks=2, patch=patch, **SAVES, **LAYOUT)
+        codes, output = warm.finish()
+        assert codes[rank] == -9 and codes[1 - rank] != 0 and marker.exists(), output
+        warm.start(path / "runs" / f"seed{seed}", ranks=2, **SAVES, **LAYOUT)
+        codes, output = warm.finish()
+        assert codes == [0, 0], output
+    hold_to_unkilled(path, [f"seed{seed}" for seed in seeds])
+
+
+def test_three_kills(warm, unkilled, lone_runtime):
+    kill_and_resume(warm, unkilled, range(3))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_kills(tmp_path, lone_runtime):
-    run_killed(tmp_path, range(20), timeout_seconds=1700)
-    hold_to_unkilled(tmp_path, range(20))
+def test_twenty_kills(warm, unkilled, lone_runtime):
+    kill_and_resume(warm, unkilled, range(100, 120))
+
+
+def test_the_index_names_every_file(unkilled):
+    """Both ranks have written: what the tests above compare is not one rank's work."""
+    step = step_directory(unkilled, "unkilled", NUM_STEPS)
+    files = {stored.relative_path for stored in read_index(step).storage_data.values()}
+    assert files == {"__0_0.distcp", "__1_0.distcp"} == {p.name for p in step.glob("*.distcp")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_restarts_after_each_of_three_kills(tmp_path, lone_runtime):
+    """The unkilled run and one for each seed, in one torchrun: every kill costs one start of Python."""
+    write_data(tmp_path)
+    saves = [f"{key.replace('__', '.')}={str(value).lower()}" for key, value in SAVES.items()]
+    faults = {
+        f"seed{s}": [f"fault.{k}={v}" for k, v in zip(("rank", "step", "delay_seconds"), fault(s), strict=True)]
+        for s in range(3)
+    }
+    runs = [run("unkilled", *saves, *OVERLAP), *(run(n, *saves, *OVERLAP, *f) for n, f in faults.items())]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--monitor-interval=0.1",
+        f"--max-restarts={len(faults)}", "-m", "tests.reliability.faulty_run", str(tmp_path),
+        *" then ".join(" ".join(r) for r in runs).split(" "),
+    ]  # fmt: skip
+    # Without this the second round finds the addresses of the first round's groups in torchrun's store, and hangs.
+    env = {
+        **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    code, output = call(command, env, timeout_seconds=860)
+    assert code == 0, output
+    assert all((tmp_path / f"{name}.killed").exists() for name in faults)
+    hold_to_unkilled(tmp_path, list(faults))

@@ -1,4 +1,7 @@
-"""R14: a checkpoint from a stranger, its manifest rewritten to fit, does not run anything."""
+"""R14: a checkpoint from a stranger, its manifest rewritten to fit, does not run anything; nor does a configuration.
+
+Code beside weights on the Hugging Face side (auto_map): tests/convert/test_from_hf_refuses.py. Nothing reads archives.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hymba_train.checkpoint import manifest
+from hymba_train.checkpoint.index import read_index
 from hymba_train.checkpoint.restricted import nothing_runs
-from hymba_train.convert.dcp import read_index
+from hymba_train.cli import main
 from hymba_train.errors import UserError
 from tests.train.test_training import run, start
 
@@ -67,7 +72,17 @@ def leave_the_directory(step: Path, canary: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(index))
 
 
-POISONS = [poison_index, poison_index_inside, poison_common_state, poison_common_file, leave_the_directory]
+def link_to_elsewhere(step: Path, canary: Path) -> None:
+    """A data file that is a link out of the directory: whoever controls its target controls what is loaded."""
+    data = next(step.glob("*.distcp"))
+    elsewhere = step.parents[1] / f"{step.name}.elsewhere"
+    data.rename(elsewhere)
+    data.symlink_to(elsewhere)
+
+
+POISONS = [
+    poison_index, poison_index_inside, poison_common_state, poison_common_file, leave_the_directory, link_to_elsewhere,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +105,9 @@ def poisoned(finished) -> tuple[Path, str]:
 def test_it_is_refused_in_one_line_and_nothing_has_run(poisoned, poison):
     path, output = poisoned
     assert not (path / f"canary_{poison.__name__}").exists()
-    (line,) = [li for li in output.splitlines() if "UserError" in li and f"/{poison.__name__}/" in li]
-    assert "step_0000010" in line and "cannot be" in line
+    lines = [li for li in output.splitlines() if f"/{poison.__name__}/" in li]
+    assert len([li for li in lines if "UserError" in li]) == 1
+    assert any("step_0000010" in li and ("cannot be" in li or "is a link" in li) for li in lines)
 
 
 def test_without_the_guard_they_do_run(checkpoints, tmp_path, lone_runtime):
@@ -112,3 +128,33 @@ def test_without_the_guard_they_do_run(checkpoints, tmp_path, lone_runtime):
     with pytest.raises(AttributeError):
         FileSystemReader(clean).read_metadata()
     assert (tmp_path / "in_index").exists()
+
+
+YAML = {
+    "tag": "model: !!python/object/apply:os.mkdir ['{canary}']\n",
+    "new": "run: !!python/object/new:os.mkdir ['{canary}']\n",
+    "target": "run:\n  _target_: os.mkdir\n  _args_: ['{canary}']\n",
+    "target_in_phase": "data:\n  phases:\n    x:\n      _target_: os.mkdir\n      path: '{canary}'\n",
+}
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "recipe"])
+@pytest.mark.parametrize("name", YAML)
+def test_a_configuration_runs_nothing(tmp_path, capsys, name, frozen):
+    canary, content = tmp_path / "canary", YAML[name].format(canary=tmp_path / "canary")
+    if frozen:
+        (tmp_path / "resolved.yaml").write_text(content)
+        arguments = ["--frozen", str(tmp_path / "resolved.yaml")]
+    else:
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "evil.yaml").write_text("# @package _global_\n" + content)
+        arguments = ["experiment=evil", "model=hymba_tiny", "--config-dir", str(tmp_path)]
+    assert main(["plan", *arguments]) == 2
+    assert "not plain YAML" in (error := capsys.readouterr().err) or "_target_" in error, error
+    assert not canary.exists()
+
+
+def test_an_unguarded_loader_would_run_it(tmp_path):
+    """Control."""
+    yaml.unsafe_load(YAML["tag"].format(canary=tmp_path / "canary"))
+    assert (tmp_path / "canary").exists()

@@ -52,3 +52,11 @@ def test_two_processes_equal_one(env, tmp_path):
         assert parallel["losses"] == pytest.approx(single["losses"], rel=1e-5)
         assert parallel["norms"] == pytest.approx(single["norms"], rel=1e-5)
         assert parallel["faults"] == []
+
+
+@pytest.mark.slow
+def test_checkpoints_save_and_load(env):
+    """Whole runs: resumed bit for bit, in the background and not, bf16, both optimizers, damage."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/train/test_training.py"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:]

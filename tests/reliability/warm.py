@@ -1,0 +1,223 @@
+"""Trainings that start in a fraction of a second: forks of one process that has imported everything.
+
+As a script it is that process: it reads a job a line (JSON) and answers with the pids of its forks, one a rank, then
+with their exit codes (negative: the signal). When a rank has failed and others live on, they are killed after a while,
+as torchrun does. :class:`Warm` is the other end. A job may pause a process before it saves, so that strace can be
+attached and sees nothing but the save.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tests.train.test_training import ROOT
+
+LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+ATTACHED_SECONDS = 60
+GRACE_SECONDS = 30
+
+
+class Warm:
+    """The server process. ``train`` runs one training in a fork of it."""
+
+    def __init__(self) -> None:
+        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.reliability.warm"], cwd=ROOT, env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def train(self, directory: Path, *, pause: str | None = None, on_pause=None, patch: str = "", **changes):
+        """(exit code, output) of a tiny run of one rank in ``directory``, ROOT/runs/NAME with data in ROOT.
+
+        ``pause``: training or writer waits before it saves, and ``on_pause`` is called with its pid. ``patch``: Python
+        code that the fork runs first, to break something. ``changes``: group__key=value.
+        """
+        self.start(directory, pause=pause, patch=patch, **changes)
+        if pause:
+            wait_for(directory / "ready", self._process)
+            on_pause(int((directory / "ready").read_text()))
+            (directory / "go").touch()
+        (code,), output = self.finish()
+        return code, output
+
+    def start(self, directory: Path, *, ranks: int = 1, pause: str | None = None, patch: str = "", **changes) -> None:
+        """Begin a run; ``pids`` are then its ranks'. One at a time."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("ready", "go"):
+            (directory / name).unlink(missing_ok=True)
+        self._log = directory / "output"
+        job = {
+            "directory": str(directory), "log": str(self._log), "pause": pause, "patch": patch, "changes": changes,
+            "ranks": ranks,
+        }  # fmt: skip
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        self.pids: list[int] = json.loads(self._process.stdout.readline())
+
+    def finish(self) -> tuple[list[int], str]:
+        """(exit codes by rank, output of all) of the run that was started."""
+        codes = json.loads(self._process.stdout.readline())
+        return codes, self._log.read_text(errors="replace")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:  # a test has failed while a job was paused
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
+            self._process.wait(20)
+        self._process.stdout.close()
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + ATTACHED_SECONDS
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.005)
+
+
+class Strace:
+    """strace on one process, not on its forks, until that process ends."""
+
+    CALLS = (
+        "openat,write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir,ftruncate"
+    )
+
+    def __init__(self, output: Path, inject: str = "") -> None:
+        self.output, self.inject = output, inject
+
+    def attach(self, pid: int) -> None:
+        command = ["strace", "-y", "-e", f"trace={self.CALLS}", "-o", str(self.output), "-p", str(pid)]
+        if self.inject:
+            command += ["-e", f"inject={self.inject}"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        line = self._process.stderr.readline()
+        assert "attached" in line, line
+
+    def calls(self) -> list[str]:
+        """The calls that it saw; waits for strace to end."""
+        self._process.wait(60)
+        self._process.stderr.close()
+        return [line for line in self.output.read_text(errors="replace").splitlines() if "(" in line]
+
+
+def why_no_strace() -> str:
+    """Empty if strace works here."""
+    try:
+        done = subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return "strace is not installed (Debian: apt-get install strace): NO crash point inside a save was tried"
+    return done.stderr.strip() and f"strace may not trace here ({done.stderr.strip()}): NO crash point was tried"
+
+
+def _pause(directory: Path) -> None:
+    ready = directory / "ready.part"
+    ready.write_text(str(os.getpid()))
+    ready.rename(directory / "ready")
+    while not (directory / "go").exists():
+        time.sleep(0.005)
+
+
+def _pause_before(who: str, directory: Path) -> None:
+    from hymba_train.checkpoint import save
+
+    owner, name = {"training": (save.CheckpointWriter, "save"), "writer": (save, "write_share")}[who]
+    original = getattr(owner, name)
+
+    def paused(*args, **kwargs):
+        setattr(owner, name, original)  # once
+        _pause(directory)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, paused)
+
+
+def _train(job: dict) -> int:
+    from hymba_train.errors import UserError
+    from hymba_train.train import main as training
+    from tests.train import tiny_run
+
+    directory = Path(job["directory"])
+    exec(job["patch"], {})
+    if job["pause"]:
+        _pause_before(job["pause"], directory)
+    config = tiny_run.tiny_config(directory.parents[1], **{"run.name": directory.name})
+    for key, value in job["changes"].items():
+        group, _, leaf = key.partition("__")
+        setattr(getattr(config, group), leaf, value)
+    try:
+        return training.train(config, tiny_run.tiny_plan(config))
+    except UserError as error:
+        print(f"UserError: {error}", flush=True)
+        return 2
+
+
+def _fork(job: dict, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        logging.basicConfig(level=logging.WARNING)
+        if job["ranks"] > 1:
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )  # fmt: skip
+        code = _train(job)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(pids: list[int]) -> list[int]:
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+        if deadline is None and any(codes.values()):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def main() -> None:
+    import torch
+
+    import hymba_train.train.main  # noqa: F401  what takes long
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path(job["log"]).unlink(missing_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        pids = [_fork(job, rank, port) for rank in range(job["ranks"])]
+        print(json.dumps(pids), flush=True)
+        print(json.dumps(_wait(pids)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
