@@ -30,7 +30,7 @@ def build_callbacks(
     config: Config, directory: Path, runtime, steps, peak, writer: Writer,
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> list[Callback]:  # fmt: skip
-    """Evaluation and checkpoints on every rank, first, and exports on the first; then, on the logging rank, everything
+    """Checkpoints and evaluation on every rank, first, and exports on the first; then, on the logging rank, everything
     that only looks on.
 
     Args:
@@ -38,12 +38,14 @@ def build_callbacks(
         evaluate: None if there is no validation domain.
     """
     c, log = config.checkpoint, config.logging
-    callbacks: list[Callback] = [Evaluation(evaluate, log.eval_interval)] if evaluate else []
-    if c.enabled:
+    callbacks: list[Callback] = []
+    if c.enabled:  # before the evaluation, which takes long and may be cut off
         callbacks.append(Checkpointing(writer, c.save_interval))
-        if c.export_interval is not None and runtime.rank == 0:
-            exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root)
-            callbacks.append(NeverFatal(exports))
+    if evaluate:
+        callbacks.append(Evaluation(evaluate, log.eval_interval))
+    if c.enabled and c.export_interval is not None and runtime.rank == 0:
+        exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root)
+        callbacks.append(NeverFatal(exports))
     callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))
     if runtime.rank == 0:

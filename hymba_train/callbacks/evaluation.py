@@ -18,11 +18,13 @@ class Evaluation(Callback):
         self._done_at: int | None = None
 
     def on_step_end(self, loop, metrics) -> None:
+        if loop.stop_reason or loop.finished:  # the end's evaluation, if there is one, is on_train_end's
+            return
         if self.interval and loop.state.step % self.interval == 0:
             self._run(loop)
 
     def on_train_end(self, loop) -> None:
-        # Not after an early stop: whoever asked for it may not wait, and the save comes after this.
+        # Not after an early stop: whoever asked for it may not wait.
         if loop.state.step != self._done_at and loop.trained and loop.finished:
             self._run(loop)
 

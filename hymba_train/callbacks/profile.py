@@ -15,15 +15,15 @@ from hymba_train.errors import UserError
 PARTS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl"),
     ("scan", r"scan_|selective_scan"),
-    ("attention", r"flex_attention|fmha|flash|cudnn.*sdpa|cudnn_generated|merge_meta|meta_backward"),
-    ("conv", r"conv"),
+    ("attention", r"flex_attention|fmha|flash|cudnn|merge_meta|meta_backward"),
+    ("conv", r"conv_"),
     ("matrix products", r"nvjet|gemm|cutlass|xmma|splitK|s16816"),
     ("FP8 casts", r"cast_|transpose_|quantize|amax"),
-    ("norms", r"norm(?!al)"),
-    ("swiglu", r"swiglu"),
-    ("rope", r"rope|rotary"),
-    ("cross entropy", r"cross_entropy|softmax"),
     ("optimizer", r"adam|multi_tensor|l2norm"),
+    ("norms", r"norm_|group_|average_|rms_?norm"),
+    ("swiglu", r"swiglu"),
+    ("rope", r"rope|rotary|^rotate"),
+    ("cross entropy", r"cross_entropy|softmax|^loss_"),
     ("copies", r"^Memcpy|^Memset|copy|CatArray|FillFunctor"),
 )
 

@@ -56,7 +56,8 @@ class DriftGuard(Callback):
 
     def on_step_end(self, loop, metrics) -> None:
         step = loop.state.step
-        if loop.save_requested or any(step % interval == 0 for interval in self.intervals):
+        is_last = loop.stop_reason or loop.finished  # Checkpointing saves in this hook then
+        if is_last or loop.save_requested or any(step % interval == 0 for interval in self.intervals):
             self.check(loop)
 
     def on_train_end(self, loop) -> None:

@@ -65,7 +65,8 @@ class Stragglers(Callback):
             self._report(loop, metrics.step, means)
 
     def on_step_end(self, loop, metrics) -> None:
-        self._steps += 1
+        if metrics.rank_seconds:  # a step that was applied
+            self._steps += 1
         if self._steps > 0 and metrics.rank_seconds:
             before = self._sums or [0.0] * len(metrics.rank_seconds)
             self._sums = [a + b for a, b in zip(before, metrics.rank_seconds, strict=True)]

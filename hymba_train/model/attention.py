@@ -37,8 +37,8 @@ class AttentionBranch(nn.Module):
         """q [N, capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, capacity*dv]."""
         d, rows = self.dims, batch.rows
         meta_q, text_q = rows.split(self.ops.rotate_heads(q, batch.cos, batch.sin, self.num_heads))
-        meta_k, text_k = rows.split(k[:, 0].unflatten(-1, (-1, d.head_dim)))
-        meta_v, text_v = rows.split(v[:, 0].unflatten(-1, (-1, d.value_head_dim)))
+        meta_k, text_k = rows.split(k.flatten(1).unflatten(-1, (-1, d.head_dim)))
+        meta_v, text_v = rows.split(v.flatten(1).unflatten(-1, (-1, d.value_head_dim)))
         text, meta = self.ops.attention(
             text_q, text_k, text_v, meta_q, meta_k, meta_v,
             window=self.window, scale=1 / math.sqrt(d.head_dim), kv_index=self.kv_index, segment_ids=batch.segment_ids,

@@ -85,7 +85,7 @@ class HybridMixer(MegatronModule):
         """
         projected, _ = self.in_proj(hidden)
         widths = [s.capacity for s in self.in_slices]
-        columns = split_columns(projected[:, 0], widths)  # [N, capacity] each
+        columns = split_columns(projected.flatten(1), widths)  # [N, capacity] each
         parts = dict(zip((s.name for s in self.in_slices), columns, strict=True))
         own_kv = None
         if self.layer.has_attention:

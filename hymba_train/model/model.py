@@ -122,7 +122,7 @@ class HymbaModel(LanguageModule):
     def _logits(self, hidden: Tensor, rows: TokenRows) -> Tensor:
         """[N(/TP), 1, D] -> this rank's vocabulary columns [B, S, V'/TP]; those that pad the vocabulary are -inf."""
         logits, _ = self.output_layer(self.final_norm(hidden), weight=self._tied_weight())
-        logits = rows.text(logits[:, 0])
+        logits = rows.text(logits.flatten(1))
         true = self.vocab_part.count
         if true == logits.shape[-1]:
             return logits
@@ -131,7 +131,7 @@ class HymbaModel(LanguageModule):
 
     def _losses_without_logits(self, hidden: Tensor, labels: Tensor, rows: TokenRows) -> Tensor:
         """Loss per token [B, S] from [N, 1, D], where one rank holds the whole vocabulary."""
-        text = rows.text(self.final_norm(hidden)[:, 0]).flatten(0, 1)
+        text = rows.text(self.final_norm(hidden).flatten(1)).flatten(0, 1)
         vocab = self.config.dims.vocab_size
         losses = self.output_layer(
             text, weight=self._tied_weight(),

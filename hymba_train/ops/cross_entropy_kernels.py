@@ -31,8 +31,8 @@ def loss_forward(LOGITS, LABELS, LOSS, LSE2, stride, vocab_size, BLOCK: tl.const
 @triton.jit
 def loss_backward(LOGITS, LABELS, LSE2, DLOSS, stride, vocab_size, padded_size, BLOCK: tl.constexpr):
     """In place: LOGITS becomes its own gradient, (softmax - one-hot of the label) dloss; zero in padding columns."""
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)  # the first axis may have more than 65,535
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(LABELS + row)
     d_loss = tl.where(label >= 0, tl.load(DLOSS + row), 0.0)
     lse2 = tl.load(LSE2 + row)

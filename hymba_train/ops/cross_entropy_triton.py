@@ -107,7 +107,7 @@ def _loss(logits: Tensor, labels: Tensor, loss: Tensor, lse2: Tensor, vocab_size
 
 def _gradient_in_place(logits: Tensor, labels: Tensor, lse2: Tensor, d_loss: Tensor, vocab_size: int) -> None:
     with torch.cuda.device_of(logits):
-        loss_backward[(triton.cdiv(logits.shape[1], BACKWARD_BLOCK), logits.shape[0])](
+        loss_backward[(logits.shape[0], triton.cdiv(logits.shape[1], BACKWARD_BLOCK))](
             logits, labels, lse2, d_loss, logits.stride(0), vocab_size, logits.shape[1],
             BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
         )  # fmt: skip

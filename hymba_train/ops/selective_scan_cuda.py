@@ -31,7 +31,7 @@ LAUNCH = {
     "scan_backward": (THREADS, SCAN_BACKWARD_SHARED),
 }
 """Threads and bytes of shared memory of a block; of other kernels (THREADS, 0)."""
-RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 5, "BACKWARD_BLOCKS": 2}
+RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 2}
 """Blocks a multiprocessor should hold: bounds the registers of a thread."""
 SOURCES = (
     "scan_common.cuh", "scan_backward.cu", "scan_lanes.cuh", "scan_forward.cu", "scan_chunk_gradients.cu",

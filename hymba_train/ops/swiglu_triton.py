@@ -45,15 +45,15 @@ class _Swiglu(torch.autograd.Function):
 def _launch(kernel, n: int, width: int, rows: Tensor, *args) -> None:
     if n and width:
         with torch.cuda.device_of(rows):
-            kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))](
+            kernel[(triton.cdiv(n, ROWS), triton.cdiv(width, COLUMNS))](  # the first axis may have more than 65,535
                 rows, *args, n, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
             )
 
 
 @triton.jit
 def swiglu_forward(X, OUT, stride_x, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     ok = (c < WIDTH) & (row < num_rows)
     gate = tl.load(X + row * stride_x + c, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(X + row * stride_x + WIDTH + c, mask=ok, other=0.0).to(tl.float32)
@@ -65,8 +65,8 @@ def swiglu_forward(X, OUT, stride_x, num_rows, WIDTH: tl.constexpr, ROWS: tl.con
 def swiglu_backward(
     X, DOUT, DX, stride_x, stride_o, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     ok = (c < WIDTH) & (row < num_rows)
     gate = tl.load(X + row * stride_x + c, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(X + row * stride_x + WIDTH + c, mask=ok, other=0.0).to(tl.float32)

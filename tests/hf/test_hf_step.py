@@ -60,12 +60,12 @@ def graphs(monkeypatch):
         found.append(graph)
         return graph.forward
 
-    compiled = torch.compile(HymbaDecoderLayer.step, backend=backend, fullgraph=True)
-    monkeypatch.setattr(modeling_hymba, "_compiled_layer_step", lambda: compiled)
     # Training on a CPU turns dynamo off for the whole process, twice (parallel/device.py).
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(HymbaDecoderLayer.step, backend=backend, fullgraph=True)
+        monkeypatch.setattr(modeling_hymba, "_compiled_layer_step", lambda: compiled)
         yield found
     torch._dynamo.reset()
 

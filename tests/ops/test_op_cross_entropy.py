@@ -87,3 +87,16 @@ def test_weight_gradient_is_added_to_main_grad(dtype, tied):
     assert error < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert weight.grad_added_to_main_grad is not tied
     assert (weight.grad is None) is tied
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_rows_than_a_grid_axis_holds():
+    """CUDA's second and third grid axes end at 65,535."""
+    n = 65_600
+    hidden, weight, lab = torch.randn(n, 16, device="cuda"), torch.randn(128, 16, device="cuda"), labels(n, 100).cuda()
+    hidden.requires_grad_()
+    wide = hidden.detach().double().requires_grad_()
+    torch.autograd.backward(linear_cross_entropy(wide, weight.double(), lab, 100).sum())
+    torch.autograd.backward(fused(hidden, weight, lab, 100).sum())
+    assert (hidden.grad.double() - wide.grad).norm() <= 1e-2 * wide.grad.norm()  # the products may be TF32

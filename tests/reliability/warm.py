@@ -8,6 +8,7 @@ attached and sees nothing but the save.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ class Warm:
     """The server process. ``train`` runs one training in a fork of it."""
 
     def __init__(self) -> None:
+        self._is_running = False
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.reliability.warm"], cwd=ROOT, env=env, text=True,
@@ -52,6 +54,7 @@ class Warm:
 
     def start(self, directory: Path, *, ranks: int = 1, pause: str | None = None, patch: str = "", **changes) -> None:
         """Begin a run; ``pids`` are then its ranks'. One at a time."""
+        self._abandon()
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("ready", "go"):
             (directory / name).unlink(missing_ok=True)
@@ -63,10 +66,20 @@ class Warm:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         self.pids: list[int] = json.loads(self._process.stdout.readline())
+        self._is_running = True
+
+    def _abandon(self) -> None:
+        """End what a test that failed has left running, whose answer would be taken for the next one's."""
+        if self._is_running:
+            for pid in self.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.finish()
 
     def finish(self) -> tuple[list[int], str]:
         """(exit codes by rank, output of all) of the run that was started."""
         codes = json.loads(self._process.stdout.readline())
+        self._is_running = False
         return codes, self._log.read_text(errors="replace")
 
     def close(self) -> None:
