@@ -18,7 +18,7 @@ class Evaluation(Callback):
         self._done_at: int | None = None
 
     def on_step_end(self, loop, metrics) -> None:
-        if loop.stop_reason or loop.finished:  # the end's evaluation, if there is one, is on_train_end's
+        if loop.finished:  # on_train_end's, after the last checkpoint
             return
         if self.interval and loop.state.step % self.interval == 0:
             self._run(loop)
