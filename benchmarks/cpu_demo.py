@@ -45,6 +45,9 @@ def measure(overrides: list[str], processes: int, num_steps: int, directory: str
 def main(num_steps: int) -> None:
     import torch
 
+    if not Path("build/demo-data").is_dir():
+        prepare = ["data", "prepare-demo", "--output", "build/demo-data"]
+        subprocess.run([sys.executable, "-m", "hymba_train", *prepare], check=True)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
           f"load {os.getloadavg()[0]:.1f} at the start, {num_steps} steps, one thread a process\n")  # fmt: skip
     print("| layout | tokens/s (median step) | command, seconds |\n|---|---:|---:|")
