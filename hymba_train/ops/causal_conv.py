@@ -65,17 +65,6 @@ def causal_conv_rows(
     return torch.cat((meta[0], out.flatten(0, 1), x.new_zeros(x.shape[0] - end, x.shape[1])))
 
 
-def final_taps_of_tail(x: Tensor, taps: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """final_taps [B, K - 1, C] of :func:`causal_conv`, from x [B, S, C] or its last K - 1 tokens alone.
-
-    taps: [1 | B, K - 1, C]; segment_ids: int64 [B, S], whole.
-    """
-    num_taps = taps.shape[1]
-    padded = torch.cat((taps.expand(x.shape[0], -1, -1), x[:, max(0, x.shape[1] - num_taps) :]), dim=1)
-    offsets = None if segment_ids is None else document_offsets(segment_ids)
-    return _final_taps(padded, taps.expand(x.shape[0], -1, -1), offsets)
-
-
 def _restart(past: Tensor, taps: Tensor, offsets: Tensor, distance: int) -> Tensor:
     """past [B, n, C] holds the inputs ``distance`` tokens back; where that is before the document, take its taps."""
     row = (taps.shape[1] - distance + offsets).clamp(max=taps.shape[1] - 1)

@@ -66,23 +66,6 @@ class Module:
             if not is_current:
                 _check_code(library.cuCtxSetCurrent(before))
 
-    def occupancy(self, name: str, threads: int, shared_bytes: int) -> int:
-        """Blocks of this kernel that one multiprocessor holds."""
-        with self._current():
-            (count,) = _checked(
-                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    self._function(name, shared_bytes), threads, shared_bytes
-                )
-            )
-        return count
-
-    def attribute(self, name: str, attribute: str) -> int:
-        """``CU_FUNC_ATTRIBUTE_<attribute>`` of a kernel, as NUM_REGS or LOCAL_SIZE_BYTES."""
-        key = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{attribute}")
-        with self._current():
-            (value,) = _checked(self._driver.cuFuncGetAttribute(key, self._function(name, 0)))
-        return value
-
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
         """The device's context current: a thread of autograd may have none yet, or another device's."""
