@@ -30,20 +30,24 @@ class Judge:
 
     def problem(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, in words; None if it may be applied."""
-        c = self.config
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm} (loss {loss:.4g})"
-        if len(self._loss) < c.min_window_steps:
-            return None
-        limit = self._loss.limit(c.spike_sigmas, c.loss_spike_nats)
-        if loss > limit:
-            return f"the loss is {loss:.4g}, above {limit:.4g}"
-        limit = math.exp(self._log_norm.limit(c.spike_sigmas, math.log(c.grad_spike_ratio)))
-        if grad_norm > limit:
-            return f"the gradient norm is {grad_norm:.4g}, above {limit:.4g}"
+        most_loss, most_norm = self.limits()
+        if loss > most_loss:
+            return f"the loss is {loss:.4g}, above {most_loss:.4g}"
+        if grad_norm > most_norm:
+            return f"the gradient norm is {grad_norm:.4g}, above {most_norm:.4g}"
         return None
+
+    def limits(self) -> tuple[float, float]:
+        """(largest usual loss, largest usual gradient norm); infinite while the history is short."""
+        c = self.config
+        if len(self._loss) < c.min_window_steps:
+            return math.inf, math.inf
+        most_norm = math.exp(self._log_norm.limit(c.spike_sigmas, math.log(c.grad_spike_ratio)))
+        return self._loss.limit(c.spike_sigmas, c.loss_spike_nats), most_norm
 
     def accept(self, loss: float, grad_norm: float) -> None:
         """Remember a step that is applied. Never called with values that :meth:`problem` has refused."""

@@ -1,8 +1,8 @@
 """A step that is bad is not applied; what is done about it follows from its cause.
 
-The verdict needs loss and gradient norm on the host. The step reads them once anyway, and does so before the update
-(:meth:`hymba_train.train.step.Stepper.gradients`), so a bad step changes neither weights nor moments, and there is no
-second wait for the device. All ranks have the same two numbers, hence the same verdict, without asking each other.
+The limits of loss and gradient norm go along with the step, and the device keeps them
+(:meth:`hymba_train.train.step.Stepper.step`): a bad step changes neither weights nor moments, and nobody waits for the
+verdict. All ranks have the same two numbers, hence the same verdict, without asking each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hymba_train.guards.judge import Judge
 from hymba_train.guards.ledger import Ledger, LeftOut
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import Gradients, MicroBatch, Stepper, StepResult, result_of
+from hymba_train.train.step import Gradients, Limits, MicroBatch, Stepper, StepResult, result_of
 
 logger = logging.getLogger(__name__)
 MOST_NAMED = 4  # micro-batches whose samples are named in a log
@@ -50,17 +50,14 @@ class NumericalGuard:
         entry = self.ledger.find(planned.phase, planned.first_sample, planned.first_sample + planned.batch_size)
         if entry is not None:
             return self._leave_out(planned, requests, entry)
-        gradients = self.stepper.gradients(batches, requests, seconds)
+        gradients, updated = self.stepper.step(batches, requests, seconds, Limits(*self.judge.limits()))
         problem = self.judge.problem(gradients.loss, gradients.grad_norm)
+        assert updated == (problem is None), f"the device and the host judge a step differently: {problem}"
         if problem is None:
-            return self._apply(planned, batches, gradients)
+            return self._accept(planned, batches, gradients)
         return self._bad_step(planned, batches, gradients, problem)
 
-    def _apply(self, planned: PlannedStep, batches: list[MicroBatch], gradients: Gradients) -> StepResult:
-        if not self.stepper.update(gradients):
-            reason = self.judge.count_skip(self.state.step + 1)
-            event = {**self._about(planned), "problem": "the optimizer refused the update", "action": "skipped"}
-            return self._result(gradients, "stop" if reason else "skipped", reason or "", event)
+    def _accept(self, planned: PlannedStep, batches: list[MicroBatch], gradients: Gradients) -> StepResult:
         self.judge.accept(gradients.loss, gradients.grad_norm)
         self._good_batches = (planned.phase, batches)
         return result_of(gradients)
@@ -97,7 +94,8 @@ class NumericalGuard:
         event["data_parallel_ranks"] = differing
         where = f"in the forward pass of data-parallel rank {differing}" if differing else "in a backward pass"
         event |= {"action": "run again", "where": where}
-        result = self._apply(planned, batches, again)
+        self.stepper.update(again)
+        result = self._accept(planned, batches, again)
         return self._result(first, result.action, result.reason, event, shown=again)
 
     def _diagnose(self, batches: list[MicroBatch], phase: int) -> tuple[Diagnosis, Gradients]:

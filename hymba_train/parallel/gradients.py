@@ -9,12 +9,14 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 def finalize_model_grads(model: list, num_tokens: torch.Tensor | None = None, pg_collection=None, **kwargs) -> None:
-    """Megatron-Core's reductions (data parallel, sequence-parallel norms, tied embeddings, division by tokens), then
-    the sum over tensor-parallel ranks of K/V weights that every rank holds whole.
+    """Megatron-Core's reductions (data parallel, sequence-parallel norms, tied embeddings), then the sum over
+    tensor-parallel ranks of K/V weights that every rank holds whole.
 
     Each rank's queries see those K/V, so each has a part of their gradient; with and without sequence parallelism.
+    ``num_tokens`` is not used: the division by the tokens of the global batch would be a pass over all gradients, and
+    the update makes it as it reads them (:mod:`hymba_train.train.step`).
     """
-    megatron_finalize(model, num_tokens, pg_collection=pg_collection, **kwargs)
+    megatron_finalize(model, None, pg_collection=pg_collection, **kwargs)
     _sum_partial_gradients(model, pg_collection.tp)
 
 

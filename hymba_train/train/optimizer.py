@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from hymba_train.config.schema import Config
 from hymba_train.parallel import finalize_model_grads
-from hymba_train.train.adam import install_adam
+from hymba_train.train.adam import GroupStepAdamW, install_adam
 from hymba_train.train.norm import install_norm
 
 
@@ -114,6 +114,12 @@ def build_optimizer(config: Config, runtime, chunks: list[DistributedDataParalle
         use_gloo_process_groups=False,
         pg_collection=runtime.groups,
     )
+
+
+def adams_of(optimizer: MegatronOptimizer) -> list[GroupStepAdamW]:
+    """The optimizers that make the updates, inside of Megatron-Core's."""
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [adam for adam in inner if adam is not None]
 
 
 @contextmanager

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from hymba_train.ops.segments import document_ends
-from hymba_train.train.optimizer import gathered_parameters
+from hymba_train.train.optimizer import adams_of, gathered_parameters
 
 MicroBatch = dict[str, torch.Tensor | None]  # tokens, labels, positions, segment_ids: int64 [B, S] or None
 
@@ -38,15 +38,26 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Finished gradients, which wait in the buffers for :meth:`Stepper.update`. Equal on all ranks but for ``norm``."""
+    """Finished gradients, which wait in the buffers for :meth:`Stepper.update`: of the summed loss, not the mean.
 
-    loss: float
-    grad_norm: float  # mean over the ranks, which only a damaged replica differs from
+    Equal on all ranks.
+    """
+
+    loss: float  # mean over the labelled tokens
+    grad_norm: float  # of the mean's gradient; mean over the ranks, of which only a damaged replica differs
     num_labelled_tokens: int
     requests: tuple[int, ...]
     rank_seconds: tuple[float, ...]  # what each rank gave as ``seconds``
-    norm: Any  # as Megatron-Core's clipping wants it: float, or float32 [1] on the device
+    sums: torch.Tensor  # float64, on the device: what Stepper._reduce gives
     loss_sums: list[torch.Tensor]  # of each micro-batch, on the device; empty but on one rank of the last stage
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A step with more than these, or with something that is not finite, is not applied."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
 
 
 class Stepper:
@@ -59,49 +70,93 @@ class Stepper:
         )
         # The loss is on the last stage; of its tensor-parallel ranks one speaks.
         self._has_loss = runtime.is_last_stage and runtime.tensor_rank == 0
+        self._adams = adams_of(optimizer)
 
     def train(
         self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = (), seconds: float = 0.0
     ) -> StepResult:
-        """:meth:`gradients`, then :meth:`update`: a step that nobody guards."""
-        gradients = self.gradients(micro_batches, requests, seconds)
-        updated = self.update(gradients)
-        return result_of(gradients, *(() if updated else ("skipped", "the optimizer refused the update")))
+        """One step that nobody guards: applied if loss and gradient norm are finite."""
+        gradients, updated = self.step(micro_batches, requests, seconds)
+        return result_of(gradients, *(() if updated else ("skipped", "loss or gradient norm is not finite")))
+
+    def step(
+        self,
+        micro_batches: list[MicroBatch],
+        requests: tuple[int, ...] = (),
+        seconds: float = 0.0,
+        limits: Limits = Limits(),
+    ) -> tuple[Gradients, bool]:
+        """:meth:`gradients`, and :meth:`update` unless they are beyond ``limits``; whether they were applied.
+
+        The device decides, so that it need not wait for the host: the update is sent off before the host reads loss
+        and norm, and runs while the host prepares the next forward pass. Here the host waits for the backward pass, the
+        only wait in a step.
+        """
+        sums, loss_sums = self._accumulate(micro_batches, requests, seconds)
+        loss, grad_norm = self._loss_and_norm(sums)
+        good = (loss <= limits.loss) & (grad_norm <= limits.grad_norm) & loss.isfinite() & grad_norm.isfinite()
+        on_host = _to_host(torch.cat((sums, good.double()[None])))
+        self._apply(sums, skip=(~good).float())
+        values = on_host()
+        updated = bool(values.pop())
+        if not updated:
+            for adam in self._adams:
+                adam.uncount()
+        return self._read(values, sums, loss_sums, len(requests)), updated
 
     def gradients(
         self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = (), seconds: float = 0.0
     ) -> Gradients:
         """Forward and backward over ``micro_batches`` (this rank's part of the global batch); no update yet.
 
-        The gradient is that of the mean over all labelled tokens of the global batch, under every layout. Every rank
-        calls it with as many micro-batches and ``requests``, which are summed over the ranks along with the loss.
-        ``seconds``: a figure of this rank that all ranks get. May be called again instead of an update.
-
-        Here the host waits for the device, the only time in a step. The update is sent off afterwards, so whether to
-        make it can be decided in between, and runs while the host prepares the next forward pass.
+        Every rank calls it with as many micro-batches and ``requests``, which are summed over the ranks along with the
+        loss. ``seconds``: a figure of this rank that all ranks get. May be called again instead of an update.
         """
+        sums, loss_sums = self._accumulate(micro_batches, requests, seconds)
+        return self._read(_to_host(sums)(), sums, loss_sums, len(requests))
+
+    def update(self, gradients: Gradients) -> None:
+        """Apply ``gradients``, the latest that were made."""
+        self._apply(gradients.sums)
+
+    def _accumulate(
+        self, micro_batches: list[MicroBatch], requests: tuple[int, ...], seconds: float
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Gradients in the buffers; returns (what all ranks know, float64 on the device; summed loss of each
+        micro-batch)."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
-        norm = self.optimizer.get_grad_norm()
-        sums = self._reduce(outputs, requests, norm, seconds).tolist()
-        world_size, num_requests = self.runtime.world_size, len(requests)
-        loss_sum, num_tokens, norm_sum = sums[0], sums[1], sums[2]
-        return Gradients(
-            loss_sum / max(num_tokens, 1.0), norm_sum / world_size, int(num_tokens),
-            tuple(int(number) for number in sums[3 : 3 + num_requests]), tuple(sums[3 + num_requests :]), norm,
-            [output["loss_sum"] for output in outputs] if self._has_loss else [],
-        )  # fmt: skip
+        sums = self._reduce(outputs, requests, self.optimizer.get_grad_norm(), seconds)
+        return sums, [output["loss_sum"] for output in outputs] if self._has_loss else []
+
+    def _loss_and_norm(self, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss over the labelled tokens and norm of its gradient, of what :meth:`_reduce` gave."""
+        num_tokens = sums[1].clamp(min=1.0)
+        return sums[0] / num_tokens, sums[2] / self.runtime.world_size / num_tokens
 
     @torch.no_grad()
-    def update(self, gradients: Gradients) -> bool:
-        """Clip and apply ``gradients``, the latest that were made. False if the optimizer left the weights alone."""
-        parameters = self.optimizer.get_parameters()
-        if parameters and self.optimizer.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, self.optimizer.config.clip_grad, gradients.norm)
-        return self.optimizer.step_with_ready_grads()
+    def _apply(self, sums: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+        """Update with the gradients in the buffers. Averaging over the tokens and clipping are one division, which
+        the optimizer makes as it reads them. ``skip``: float32 scalar on the device; 1 leaves everything as it is."""
+        grad_norm = self._loss_and_norm(sums)[1]
+        # As torch.nn.utils.clip_grad_norm_ and Megatron-Core have it.
+        excess = ((grad_norm + 1e-6) / self.optimizer.config.clip_grad).clamp(min=1.0)
+        divisor = (sums[1].clamp(min=1.0) * excess).float()
+        for adam in self._adams:
+            adam.divisor, adam.skip = divisor, skip
+        self.optimizer.step_with_ready_grads()
+
+    def _read(
+        self, values: list[float], sums: torch.Tensor, loss_sums: list[torch.Tensor], num_requests: int
+    ) -> Gradients:
+        loss, grad_norm = (float(x) for x in self._loss_and_norm(torch.tensor(values, dtype=torch.float64)))
+        requests, rank_seconds = values[3 : 3 + num_requests], values[3 + num_requests :]
+        return Gradients(
+            loss, grad_norm, int(values[1]), tuple(int(n) for n in requests), tuple(rank_seconds), sums, loss_sums
+        )
 
     def exchange(self, requests: tuple[int, ...]) -> tuple[int, ...]:
         """``requests`` summed over the ranks, for a step that trains nothing."""
@@ -161,7 +216,8 @@ class Stepper:
         self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...], norm: Any = None, seconds: float = 0.0
     ) -> torch.Tensor:
         """Sums over all ranks in one collective, float64 [2]: losses, labelled tokens. With a ``norm``
-        [3 + requests + ranks]: after those the norms, the requests and each rank's ``seconds``."""
+        [3 + requests + ranks]: after those the norms (of the summed loss's gradient), the requests and each rank's
+        ``seconds``."""
         host = [0.0, 0.0]
         if norm is not None:
             each_rank = [0.0] * self.runtime.world_size
@@ -186,6 +242,22 @@ class Stepper:
         return [*micro_batches, *[empty] * missing]
 
 
+def _to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start to copy ``values``; the function returned waits for them, but not for what is sent off in between."""
+    if not values.is_cuda:
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return wait
+
+
 def result_of(gradients: Gradients, action: str = "updated", reason: str = "") -> StepResult:
     """What the loop is told about a step with these gradients."""
     g = gradients
@@ -206,8 +278,8 @@ def sum_of_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(summed loss, number of labelled tokens int32, both for the log) of one micro-batch.
 
-    ``losses`` [B, S] float32, zero where ``labels`` is -100. With calculate_per_token_loss the gradient of the sum is
-    divided by the tokens of the whole global batch, so micro-batches and ranks weigh by their tokens.
+    ``losses`` [B, S] float32, zero where ``labels`` is -100. The gradient is that of the sum; the update divides it by
+    the tokens of the whole global batch, so micro-batches and ranks weigh by their tokens.
     """
     loss_sum = losses.sum()
     num_tokens = (labels != -100).sum().int()

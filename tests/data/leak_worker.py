@@ -71,7 +71,7 @@ class Layout:
         outputs = self.stepper._run(batches * self.runtime.pipeline_size, forward_only=False)
         loss, tokens = self.stepper._reduce(outputs, ()).tolist()
         gradients = {
-            f"{i}.{name}": p.main_grad.double() * tokens
+            f"{i}.{name}": p.main_grad.double()
             for i, chunk in enumerate(self.chunks)
             for name, p in chunk.named_parameters()
         }
