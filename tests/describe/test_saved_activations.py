@@ -72,7 +72,8 @@ def measured():
 def measure(cases):
     """Name -> (bytes, where) of every storage that is saved; in one process of its own."""
     command = [sys.executable, "-m", "tests.describe.saved_bytes", *map(json.dumps, cases.values())]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if all(c["device"] != "cuda" for c in cases.values()):
         env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)

@@ -125,13 +125,12 @@ def test_captured_steps_equal_eager_ones(backend, dtype, kernels):
         found[kind] = torch.cat(steps, 1)
     assert caches["eager"].graph is None
     assert len(graphs) == 3 and all(isinstance(graph, DecodeGraph) for graph in graphs)
-    scale = found["eager"].abs().max()
-    exact = dtype is torch.float32
-    assert (found[backend] - found["eager"]).abs().max() <= (1e-4 if exact else 0.1) * scale
-    if exact:
-        with torch.no_grad():
-            whole = model(ids).logits[:, 20:]
-        assert (found[backend] - whole).abs().max() <= 1e-4 * scale
+    with torch.no_grad():
+        exact = model.float()(ids).logits[:, 20:]  # the same weights
+    error = {kind: ((logits - exact).abs().max() / exact.abs().max()).item() for kind, logits in found.items()}
+    # A compiled step rounds to bf16 in fewer places than an eager one, so the two differ, but it is no further away
+    # from what is exact. Measured with these weights: 0.11 between the two.
+    assert error[backend] <= (1e-4 if dtype is torch.float32 else 1.5 * error["eager"]), error
 
 
 def test_flex_attention_equals_plain_blocks(kernels):
