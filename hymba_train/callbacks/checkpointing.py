@@ -7,7 +7,7 @@ from typing import Protocol
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.checkpoint import directory
-from hymba_train.errors import UserError
+from hymba_train.errors import RAISED_BY_ALL
 
 
 class Writer(Protocol):
@@ -51,7 +51,7 @@ class Checkpointing(Callback):
     def on_exception(self, loop, error) -> None:
         # What all ranks raise leaves them time for a checkpoint from before the trouble. After anything else a rank may
         # be gone, without whose part it cannot be published.
-        if isinstance(error, UserError):
+        if isinstance(error, RAISED_BY_ALL):
             self.writer.finish_alone()
 
     def _save(self, loop, wait: bool) -> None:

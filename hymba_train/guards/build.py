@@ -14,8 +14,9 @@ from hymba_train.callbacks.stop_file import write_outcome
 from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
 from hymba_train.data import TrainingData
+from hymba_train.errors import ReplicasDiffer
 from hymba_train.exit_codes import DRIFTED
-from hymba_train.guards.drift import DriftGuard, ReplicasDiffer
+from hymba_train.guards.drift import DriftGuard
 from hymba_train.guards.ledger import Ledger
 from hymba_train.guards.numerics import NumericalGuard
 from hymba_train.guards.progress import failed_before, too_many_starts

@@ -12,7 +12,7 @@ from hymba_train.callbacks.evaluation import Evaluation
 from hymba_train.callbacks.never_fatal import HOOKS, NeverFatal
 from hymba_train.callbacks.profile import Profile, parse_range
 from hymba_train.checkpoint import directory
-from hymba_train.errors import UserError
+from hymba_train.errors import ReplicasDiffer, UserError
 from tests.checkpoint.test_directory import fill
 
 
@@ -114,14 +114,15 @@ def test_the_last_step_is_saved_and_published_before_the_evaluation_that_ends_th
     assert writer.saves == [(1, True)] and [p.name for p in seen] == ["step_0000001"]
 
 
-def test_an_exception_gives_a_save_under_way_time(tmp_path, loop_of):
+@pytest.mark.parametrize("error", [UserError("a guard says stop"), ReplicasDiffer("replicas differ")])
+def test_an_exception_of_all_ranks_gives_a_save_under_way_time(tmp_path, loop_of, error):
     writer = FakeWriter(tmp_path)
     loop = loop_of(Checkpointing(writer, 1))
     loop.start()
     loop.step(1)
     loop.emit("on_exception", RuntimeError("a rank is gone"))
     assert not writer.finished_alone
-    loop.emit("on_exception", UserError("a guard says stop"))
+    loop.emit("on_exception", error)
     assert writer.finished_alone
 
 
@@ -157,7 +158,11 @@ def test_nothing_trained_is_not_evaluated(loop_of):
 
 def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
     class Broken(Callback):
-        calls = 0
+        calls, closed = 0, 0
+
+        def close(self):
+            type(self).closed += 1
+            raise OSError("still no space left on device")
 
         def on_log(self, loop, metrics):
             type(self).calls += 1
@@ -169,7 +174,7 @@ def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
         loop.step(1)
         loop.step(2)
         loop.end()
-    assert Broken.calls == 1
+    assert Broken.calls == 1 and Broken.closed == 1, "what it has opened is released"
     assert [r.getMessage().count("no space left") for r in caplog.records] == [1]
 
 
