@@ -56,6 +56,9 @@ class Checkpointing(Callback):
 
     def _save(self, loop, wait: bool) -> None:
         self._saved_at = loop.state.step
+        # What is still being written is waited for anyway; said before the next one may push it out by retention, while
+        # whoever exports it can get hold of it.
+        self._report(loop, self.writer.poll(wait=True))
         self.writer.save(loop.state.to_dict(), wait)
         self._report(loop, self.writer.poll())
 

@@ -94,6 +94,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     callbacks = guards.callbacks + build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,
         make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
+        watchdog.touch if watchdog else lambda: None,
     )  # fmt: skip
 
     def start_phase(step: PlannedStep) -> None:

@@ -94,6 +94,19 @@ def test_a_finished_run_saves_nothing(tmp_path, loop_of):
     assert writer.saves == []
 
 
+def test_a_checkpoint_is_reported_before_the_next_save_may_delete_it(tmp_path, loop_of):
+    """An export takes hold of it in that report; retention (of one) runs while the next one is written."""
+
+    class Keeping1(FakeWriter):
+        def save(self, state, wait=False):
+            assert self.poll(wait=True) == [], "a checkpoint is published and nobody has been told"
+            super().save(state, wait)
+
+    writer = Keeping1(tmp_path, delay=5)
+    train(loop_of(Checkpointing(writer, 2)), range(1, 7))
+    assert [step for step, _ in writer.saves] == [2, 4, 6]
+
+
 def test_a_request_saves_now(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
     loop = loop_of(Checkpointing(writer, 0))
