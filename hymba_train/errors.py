@@ -10,6 +10,7 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+        self.said_by: int | None = None  # rank that prints it, where all ranks raise the same one; None: whoever has it
 
 
 class ReplicasDiffer(Exception):

@@ -17,7 +17,7 @@ from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, prune, step_o
 from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
-from hymba_train.checkpoint.together import failing_at_once, locked, on_rank_0
+from hymba_train.checkpoint.together import alike, failing_at_once, locked, on_rank_0
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
@@ -65,11 +65,11 @@ def train(config: Config, plan: Plan) -> int:
 def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watchdog | None) -> int:
     seed_everything(config.run.seed, config.run.deterministic)
     order = Order(config, plan.steps)
-    data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
-    models = build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks])
+    data = alike(lambda: build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size))
+    models = alike(lambda: build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks]))
     chunks = wrap_model(config, runtime, models)
     optimizer = build_optimizer(config, runtime, chunks)
-    record = DataRecord(data.identity())
+    record = DataRecord(alike(data.identity))
     start = Start(config, directory, runtime, chunks, optimizer, order, record)
     state, remembered = start.load(find_source(config, directory))
     reason = refusal_from(config, directory, state.step)
@@ -91,11 +91,11 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
         kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
-    callbacks = guards.callbacks + build_callbacks(
-        config, directory, runtime, plan.steps, meter.peak, writer,
-        make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
-        watchdog.touch if watchdog else lambda: None,
-    )  # fmt: skip
+    evaluate = make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None
+    touch = watchdog.touch if watchdog else lambda: None
+    callbacks = guards.callbacks + alike(
+        lambda: build_callbacks(config, directory, runtime, plan.steps, meter.peak, writer, evaluate, touch)
+    )
 
     def start_phase(step: PlannedStep) -> None:
         for model in models:
