@@ -24,6 +24,7 @@ from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
 from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
+from hymba_train.guards.progress import forget_earlier_outcome
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
@@ -59,6 +60,7 @@ def train(config: Config, plan: Plan) -> int:
     if reason is not None:
         return give_up(runtime, reason)
     with failing_at_once(), locked(directory), watched(config, directory, runtime) as watchdog:
+        on_rank_0(lambda: forget_earlier_outcome(directory))
         return _train(config, plan, directory, runtime, watchdog)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hymba_train.callbacks.stop_file import read_outcome, write_outcome
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.train.tiny_run import write_data
 
@@ -35,3 +36,17 @@ if os.environ["RANK"] == "{rank}":
     codes, output = warm.finish()
     assert codes == [2, 2], output
     assert output.count(f"UserError: {line}, but the package is not installed") == 2, output
+
+
+def test_a_start_that_dies_before_it_trains_leaves_no_old_outcome(warm, tmp_path):
+    write_data(tmp_path)
+    path = tmp_path / "runs" / "old"
+    path.mkdir(parents=True)
+    write_outcome(path, "failed", 12, "10 steps skipped")
+    patch = """
+import os
+from hymba_train.train import main as training
+training.seed_everything = lambda *args: os._exit(9)
+"""
+    assert warm.train(path, patch=patch)[0] == 9
+    assert read_outcome(path) is None
