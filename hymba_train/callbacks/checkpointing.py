@@ -21,7 +21,7 @@ class Writer(Protocol):
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` steps (0: never), on request, and at the end.
+    """Saves every ``interval`` steps (0: never), on request, and at the end, unless the weights are suspect then.
 
     Runs on every rank. A checkpoint is reported only once it is published.
     """
@@ -44,7 +44,7 @@ class Checkpointing(Callback):
             self._save(loop, wait=False)
 
     def on_train_end(self, loop) -> None:
-        if loop.state.step != self._saved_at:
+        if loop.state.step != self._saved_at and not loop.suspect:
             self._save(loop, wait=True)
         self._report(loop, self.writer.poll(wait=True))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hymba_train.config.schema import GuardsConfig
@@ -85,9 +86,10 @@ class NumericalGuard:
             return self._apply_again(planned, batches, gradients, again, event)
         if diagnosis.culprits:
             event["culprits"] = self._name(planned, diagnosis)
-        wanted = self.config.on_data if diagnosis.kind == "data" else self.config.on_persistent
+        suspect = diagnosis.kind == "persistent"
+        wanted = self.config.on_persistent if suspect else self.config.on_data
         what = f"step {self.state.step + 1}: {problem} ({diagnosis.kind}: {_in_words(event, diagnosis)})"
-        return self._act(planned, gradients, wanted, what, event)
+        return replace(self._act(planned, gradients, wanted, what, event), suspect=suspect)
 
     def _apply_again(self, planned, batches, first: Gradients, again: Gradients, event: dict[str, Any]) -> StepResult:
         """The repetition is the step that should have been; its gradients are the latest in the buffers."""

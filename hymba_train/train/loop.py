@@ -67,6 +67,7 @@ class Loop:
         self._go_back = go_back
         self.stop_reason = ""
         self.failed = False  # a guard ended the run, and starting it again would end the same way
+        self.suspect = False  # it did so because the weights may be wrong: nothing is to be saved of them
         self.save_requested = False  # true during on_step_end of the step in which all ranks learnt of a request
         self._wants_stop: str | None = None
         self._wants_save = False
@@ -136,7 +137,7 @@ class Loop:
                 self.meter.resume()
                 continue
             if result.action in ("rewind", "stop"):
-                self.failed = True
+                self.failed, self.suspect = True, result.suspect
                 self.stop_reason = result.reason + (
                     "; no checkpoint to go back to" if result.action == "rewind" else ""
                 )

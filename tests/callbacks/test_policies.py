@@ -85,6 +85,15 @@ def test_interval_zero_saves_at_the_end_only(tmp_path, loop_of):
     assert writer.saves == [(3, True)]
 
 
+@pytest.mark.parametrize(("suspect", "saves"), [(False, [(2, False), (3, True)]), (True, [(2, False)])])
+def test_suspect_weights_are_not_saved_when_a_guard_ends_the_run(tmp_path, loop_of, suspect, saves):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 2))
+    loop.suspect = suspect
+    train(loop, range(1, 4))
+    assert writer.saves == saves and saved_steps(loop)[0][0] == 2, "what was under way is published"
+
+
 def test_a_finished_run_saves_nothing(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
     loop = loop_of(Checkpointing(writer, 0))
