@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ class Writer(Protocol):
     root: Path
 
     def save(self, state: dict[str, int], wait: bool = False) -> None: ...
-    def poll(self, wait: bool = False) -> list[Path]: ...
+    def poll(self, wait: bool = False, sums: Sequence[int] = ()) -> list[Path]: ...
     def finish_alone(self) -> None: ...
 
 
@@ -36,7 +37,7 @@ class Checkpointing(Callback):
     on_rewind = on_train_start
 
     def on_step_end(self, loop, metrics) -> None:
-        self._report(loop, self.writer.poll())
+        self._report(loop, self.writer.poll(sums=loop.answers))
         due = self.interval and loop.state.step % self.interval == 0
         if loop.stop_reason or loop.finished:  # before the evaluation that ends the run: it may take long
             self._save(loop, wait=True)

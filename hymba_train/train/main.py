@@ -124,6 +124,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         state, order, callbacks, meter, load=feed.load, train=one_step, start_phase=start_phase,
         batch_hash=feed.hash if config.logging.batch_hash and runtime.is_logging_rank else None,
         log_interval=config.logging.log_interval, train_steps=config.run.train_steps, go_back=go_back,
+        ask=writer.status,
     )  # fmt: skip
     try:
         loop.run()

@@ -32,7 +32,7 @@ class FakeWriter:
         fill(path)
         self._pending.append([0 if wait else self.delay, path])
 
-    def poll(self, wait=False):
+    def poll(self, wait=False, sums=()):
         done = []
         for entry in list(self._pending):
             entry[0] -= 1
