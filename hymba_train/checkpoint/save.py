@@ -113,9 +113,10 @@ class CheckpointWriter:
             self._under_way.process.wait(SECONDS_TO_FINISH)
 
     def _content(self, state: dict[str, int]) -> dict[str, Any]:
-        model = tree.model_tree(self.chunks)
+        model, fp8 = tree.model_tree(self.chunks), tree.fp8_tree(self.chunks, self.runtime)
         return {
             **model,
+            **({"fp8": fp8} if fp8 else {}),
             "optimizer": optimizer_state(self.optimizer, model, loading=False).tensors,
             "rng": tree.rng_tree(self.runtime.rank, self.runtime.world_size),
             "train_state": dict(state),

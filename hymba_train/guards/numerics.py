@@ -18,6 +18,7 @@ from hymba_train.guards.batches import emptied, name_samples, samples_of
 from hymba_train.guards.classify import Diagnosis, diagnose
 from hymba_train.guards.judge import Judge
 from hymba_train.guards.ledger import Ledger, LeftOut
+from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
 from hymba_train.train.step import Gradients, MicroBatch, Stepper, StepResult, result_of
@@ -32,13 +33,15 @@ class NumericalGuard:
     Args:
         state: the loop's; its ``step`` counts the steps before the one at hand.
         ledger: samples to leave out, the same on every rank.
+        fp8: moves on with every forward and backward pass; here only with those of steps that are applied.
     """
 
     def __init__(
-        self, config: GuardsConfig, stepper: Stepper, data: TrainingData, runtime, state: TrainState, ledger: Ledger
-    ) -> None:
+        self, config: GuardsConfig, stepper: Stepper, data: TrainingData, runtime, state: TrainState, ledger: Ledger,
+        fp8: Fp8State,
+    ) -> None:  # fmt: skip
         self.config, self.stepper, self.data, self.runtime = config, stepper, data, runtime
-        self.state, self.ledger = state, ledger
+        self.state, self.ledger, self.fp8 = state, ledger, fp8
         self.judge = Judge(config)
         self.touch: Callable[[], None] = lambda: None  # called during a long search: it gets on
         self._good_batches: tuple[int, list[MicroBatch]] | None = None  # (phase, batches) of the last accepted step
@@ -51,6 +54,7 @@ class NumericalGuard:
         entry = self.ledger.find(planned.phase, planned.first_sample, planned.first_sample + planned.batch_size)
         if entry is not None:
             return self._leave_out(planned, requests, entry)
+        self.fp8.remember()
         gradients = self.stepper.gradients(batches, requests, seconds)
         problem = self.judge.problem(gradients.loss, gradients.grad_norm)
         if problem is None:
@@ -59,6 +63,7 @@ class NumericalGuard:
 
     def _apply(self, planned: PlannedStep, batches: list[MicroBatch], gradients: Gradients) -> StepResult:
         if not self.stepper.update(gradients):
+            self.fp8.go_back()
             reason = self.judge.count_skip(self.state.step + 1)
             event = {**self._about(planned), "problem": "the optimizer refused the update", "action": "skipped"}
             return self._result(gradients, "stop" if reason else "skipped", reason or "", event)
@@ -84,6 +89,7 @@ class NumericalGuard:
         }
         if diagnosis.kind == "transient":
             return self._apply_again(planned, batches, gradients, again, event)
+        self.fp8.go_back()
         if diagnosis.culprits:
             event["culprits"] = self._name(planned, diagnosis)
         suspect = diagnosis.kind == "persistent"
@@ -108,6 +114,7 @@ class NumericalGuard:
 
         def is_good(some: list[MicroBatch]) -> bool:
             self.touch()
+            self.fp8.go_back()
             runs.append(self.stepper.gradients(some))
             return self.judge.problem(runs[-1].loss, runs[-1].grad_norm) is None
 

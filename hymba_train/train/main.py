@@ -27,7 +27,7 @@ from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, wat
 from hymba_train.guards.progress import forget_earlier_outcome
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
-from hymba_train.parallel import initialize, shutdown
+from hymba_train.parallel import fp8_state, initialize, shutdown
 from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.evaluate import make_evaluate
 from hymba_train.train.feed import Feed
@@ -69,6 +69,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     order = Order(config, plan.steps)
     data = alike(lambda: build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size))
     models = alike(lambda: build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks]))
+    fp8_state.prepare(models)
     chunks = wrap_model(config, runtime, models)
     optimizer = build_optimizer(config, runtime, chunks)
     record = DataRecord(alike(data.identity))
@@ -93,7 +94,10 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
         kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
-    evaluate = make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None
+    evaluate = None
+    if data.validation_domains:
+        fp8 = fp8_state.Fp8State.of(models)
+        evaluate = make_evaluate(data, stepper, runtime, lambda: phases[state.phase], fp8)
     touch = watchdog.touch if watchdog else lambda: None
     callbacks = guards.callbacks + alike(
         lambda: build_callbacks(config, directory, runtime, plan.steps, meter.peak, writer, evaluate, touch)
