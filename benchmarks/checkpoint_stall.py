@@ -55,7 +55,7 @@ class Probe(Callback):
     def on_step_end(self, loop, metrics) -> None:
         now = _now()
         step, seconds = loop.state.step, now - self._last
-        published = self.writer.poll()
+        published = self.writer.poll(sums=loop.answers)
         if WARM_UP_STEPS < step <= WARM_UP_STEPS + self.num_steps:
             self.plain.append(seconds)
         elif self._since is not None:
@@ -173,7 +173,7 @@ def main() -> None:
         config = configuration(arguments, directory)
         probes: list[Probe] = []
 
-        def build(config, directory, runtime, steps, peak, writer, evaluate):
+        def build(config, directory, runtime, steps, peak, writer, *others):
             probes.append(Probe(config, writer, arguments.steps))
             return list(probes)
 

@@ -180,6 +180,9 @@ def run_train(argv: list[str]) -> int:
     except UserError as error:
         if not rank:
             raise
+        if error.said_by is not None:
+            time.sleep(SECONDS_FOR_FIRST_RANK)  # as above
+            return USER_ERROR
         raise UserError(*(f"[rank {rank}] {line}" for line in error.problems)) from error
     # torchrun takes any code but 0 for a failure and starts all ranks again; the file `outcome` tells who started it.
     return 0 if code == STOPPED_EARLY and "TORCHELASTIC_RUN_ID" in os.environ else code

@@ -28,7 +28,7 @@ EXPORTS = "hf"
 
 def build_callbacks(
     config: Config, directory: Path, runtime, steps, peak, writer: Writer,
-    evaluate: Callable[[], dict[str, float]] | None,
+    evaluate: Callable[[], dict[str, float]] | None, touch: Callable[[], None] = lambda: None,
 ) -> list[Callback]:  # fmt: skip
     """Checkpoints and evaluation on every rank, first, and exports on the first; then, on the logging rank, everything
     that only looks on.
@@ -36,6 +36,7 @@ def build_callbacks(
     Args:
         steps: the run's StepPlan. peak: the meter's :class:`hymba_train.train.metrics.Peak`.
         evaluate: None if there is no validation domain.
+        touch: tells the watchdog that a long wait is none for others.
     """
     c, log = config.checkpoint, config.logging
     callbacks: list[Callback] = []
@@ -44,7 +45,7 @@ def build_callbacks(
     if evaluate:
         callbacks.append(Evaluation(evaluate, log.eval_interval))
     if c.enabled and c.export_interval is not None and runtime.rank == 0:
-        exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root)
+        exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root, touch=touch)
         callbacks.append(NeverFatal(exports))
     callbacks.append(CollectGarbage())
     callbacks.append(StopOnRequest(directory, runtime.rank == 0))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.checkpoint import directory
-from hymba_train.errors import UserError
+from hymba_train.errors import RAISED_BY_ALL
 
 
 class Writer(Protocol):
@@ -16,12 +17,12 @@ class Writer(Protocol):
     root: Path
 
     def save(self, state: dict[str, int], wait: bool = False) -> None: ...
-    def poll(self, wait: bool = False) -> list[Path]: ...
+    def poll(self, wait: bool = False, sums: Sequence[int] = ()) -> list[Path]: ...
     def finish_alone(self) -> None: ...
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` steps (0: never), on request, and at the end.
+    """Saves every ``interval`` steps (0: never), on request, and at the end, unless the weights are suspect then.
 
     Runs on every rank. A checkpoint is reported only once it is published.
     """
@@ -36,7 +37,7 @@ class Checkpointing(Callback):
     on_rewind = on_train_start
 
     def on_step_end(self, loop, metrics) -> None:
-        self._report(loop, self.writer.poll())
+        self._report(loop, self.writer.poll(sums=loop.answers))
         due = self.interval and loop.state.step % self.interval == 0
         if loop.stop_reason or loop.finished:  # before the evaluation that ends the run: it may take long
             self._save(loop, wait=True)
@@ -44,18 +45,21 @@ class Checkpointing(Callback):
             self._save(loop, wait=False)
 
     def on_train_end(self, loop) -> None:
-        if loop.state.step != self._saved_at:
+        if loop.state.step != self._saved_at and not loop.suspect:
             self._save(loop, wait=True)
         self._report(loop, self.writer.poll(wait=True))
 
     def on_exception(self, loop, error) -> None:
         # What all ranks raise leaves them time for a checkpoint from before the trouble. After anything else a rank may
         # be gone, without whose part it cannot be published.
-        if isinstance(error, UserError):
+        if isinstance(error, RAISED_BY_ALL):
             self.writer.finish_alone()
 
     def _save(self, loop, wait: bool) -> None:
         self._saved_at = loop.state.step
+        # What is still being written is waited for anyway; said before the next one may push it out by retention, while
+        # whoever exports it can get hold of it.
+        self._report(loop, self.writer.poll(wait=True))
         self.writer.save(loop.state.to_dict(), wait)
         self._report(loop, self.writer.poll())
 

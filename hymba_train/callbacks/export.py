@@ -7,13 +7,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.checkpoint.directory import newest, step_name, step_of
+from hymba_train.checkpoint.directory import is_complete, newest, step_name, step_of
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_TOUCHES = 5.0
+# Not `-m`: a rank that is killed takes its export along, which would go on writing where the next start writes anew.
+_CODE = """\
+import sys
+from hymba_train.checkpoint.children import die_with
+die_with(int(sys.argv.pop(1)))
+from hymba_train.convert.__main__ import main
+sys.exit(main())
+"""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -21,15 +31,22 @@ class Export(Callback):
     """Writes ``directory/step_N`` from checkpoints, each in a process of its own that uses no GPU.
 
     For the first rank alone; wrap it in NeverFatal. Exported are the first checkpoint at or after every ``interval``-th
-    step (0: none of these) and, when training has come to its end, the last one, for which the end waits. A checkpoint
-    is held by hard links until it is exported, so that it may be deleted meanwhile. One export runs at a time.
+    step (0: none of these) and, when training has come to its end, the last one, for which the end waits, however long
+    it takes. A checkpoint is held by hard links until it is exported, so that it may be deleted meanwhile. One export
+    runs at a time, and ends with this process. One that was due and is missing when a process starts, because the one
+    before has died, is made of the checkpoint which that process loads.
 
     Args:
         checkpoints: where the run's checkpoints lie; a process that finds nothing left to train exports the newest.
+        touch: called now and then while the end waits: it gets on.
     """
 
-    def __init__(self, directory: Path, interval: int, dtype: str | None = None, *, checkpoints: Path) -> None:
+    def __init__(
+        self, directory: Path, interval: int, dtype: str | None = None, *, checkpoints: Path,
+        touch: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.directory, self.interval, self.dtype, self.checkpoints = directory, interval, dtype, checkpoints
+        self.touch = touch
         self._next = interval
         self._latest: tuple[Path, int] | None = None
         self._taken: set[int] = set()  # steps that this process has exported, or is about to
@@ -40,6 +57,8 @@ class Export(Callback):
         _remove_leftovers(self.directory)
         if self.interval:
             self._next = (loop.state.step // self.interval + 1) * self.interval
+            self._make_up_for(loop.state.step)
+            self._poll()
 
     def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
         self._latest = (path, step)
@@ -58,7 +77,16 @@ class Export(Callback):
         while loop.finished and (self._waiting or self._running):
             self._poll()
             if self._running:
-                self._running[0].wait()
+                self._wait()
+
+    def _wait(self) -> None:
+        while True:
+            self.touch()
+            try:
+                self._running[0].wait(SECONDS_BETWEEN_TOUCHES)
+                return
+            except subprocess.TimeoutExpired:
+                continue
 
     def close(self) -> None:
         if self._running:
@@ -67,6 +95,18 @@ class Export(Callback):
             logger.warning("export of step %d stopped with the training", self._running[2])
         self._running, self._waiting = None, []
         _remove_leftovers(self.directory)
+
+    def _make_up_for(self, step: int) -> None:
+        """Take the checkpoint of ``step``, from which this process starts, if an export was due at it or since the last
+        interval before it, and none is there."""
+        due = self._next - self.interval
+        exported = [step_of(path) for path in self.directory.glob("step_*")]
+        if due == 0 or any(found is not None and due <= found <= step for found in exported):
+            return
+        path = self.checkpoints / step_name(step)
+        if is_complete(path):  # not if the run goes on from another run's checkpoint
+            logger.info("the export due at step %d is missing: it is made of step %d", due, step)
+            self._hold(path, step)
 
     def _hold_last(self) -> None:
         """The newest checkpoint, unless it has been taken; one of an earlier life only if that left no export."""
@@ -108,7 +148,7 @@ class Export(Callback):
     def _start(self, held: Path, step: int) -> None:
         output = self.directory / step_name(step)
         shutil.rmtree(output, ignore_errors=True)  # of an earlier life of this run
-        command = [sys.executable, "-m", "hymba_train.convert", "to-hf"]
+        command = [sys.executable, "-c", _CODE, str(os.getpid()), "to-hf"]
         command += ["--checkpoint", str(held), "--output", str(output)]
         if self.dtype:
             command += ["--dtype", self.dtype]

@@ -29,6 +29,9 @@ class CollectGarbage(Callback):
         if loop.state.step % self.interval == 0:
             gc.collect()
 
+    def on_rewind(self, loop) -> None:
+        gc.collect()  # of the steps that are forgotten, and of loading
+
     def close(self) -> None:
         gc.enable()
         gc.unfreeze()

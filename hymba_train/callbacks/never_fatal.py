@@ -11,17 +11,20 @@ HOOKS = (*(name for name in vars(Callback) if name.startswith("on_")), "close")
 
 
 class NeverFatal(Callback):
-    """Passes every hook on to ``inner``. The first exception is reported once and silences ``inner`` for good."""
+    """Passes every hook on to ``inner``. The first exception is reported once and silences ``inner`` for good, but for
+    ``close``: what it has opened is released all the same."""
 
     def __init__(self, inner: Callback) -> None:
         self.inner, self.broken = inner, False
 
     def _pass_on(self, hook: str, *args) -> None:
-        if self.broken:
+        if self.broken and hook != "close":
             return
         try:
             getattr(self.inner, hook)(*args)
         except Exception as error:
+            if self.broken:  # said already
+                return
             self.broken = True
             logger.warning(
                 "%s failed in %s (%s: %s) and is off from now on; training goes on",

@@ -16,17 +16,18 @@ from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-_parents: list[int] = []  # pids inside the context manager: this process, and none of its forks
+_parent = 0  # this process's pid inside the context manager
 
 
 @contextmanager
 def children_die_with_us() -> Iterator[None]:
     """Processes forked inside by this thread are killed when it ends, however it does."""
-    _parents.append(os.getpid())
+    global _parent
+    before, _parent = _parent, os.getpid()
     try:
         yield
     finally:
-        _parents.pop()
+        _parent = before
 
 
 def stop_when_parent_dies() -> None:
@@ -35,12 +36,19 @@ def stop_when_parent_dies() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _after_fork() -> None:
-    if _parents and _libc is not None:
+def die_with(parent: int) -> None:
+    """Have this process killed when ``parent``, which has started it, dies; ends it if that has happened already."""
+    if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _parents[-1]:  # it died before we had asked
+        if os.getppid() != parent:  # it died before we had asked
             os._exit(1)
-        _parents[-1] = os.getpid()  # for forks of this fork
+
+
+def _after_fork() -> None:
+    global _parent
+    if _parent:
+        die_with(_parent)
+        _parent = 0  # forks of this fork are its own business
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -148,12 +148,18 @@ def _load(source: Source, runtime, chunks: list, optimizer, same_layout: bool) -
         wanted["optimizer"] = optimizer_part.tensors
         if same_layout:
             wanted["rng"] = tree.rng_tree(runtime.rank, runtime.world_size)
+        fp8 = tree.fp8_tree(chunks, runtime)
+        if fp8 and any(name.startswith("fp8.") for name in stored):
+            wanted["fp8"] = fp8
+        elif fp8 and runtime.rank == 0:
+            logger.warning("%s has no scales of FP8: delayed scaling begins anew", source.path.name)
     _check_tensors(source.path, wanted, stored)
     loaded = _read(wanted, path)
     if _anywhere(any(exact.values())):
         for chunk, part in _read(exact, path).items():
             loaded[chunk] |= part
     tree.load_model_tree(chunks, loaded)
+    tree.load_fp8_tree(chunks, loaded.get("fp8", {}))
     if source.weights_only:
         optimizer.reload_model_params()
         return None

@@ -167,7 +167,11 @@ def verify(directory: Path) -> list[str]:
 
 def remember(directory: Path) -> None:
     """Note that all files of a directory have just been read and are as its manifest says."""
-    _verified[directory] = _look(directory)
+    found = _look(directory)
+    if found is None:
+        _verified.pop(directory, None)
+    else:
+        _verified[directory] = found
 
 
 def is_remembered(directory: Path) -> bool:
@@ -175,9 +179,10 @@ def is_remembered(directory: Path) -> bool:
     return directory in _verified and _verified[directory] == _look(directory)
 
 
-def _look(directory: Path) -> dict[str, tuple[int, int]]:
+def _look(directory: Path) -> dict[str, tuple[int, int]] | None:
+    """Size and time of every file; None if they cannot be looked at."""
     try:
         found = {name: (directory / name).stat() for name in (MANIFEST, *file_names(directory))}
     except OSError:
-        return {}
+        return None
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}

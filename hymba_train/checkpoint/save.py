@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,10 @@ class _UnderWay:
     process: Background | None
     failure: str  # why there is no process
 
+    def outcome(self) -> str | None:
+        """As :meth:`Background.outcome`."""
+        return self.process.outcome() if self.process else self.failure
+
 
 class CheckpointWriter:
     """Saves a run into ``root``. Every method is called by all ranks alike.
@@ -62,6 +66,7 @@ class CheckpointWriter:
         self._planner = Planner(runtime.groups.dp_cp)
         self._published: list[Path] = []
         self._under_way: _UnderWay | None = None
+        self._asked_about: _UnderWay | None = None
         self._needed_bytes = 0  # of the latest save
         if runtime.rank == 0:
             for path in directory.remove_leftovers(root):
@@ -69,7 +74,7 @@ class CheckpointWriter:
 
     def save(self, state: dict[str, int], wait: bool = False) -> None:
         """Save weights, optimizer, RNG and ``state``. ``wait``: return only when it is published."""
-        self._finish(wait=True)
+        self._finish()
         step = state["step"]
         path = self.root / f"{directory.step_name(step)}.incomplete"
         with self._errors_named(path):
@@ -80,14 +85,25 @@ class CheckpointWriter:
             share = self._planner.share(content, path)
         self._under_way = self._begin(path, share, metadata)
         if wait or not self.asynchronous:
-            self._finish(wait=True)
+            self._finish()
 
-    def poll(self, wait: bool = False) -> list[Path]:
-        """What has been published since the last call (``wait``: and what is under way); looks after the writers.
+    def status(self) -> tuple[int, int]:
+        """(whether this rank's part of the save under way has failed, whether it is being written), to be summed over
+        the ranks by whoever talks to them anyway, for the :meth:`poll` after that."""
+        self._asked_about = current = self._under_way
+        outcome = current.outcome() if current else ""
+        return int(bool(outcome)), int(outcome is None)
 
-        Talks to the other ranks only while a save is under way.
+    def poll(self, wait: bool = False, sums: Sequence[int] = ()) -> list[Path]:
+        """What has been published since the last call; looks after the writers.
+
+        ``sums`` of every rank's :meth:`status`, equal on all of them, end the save that was under way then, in success
+        or not, without another exchange. Only with ``wait`` for the one under way the ranks talk to each other here.
         """
-        self._finish(wait)
+        if wait:
+            self._finish()
+        elif sums and self._under_way is not None and self._asked_about is self._under_way:
+            self._conclude(*sums)
         published, self._published = self._published, []
         return published
 
@@ -97,9 +113,10 @@ class CheckpointWriter:
             self._under_way.process.wait(SECONDS_TO_FINISH)
 
     def _content(self, state: dict[str, int]) -> dict[str, Any]:
-        model = tree.model_tree(self.chunks)
+        model, fp8 = tree.model_tree(self.chunks), tree.fp8_tree(self.chunks, self.runtime)
         return {
             **model,
+            **({"fp8": fp8} if fp8 else {}),
             "optimizer": optimizer_state(self.optimizer, model, loading=False).tensors,
             "rng": tree.rng_tree(self.runtime.rank, self.runtime.world_size),
             "train_state": dict(state),
@@ -128,28 +145,28 @@ class CheckpointWriter:
             except OSError as error:
                 logger.warning("%s: older checkpoints cannot be deleted (%s)", self.root, error)
 
-    def _finish(self, wait: bool) -> None:
-        """Come to an agreement about the save under way, if there is one."""
-        current = self._under_way
-        while current is not None:
-            outcome = current.process.outcome() if current.process else current.failure
-            failed, running = self._sums(bool(outcome), outcome is None)
-            if failed:
-                self._under_way = None
-                self._give_up(current, outcome)
-            if not running:
-                self._under_way = None
-                final = current.path.with_name(current.path.name.removesuffix(".incomplete"))
-                manifest.remember(final)  # its writer has just read it
-                self._published.append(final)
-                return
-            if not wait:
-                return
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+    def _finish(self) -> None:
+        """Wait for the save under way, if there is one."""
+        while self._under_way is not None:
+            self._conclude(*self._sums(*self.status()))
+            if self._under_way is not None:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _sums(self, *values: bool) -> list[int]:
+    def _conclude(self, failed: int, running: int) -> None:
+        """What follows, on all ranks alike, from how many of them have failed and how many still write."""
+        current = self._under_way
+        if failed:
+            self._under_way = None
+            self._give_up(current, current.outcome())
+        if not running:
+            self._under_way = None
+            final = current.path.with_name(current.path.name.removesuffix(".incomplete"))
+            manifest.remember(final)  # its writer has just read it
+            self._published.append(final)
+
+    def _sums(self, *values: int) -> list[int]:
         """How many ranks say so, of each value."""
-        total = torch.tensor([int(v) for v in values], dtype=torch.int32, device=self.runtime.device)
+        total = torch.tensor(values, dtype=torch.int32, device=self.runtime.device)
         dist.all_reduce(total)
         return total.tolist()
 

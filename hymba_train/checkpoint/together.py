@@ -31,6 +31,26 @@ def on_rank_0(work: Callable[[], Any]) -> Any:
     return answer[0]
 
 
+def alike(work: Callable[[], Any]) -> Any:
+    """What ``work``, which talks to no other rank, returns here. A UserError on any rank is raised on every rank, which
+    would else wait for the one that has it in their next collective. It names that rank, unless it is 0, and is for
+    rank 0 to print.
+    """
+    result, mine = None, None
+    try:
+        result = work()
+    except UserError as error:
+        mine = error.problems
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, problems in enumerate(everyone):
+        if problems is not None:
+            error = UserError(*(f"[rank {rank}] {line}" if rank else line for line in problems))
+            error.said_by = 0
+            raise error
+    return result
+
+
 @contextmanager
 def locked(run_directory: Path) -> Iterator[None]:
     """Rank 0 holds the run's lock inside. Raises UserError on every rank if another training has it."""

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from hymba_train.checkpoint.optimizer_state import SHARDING
+from hymba_train.parallel.fp8_state import Fp8State
 
 
 def model_tree(chunks: list) -> dict[str, Any]:
@@ -16,10 +17,30 @@ def model_tree(chunks: list) -> dict[str, Any]:
     return {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(chunks)}
 
 
+def fp8_tree(chunks: list, runtime) -> dict[str, ShardedTensor]:
+    """Scales and amax histories of FP8's delayed scaling, as ``fp8.<module>.<tensor>``; every layout has the same."""
+    replica = (0, runtime.tensor_rank, runtime.data_parallel_rank)
+    return {
+        name: ShardedTensor.from_rank_offsets(f"fp8.{name}", tensor, replica_id=replica)
+        for name, tensor in Fp8State.of(chunk.module for chunk in chunks).tensors().items()
+    }
+
+
+def load_fp8_tree(chunks: list, loaded: dict[str, torch.Tensor]) -> None:
+    """Put what was loaded into :func:`fp8_tree` in its place; without it, begin as a new run does."""
+    state = Fp8State.of(chunk.module for chunk in chunks)
+    if not loaded:
+        state.reset()
+        return
+    for name, tensor in state.tensors().items():
+        tensor.copy_(loaded[name])
+
+
 def load_model_tree(chunks: list, loaded: dict[str, Any]) -> None:
     """Put loaded weights into the modules. Raises RuntimeError for a parameter that is missing or not known.
 
-    Transformer Engine's modules also ask for an ``_extra_state`` (FP8 statistics), which no checkpoint of ours has.
+    Transformer Engine's modules also ask for an ``_extra_state``, a pickle, which no checkpoint of ours has: what is in
+    it that matters is in :func:`fp8_tree`.
     """
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)

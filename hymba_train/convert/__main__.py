@@ -5,9 +5,15 @@ import sys
 from hymba_train.convert.cli import run_convert
 from hymba_train.errors import UserError
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Run it on the command line's arguments; returns the exit code."""
     try:
-        sys.exit(run_convert(sys.argv[1:]))
+        return run_convert(sys.argv[1:])
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -84,15 +84,14 @@ def _of_layer(x: Sizes) -> Iterator[SavedTensor]:
 
 
 def recomputed_saved_tensors(model: ModelConfig, layer: LayerDescription, setting: Setting) -> list[SavedTensor]:
-    """What is left of a layer that is recomputed as a whole: its input; in a producer also K, and V as a view of
-    where it was projected, because its consumers save them."""
+    """What is left of a layer that is recomputed as a whole: its input; in a producer also K and V, because its
+    consumers save them."""
     x = Sizes(model, layer, setting)
     saved = [SavedTensor("layer.in", x.D, x.v)]
     if layer.kv_role == "producer":
         groups = len(x.heads.kv_heads)
         saved.append(SavedTensor("attention.k_rotated", groups * x.dk, x.v))
-        width = x.in_width if x.kv_in_projection else groups * x.dv
-        saved.append(SavedTensor("in_proj.out" if x.kv_in_projection else "kv_proj.v", width, x.v))
+        saved.append(SavedTensor("attention.v", groups * x.dv, x.v))
     return saved
 
 

@@ -14,13 +14,15 @@ from hymba_train.callbacks.stop_file import write_outcome
 from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
 from hymba_train.data import TrainingData
+from hymba_train.errors import ReplicasDiffer
 from hymba_train.exit_codes import DRIFTED
-from hymba_train.guards.drift import DriftGuard, ReplicasDiffer
+from hymba_train.guards.drift import DriftGuard
 from hymba_train.guards.ledger import Ledger
 from hymba_train.guards.numerics import NumericalGuard
 from hymba_train.guards.progress import failed_before, too_many_starts
 from hymba_train.guards.stragglers import Stragglers
 from hymba_train.guards.watchdog import Watchdog
+from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
 from hymba_train.train.step import MicroBatch, Stepper, StepResult
@@ -41,7 +43,8 @@ class Guards:
         self._stragglers: Stragglers | None = None
         self._numerics: NumericalGuard | None = None
         if c.numerics:
-            self._numerics = NumericalGuard(c, stepper, data, runtime, state, on_rank_0(lambda: Ledger(directory)))
+            ledger = on_rank_0(lambda: Ledger(directory))
+            self._numerics = NumericalGuard(c, stepper, data, runtime, state, ledger, Fp8State.of(models))
         if self._numerics and watchdog:
             self._numerics.touch = watchdog.touch
         self.callbacks: list[Callback] = [watchdog] if watchdog else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hymba_train.config.schema import GuardsConfig
@@ -17,6 +18,7 @@ from hymba_train.guards.batches import emptied, name_samples, samples_of
 from hymba_train.guards.classify import Diagnosis, diagnose
 from hymba_train.guards.judge import Judge
 from hymba_train.guards.ledger import Ledger, LeftOut
+from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
 from hymba_train.train.step import Gradients, Limits, MicroBatch, Stepper, StepResult, result_of
@@ -31,13 +33,15 @@ class NumericalGuard:
     Args:
         state: the loop's; its ``step`` counts the steps before the one at hand.
         ledger: samples to leave out, the same on every rank.
+        fp8: moves on with every forward and backward pass; here only with those of steps that are applied.
     """
 
     def __init__(
-        self, config: GuardsConfig, stepper: Stepper, data: TrainingData, runtime, state: TrainState, ledger: Ledger
-    ) -> None:
+        self, config: GuardsConfig, stepper: Stepper, data: TrainingData, runtime, state: TrainState, ledger: Ledger,
+        fp8: Fp8State,
+    ) -> None:  # fmt: skip
         self.config, self.stepper, self.data, self.runtime = config, stepper, data, runtime
-        self.state, self.ledger = state, ledger
+        self.state, self.ledger, self.fp8 = state, ledger, fp8
         self.judge = Judge(config)
         self.touch: Callable[[], None] = lambda: None  # called during a long search: it gets on
         self._good_batches: tuple[int, list[MicroBatch]] | None = None  # (phase, batches) of the last accepted step
@@ -50,6 +54,7 @@ class NumericalGuard:
         entry = self.ledger.find(planned.phase, planned.first_sample, planned.first_sample + planned.batch_size)
         if entry is not None:
             return self._leave_out(planned, requests, entry)
+        self.fp8.remember()
         gradients, updated = self.stepper.step(batches, requests, seconds, Limits(*self.judge.limits()))
         problem = self.judge.problem(gradients.loss, gradients.grad_norm)
         assert updated == (problem is None), f"the device and the host judge a step differently: {problem}"
@@ -80,11 +85,13 @@ class NumericalGuard:
         }
         if diagnosis.kind == "transient":
             return self._apply_again(planned, batches, gradients, again, event)
+        self.fp8.go_back()
         if diagnosis.culprits:
             event["culprits"] = self._name(planned, diagnosis)
-        wanted = self.config.on_data if diagnosis.kind == "data" else self.config.on_persistent
+        suspect = diagnosis.kind == "persistent"
+        wanted = self.config.on_persistent if suspect else self.config.on_data
         what = f"step {self.state.step + 1}: {problem} ({diagnosis.kind}: {_in_words(event, diagnosis)})"
-        return self._act(planned, gradients, wanted, what, event)
+        return replace(self._act(planned, gradients, wanted, what, event), suspect=suspect)
 
     def _apply_again(self, planned, batches, first: Gradients, again: Gradients, event: dict[str, Any]) -> StepResult:
         """The repetition is the step that should have been; its gradients are the latest in the buffers."""
@@ -104,6 +111,7 @@ class NumericalGuard:
 
         def is_good(some: list[MicroBatch]) -> bool:
             self.touch()
+            self.fp8.go_back()
             runs.append(self.stepper.gradients(some))
             return self.judge.problem(runs[-1].loss, runs[-1].grad_norm) is None
 

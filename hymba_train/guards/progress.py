@@ -12,17 +12,29 @@ import time
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.callbacks.stop_file import OUTCOME_FILE, read_outcome
 
 STARTS = "starts.jsonl"
 
 
 def failed_before(directory: Path) -> str | None:
     """Why there is no use in going on: torchrun starts again what a guard has ended. None for any other start."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) == 0:
+    if _restart() == 0:
         return None
     outcome = read_outcome(directory)
     return outcome.reason if outcome is not None and outcome.failed else None
+
+
+def forget_earlier_outcome(directory: Path) -> None:
+    """Remove what an earlier job has left as the outcome, when a job begins: should this process die before it trains,
+    its restart must not take that for a verdict on itself. Call with the run's lock held."""
+    if _restart() == 0:
+        (directory / OUTCOME_FILE).unlink(missing_ok=True)
+
+
+def _restart() -> int:
+    """How often torchrun has started this process again; 0 at first, and without torchrun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
 def too_many_starts(directory: Path, from_step: int, limit: int) -> str | None:
@@ -63,8 +75,7 @@ class Starts(Callback):
         self.path = directory / STARTS
 
     def on_train_start(self, loop) -> None:
-        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
-        self._write({"from_step": loop.state.step, "time": time.time(), "pid": os.getpid(), "restart": restart})
+        self._write({"from_step": loop.state.step, "time": time.time(), "pid": os.getpid(), "restart": _restart()})
 
     def on_train_end(self, loop) -> None:
         self._write({"ended_at": loop.state.step, "time": time.time()})

@@ -6,6 +6,9 @@ import re
 # reads the device's results; Megatron-Core's modules wait for what they have sent or asked for.
 _INNERMOST = (
     re.compile(r'hymba_train/train/step\.py", line \d+ in (wait|exchange|micro_batch_losses|evaluate)$'),
+    # Between steps: the agreement about a save, or the writer itself; the comparison of replicas.
+    re.compile(r'hymba_train/checkpoint/save\.py", line \d+ in (_sums|_count_bytes|_finish)$'),
+    re.compile(r'hymba_train/guards/drift\.py", line \d+ in (_differ|check)$'),
     re.compile(r'megatron/core/(pipeline_parallel|distributed|tensor_parallel)/[^"]*", line'),
     re.compile(r'megatron/core/optimizer/clip_grads\.py", line'),
     re.compile(r'torch/cuda/[^"]*", line \d+ in (synchronize|wait)'),

@@ -52,7 +52,7 @@ class HymbaStack(MegatronModule):
             description = layer.layer
             kv = shared[description.kv_source] if description.kv_role == "consumer" else ()
             if self.recompute and self.training:
-                out = self._recomputed(lambda h, *kv, layer=layer: layer(h, batch, *kv), hidden, *kv)
+                out = self._recomputed(lambda h, *kv, layer=layer: _alone(layer(h, batch, *kv)), hidden, *kv)
             else:
                 out = layer(hidden, batch, *kv)
             hidden = out[0]
@@ -98,6 +98,11 @@ class HymbaStack(MegatronModule):
         if not self.config.sequence_parallel:
             return columns
         return columns.reshape(columns.shape[0] * self.tp_size, 1, width // self.tp_size)
+
+
+def _alone(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A producer's V is a view of all that in_proj has made, which would outlive the layer with it."""
+    return tuple(t.contiguous() for t in out)
 
 
 def kv_columns(config: HymbaConfig, tensor_size: int, tensor_rank: int) -> tuple[int, int]:

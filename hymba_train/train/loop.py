@@ -51,6 +51,8 @@ class Loop:
         batch_hash: hash of a step's tokens for the log; None: none.
         train_steps: stop after this step of the run.
         go_back: load the newest checkpoint and set ``state`` to it; false if there is none.
+        ask: numbers of this rank, asked for in every step; they travel with it to the other ranks, and come back summed
+            over all of them as ``answers``.
     """
 
     def __init__(
@@ -59,14 +61,16 @@ class Loop:
         train: Callable[[PlannedStep, list[MicroBatch], tuple[int, ...]], StepResult],
         start_phase: Callable[[PlannedStep], None] = lambda step: None,
         batch_hash: Callable[[PlannedStep], str] | None = None, log_interval: int = 1, train_steps: int | None = None,
-        go_back: Callable[[], bool] = lambda: False,
+        go_back: Callable[[], bool] = lambda: False, ask: Callable[[], tuple[int, ...]] = lambda: (),
     ) -> None:  # fmt: skip
         self.state, self.steps, self.callbacks, self.meter = state, steps, callbacks, meter
         self._load, self._train, self._start_phase, self._batch_hash = load, train, start_phase, batch_hash
         self.log_interval, self.train_steps = log_interval, train_steps
-        self._go_back = go_back
+        self._go_back, self._ask = go_back, ask
+        self.answers: tuple[int, ...] = ()
         self.stop_reason = ""
         self.failed = False  # a guard ended the run, and starting it again would end the same way
+        self.suspect = False  # it did so because the weights may be wrong: nothing is to be saved of them
         self.save_requested = False  # true during on_step_end of the step in which all ranks learnt of a request
         self._wants_stop: str | None = None
         self._wants_save = False
@@ -136,7 +140,7 @@ class Loop:
                 self.meter.resume()
                 continue
             if result.action in ("rewind", "stop"):
-                self.failed = True
+                self.failed, self.suspect = True, result.suspect
                 self.stop_reason = result.reason + (
                     "; no checkpoint to go back to" if result.action == "rewind" else ""
                 )
@@ -166,15 +170,16 @@ class Loop:
         return enough or self.steps.next(self.state) is None
 
     def _one_step(self, step: PlannedStep) -> StepResult:
-        wanted = (int(self._wants_stop is not None), int(self._wants_save))
         batches = self._load(step)
         self.emit("on_batch_loaded")
+        wanted = (int(self._wants_stop is not None), int(self._wants_save), *self._ask())
         return self._train(step, batches, wanted)
 
     def _count(self, step: PlannedStep, result: StepResult) -> None:
         self.state.advance(step.batch_size, step.seq_length)
         self.meter.count(step.tokens, step.flops_per_token, step.executed_flops_per_token)
-        stop, save = result.requests
+        stop, save, *answers = result.requests
+        self.answers = tuple(answers)
         if stop:
             self.stop_reason = self._wants_stop or "another rank asked to stop"
         if save:

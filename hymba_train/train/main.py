@@ -17,16 +17,17 @@ from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, prune, step_o
 from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
-from hymba_train.checkpoint.together import failing_at_once, locked, on_rank_0
+from hymba_train.checkpoint.together import alike, failing_at_once, locked, on_rank_0
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
 from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
+from hymba_train.guards.progress import forget_earlier_outcome
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
-from hymba_train.parallel import initialize, shutdown
+from hymba_train.parallel import fp8_state, initialize, shutdown
 from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.evaluate import make_evaluate
 from hymba_train.train.feed import Feed
@@ -59,17 +60,19 @@ def train(config: Config, plan: Plan) -> int:
     if reason is not None:
         return give_up(runtime, reason)
     with failing_at_once(), locked(directory), watched(config, directory, runtime) as watchdog:
+        on_rank_0(lambda: forget_earlier_outcome(directory))
         return _train(config, plan, directory, runtime, watchdog)
 
 
 def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watchdog | None) -> int:
     seed_everything(config.run.seed, config.run.deterministic)
     order = Order(config, plan.steps)
-    data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
-    models = build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks])
+    data = alike(lambda: build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size))
+    models = alike(lambda: build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks]))
+    fp8_state.prepare(models)
     chunks = wrap_model(config, runtime, models)
     optimizer = build_optimizer(config, runtime, chunks)
-    record = DataRecord(data.identity())
+    record = DataRecord(alike(data.identity))
     start = Start(config, directory, runtime, chunks, optimizer, order, record)
     state, remembered = start.load(find_source(config, directory))
     reason = refusal_from(config, directory, state.step)
@@ -91,10 +94,14 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
         kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
-    callbacks = guards.callbacks + build_callbacks(
-        config, directory, runtime, plan.steps, meter.peak, writer,
-        make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
-    )  # fmt: skip
+    evaluate = None
+    if data.validation_domains:
+        fp8 = fp8_state.Fp8State.of(models)
+        evaluate = make_evaluate(data, stepper, runtime, lambda: phases[state.phase], fp8)
+    touch = watchdog.touch if watchdog else lambda: None
+    callbacks = guards.callbacks + alike(
+        lambda: build_callbacks(config, directory, runtime, plan.steps, meter.peak, writer, evaluate, touch)
+    )
 
     def start_phase(step: PlannedStep) -> None:
         for model in models:
@@ -121,6 +128,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         state, order, callbacks, meter, load=feed.load, train=one_step, start_phase=start_phase,
         batch_hash=feed.hash if config.logging.batch_hash and runtime.is_logging_rank else None,
         log_interval=config.logging.log_interval, train_steps=config.run.train_steps, go_back=go_back,
+        ask=writer.status,
     )  # fmt: skip
     try:
         loop.run()

@@ -34,6 +34,7 @@ class StepResult:
     reason: str = ""  # why it was not an update
     event: dict[str, Any] | None = None  # for the log, if a guard has something to say
     rank_seconds: tuple[float, ...] = ()  # what each rank said about its step before
+    suspect: bool = False  # the weights themselves may be what is wrong
 
 
 @dataclass(frozen=True)

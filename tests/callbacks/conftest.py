@@ -16,7 +16,7 @@ class FakeLoop(SimpleNamespace):
     def __init__(self, *callbacks):
         super().__init__(
             state=TrainState(), callbacks=list(callbacks), emitted=[], save_requested=False, trained=False,
-            stop_reason="", finished=False, failed=False,
+            stop_reason="", finished=False, failed=False, suspect=False, answers=(0, 0),
         )  # fmt: skip
 
     def emit(self, event, *args):

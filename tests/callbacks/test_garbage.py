@@ -15,6 +15,8 @@ def test_collections_come_at_the_interval_alone(loop_of):
             loop.state.step = step
             callback.on_step_end(loop, None)
             assert len(collected) == 2 * (step // 3)
+        callback.on_rewind(loop)
+        assert len(collected) == 2 * 3
     finally:
         gc.callbacks.remove(note)
         callback.close()

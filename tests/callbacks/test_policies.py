@@ -12,7 +12,7 @@ from hymba_train.callbacks.evaluation import Evaluation
 from hymba_train.callbacks.never_fatal import HOOKS, NeverFatal
 from hymba_train.callbacks.profile import Profile, parse_range
 from hymba_train.checkpoint import directory
-from hymba_train.errors import UserError
+from hymba_train.errors import ReplicasDiffer, UserError
 from tests.checkpoint.test_directory import fill
 
 
@@ -32,7 +32,7 @@ class FakeWriter:
         fill(path)
         self._pending.append([0 if wait else self.delay, path])
 
-    def poll(self, wait=False):
+    def poll(self, wait=False, sums=()):
         done = []
         for entry in list(self._pending):
             entry[0] -= 1
@@ -85,6 +85,15 @@ def test_interval_zero_saves_at_the_end_only(tmp_path, loop_of):
     assert writer.saves == [(3, True)]
 
 
+@pytest.mark.parametrize(("suspect", "saves"), [(False, [(2, False), (3, True)]), (True, [(2, False)])])
+def test_suspect_weights_are_not_saved_when_a_guard_ends_the_run(tmp_path, loop_of, suspect, saves):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 2))
+    loop.suspect = suspect
+    train(loop, range(1, 4))
+    assert writer.saves == saves and saved_steps(loop)[0][0] == 2, "what was under way is published"
+
+
 def test_a_finished_run_saves_nothing(tmp_path, loop_of):
     writer = FakeWriter(tmp_path)
     loop = loop_of(Checkpointing(writer, 0))
@@ -92,6 +101,19 @@ def test_a_finished_run_saves_nothing(tmp_path, loop_of):
     loop.start()
     loop.end()
     assert writer.saves == []
+
+
+def test_a_checkpoint_is_reported_before_the_next_save_may_delete_it(tmp_path, loop_of):
+    """An export takes hold of it in that report; retention (of one) runs while the next one is written."""
+
+    class Keeping1(FakeWriter):
+        def save(self, state, wait=False):
+            assert self.poll(wait=True) == [], "a checkpoint is published and nobody has been told"
+            super().save(state, wait)
+
+    writer = Keeping1(tmp_path, delay=5)
+    train(loop_of(Checkpointing(writer, 2)), range(1, 7))
+    assert [step for step, _ in writer.saves] == [2, 4, 6]
 
 
 def test_a_request_saves_now(tmp_path, loop_of):
@@ -114,14 +136,15 @@ def test_the_last_step_is_saved_and_published_before_the_evaluation_that_ends_th
     assert writer.saves == [(1, True)] and [p.name for p in seen] == ["step_0000001"]
 
 
-def test_an_exception_gives_a_save_under_way_time(tmp_path, loop_of):
+@pytest.mark.parametrize("error", [UserError("a guard says stop"), ReplicasDiffer("replicas differ")])
+def test_an_exception_of_all_ranks_gives_a_save_under_way_time(tmp_path, loop_of, error):
     writer = FakeWriter(tmp_path)
     loop = loop_of(Checkpointing(writer, 1))
     loop.start()
     loop.step(1)
     loop.emit("on_exception", RuntimeError("a rank is gone"))
     assert not writer.finished_alone
-    loop.emit("on_exception", UserError("a guard says stop"))
+    loop.emit("on_exception", error)
     assert writer.finished_alone
 
 
@@ -157,7 +180,11 @@ def test_nothing_trained_is_not_evaluated(loop_of):
 
 def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
     class Broken(Callback):
-        calls = 0
+        calls, closed = 0, 0
+
+        def close(self):
+            type(self).closed += 1
+            raise OSError("still no space left on device")
 
         def on_log(self, loop, metrics):
             type(self).calls += 1
@@ -169,7 +196,7 @@ def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
         loop.step(1)
         loop.step(2)
         loop.end()
-    assert Broken.calls == 1
+    assert Broken.calls == 1 and Broken.closed == 1, "what it has opened is released"
     assert [r.getMessage().count("no space left") for r in caplog.records] == [1]
 
 

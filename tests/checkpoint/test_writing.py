@@ -64,3 +64,9 @@ def test_damage_is_named_by_tensor(tmp_path):
     (tmp_path / "__0_0.distcp").write_bytes(content)
     (problem,) = manifest.compare(tmp_path, entries, sorted(entries))
     assert "__0_0.distcp: is damaged" in problem and problem.endswith("(in b)")
+
+
+def test_a_directory_that_could_not_be_looked_at_is_not_remembered_as_whole(tmp_path):
+    gone = tmp_path / "step_0000001"
+    manifest.remember(gone)
+    assert not manifest.is_remembered(gone) and manifest.verify(gone) != []

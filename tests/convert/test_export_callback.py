@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from hymba_train.callbacks import export as exports
 from hymba_train.callbacks.export import Export
 from hymba_train.checkpoint.directory import complete_steps
 from hymba_train.convert.source import TrainingCheckpoint
@@ -124,6 +130,56 @@ def test_a_failed_export_is_reported_and_leaves_training_alone(checkpoints, tmp_
     assert "export of step 5 failed" in caplog.text
     assert ".metadata: has 6 bytes" in (tmp_path / "hf" / "step_0000005.log").read_text()
     assert names(tmp_path / "hf") == ["step_0000005.log"]
+
+
+@pytest.mark.parametrize(("loaded", "exported", "made"), [(12, 8, True), (12, 10, False), (8, 4, False)])
+def test_an_export_that_the_process_before_has_lost_is_made_up_for(checkpoints, tmp_path, loaded, exported, made):
+    """Interval 10: at 12 one was due since 10, at 8 none."""
+    checkpoints(loaded)
+    (tmp_path / "hf" / f"step_{exported:07d}").mkdir(parents=True)
+    export, loop = Export(tmp_path / "hf", 10, checkpoints=tmp_path / "checkpoints"), Loop(step=loaded, finished=False)
+    export.on_train_start(loop)
+    assert (export._running is not None) == made
+    if made:
+        export._wait()
+        export.on_step_end(loop, None)
+    export.close()
+    assert (tmp_path / "hf" / f"step_{loaded:07d}" / "config.json").exists() == made
+
+
+def test_the_wait_of_the_end_is_no_hang(checkpoints, tmp_path, monkeypatch):
+    """The watchdog is told all the while."""
+    monkeypatch.setattr(exports, "SECONDS_BETWEEN_TOUCHES", 0.01)
+    touched = []
+    export = Export(tmp_path / "hf", 0, checkpoints=tmp_path / "checkpoints", touch=lambda: touched.append(1))
+    checkpoints(3)
+    export.on_train_start(Loop(step=3))
+    export.on_train_end(Loop(step=3))
+    assert len(touched) > 3 and (tmp_path / "hf" / "step_0000003").is_dir()
+
+
+def test_an_export_does_not_outlive_a_killed_rank(checkpoints, tmp_path):
+    path = checkpoints(1)
+    code = f"""
+import os, signal
+from pathlib import Path
+from types import SimpleNamespace
+from hymba_train.callbacks.export import Export
+loop = SimpleNamespace(state=SimpleNamespace(step=0), finished=False)
+export = Export(Path({str(tmp_path / "hf")!r}), 1, checkpoints=Path({str(path.parent)!r}))
+export.on_train_start(loop)
+export.on_checkpoint_saved(loop, Path({str(path)!r}), 1)
+print(export._running[0].pid, flush=True)
+signal.pause()
+"""
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
+    pid = int(rank.stdout.readline())
+    child = psutil.Process(pid)
+    rank.send_signal(signal.SIGKILL)
+    rank.wait()
+    rank.stdout.close()
+    psutil.wait_procs([child], timeout=120)
+    assert not (tmp_path / "hf" / "step_0000001").exists(), "it went on, and ended its work"
 
 
 def test_an_exception_ends_the_export_that_is_running(checkpoints, tmp_path):

@@ -7,7 +7,13 @@ import json
 import pytest
 
 from hymba_train.callbacks.stop_file import write_outcome
-from hymba_train.guards.progress import STARTS, Starts, failed_before, too_many_starts
+from hymba_train.guards.progress import (
+    STARTS,
+    Starts,
+    failed_before,
+    forget_earlier_outcome,
+    too_many_starts,
+)
 
 
 def start(directory, loop_of, step: int) -> None:
@@ -54,3 +60,15 @@ def test_torchrun_does_not_start_again_what_a_guard_has_ended(tmp_path, monkeypa
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
     write_outcome(tmp_path, word, 12, "10 steps skipped")
     assert failed_before(tmp_path) == ("10 steps skipped" if gives_up else None)
+
+
+def test_the_failure_of_an_earlier_job_is_no_verdict_on_this_one(tmp_path, monkeypatch):
+    """The new job's first process dies before it trains: torchrun's restart of it goes on."""
+    write_outcome(tmp_path, "failed", 12, "10 steps skipped")
+    for restart in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        assert failed_before(tmp_path) is None
+        forget_earlier_outcome(tmp_path)
+    write_outcome(tmp_path, "failed", 12, "by this job")
+    forget_earlier_outcome(tmp_path)
+    assert failed_before(tmp_path) == "by this job"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,8 +15,11 @@ import psutil
 import pytest
 
 from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.checkpoint.save import CheckpointWriter
 from hymba_train.guards import marks, stacks
+from hymba_train.guards.drift import DriftGuard
 from hymba_train.guards.hang import Report, find_guilty, verdict
+from hymba_train.train.step import Stepper
 from tests.reliability.conftest import call, left_behind, start_of_ranks, torchrun
 from tests.reliability.test_numerics import PHASE
 from tests.train.test_training import ROOT, exact, run
@@ -79,6 +83,22 @@ def test_threads_of_a_dump_are_told_apart():
         0x7F506C29FB80: ['File "/b.py", line 8 in g', 'File "/b.py", line 9 in <module>'],
     }
     assert stacks.threads("") == {} and not stacks.is_waiting([])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Stepper.gradients, Stepper.exchange, Stepper.micro_batch_losses, Stepper.evaluate, CheckpointWriter._sums,
+        CheckpointWriter._count_bytes, CheckpointWriter._finish, DriftGuard._differ, DriftGuard.check,
+    ],
+    ids=lambda method: method.__qualname__,
+)  # fmt: skip
+def test_our_own_waits_are_known(method):
+    """By the names that they really have: a rank that waits there, for others or its device, is not to blame."""
+    code = inspect.unwrap(method).__code__
+    frame = f'File "{code.co_filename}", line {code.co_firstlineno + 1} in {code.co_name}'
+    assert stacks.is_waiting([frame])
+    assert not stacks.is_waiting([frame.replace(f" in {code.co_name}", " in forward_step")])
 
 
 def hanging(kind: str, *settings: str) -> list[str]:

@@ -138,6 +138,8 @@ def test_what_good_batches_meet_too_is_persistent(directory):
 def test_too_many_skips_end_the_run(directory):
     outcome = read_outcome(directory / "runs" / "many")
     assert outcome.failed and "4 steps skipped within 1000 (guards.max_skips=3): 11, 12, 13, 14" in outcome.reason
+    newest = max(p.name for p in (directory / "runs" / "many" / "checkpoints").iterdir())
+    assert outcome.step == 13 and newest == "step_0000012", "the weights may be what is wrong: the end saves none"
 
 
 def test_the_guard_remembers_what_is_usual_across_a_restart(directory):

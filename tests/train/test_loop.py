@@ -191,3 +191,15 @@ def test_a_rewind_without_a_checkpoint_ends_the_run():
     train, _ = acting(call2="rewind")
     loop = make([], train=train)
     assert loop.run().step == 1 and loop.failed and "no checkpoint to go back to" in loop.stop_reason
+
+
+def test_what_this_rank_is_asked_travels_with_the_step():
+    seen = []
+
+    class Sums(Callback):
+        def on_step_end(self, loop, metrics):
+            seen.append(loop.answers)
+
+    numbers = iter([(0, 1), (0, 1), (1, 0), (0, 0), (0, 0)])
+    make([Sums()], other_ranks=(0, 0, 2, 5), ask=lambda: next(numbers)).run()
+    assert seen == [(2, 6), (2, 6), (3, 5), (2, 5), (2, 5)]
