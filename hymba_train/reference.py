@@ -148,7 +148,7 @@ class _Layer(nn.Module):
         d = ModelDims.of(config)
         self.has_ffn = layer.has_ffn
         self.input_norm = _RMSNorm(d.hidden_size, config.layernorm_epsilon)
-        self.mixer = _Mixer(config, layer)
+        self.mixer = _Mamba2(config, layer) if layer.mixer == "mamba2" else _Mixer(config, layer)
         if self.has_ffn:
             self.ffn_norm = _RMSNorm(d.hidden_size, config.layernorm_epsilon)
             self.ffn = nn.Module()
@@ -164,12 +164,12 @@ class _Layer(nn.Module):
 
 
 class _Mixer(nn.Module):
-    """in_proj -> attention and / or SSM -> mean of the normed branches (hybrid) -> out_proj (2.3 to 2.9)."""
+    """in_proj -> attention and / or SSM -> mean of the normed branches (hybrid), or both -> out_proj (2.3 to 2.9)."""
 
     def __init__(self, config: ModelConfig, layer: LayerDescription) -> None:
         super().__init__()
         d = self.dims = ModelDims.of(config)
-        self.layer, eps = layer, config.layernorm_epsilon
+        self.layer, eps, self.concat = layer, config.layernorm_epsilon, config.branch_fusion == "concat"
         self.sizes: dict[str, int] = {}  # rows of in_proj, in order
         if layer.has_attention:
             self.sizes["q"] = d.num_heads * d.head_dim
@@ -180,9 +180,7 @@ class _Mixer(nn.Module):
             self.sizes["x"] = self.sizes["z"] = d.inner_size
         self.in_proj = _matrix(config, sum(self.sizes.values()), d.hidden_size)
         if layer.has_ssm:
-            self.conv = nn.Module()
-            self.conv.weight = nn.Parameter(torch.randn(d.inner_size, d.conv_width) * 0.3)
-            self.conv.bias = nn.Parameter(torch.zeros(d.inner_size))
+            self.conv = _conv(d.inner_size, d.conv_width)
             self.x_proj = _matrix(config, d.dt_rank + 2 * d.state_dim, d.inner_size)
             self.dt_norm, self.B_norm, self.C_norm = (_RMSNorm(n, eps) for n in (d.dt_rank, d.state_dim, d.state_dim))
             self.dt_proj = _matrix(config, d.inner_size, d.dt_rank)
@@ -190,8 +188,11 @@ class _Mixer(nn.Module):
             self.A_log = nn.Parameter(torch.arange(1.0, d.state_dim + 1).log().repeat(d.inner_size, 1))
             self.D = nn.Parameter(torch.ones(d.inner_size))
         if layer.mixer == "hybrid":
-            self.attention_norm, self.ssm_norm = (_RMSNorm(d.inner_size, eps) for _ in range(2))
-        self.out_proj = _matrix(config, d.hidden_size, d.inner_size)
+            self.attention_norm, self.ssm_norm = _RMSNorm(d.attention_size, eps), _RMSNorm(d.inner_size, eps)
+        width = d.inner_size if layer.has_ssm else d.attention_size
+        if layer.mixer == "hybrid" and self.concat:
+            width += d.attention_size
+        self.out_proj = _matrix(config, d.hidden_size, width)
 
     def forward(self, x: Tensor, context: _Context) -> Tensor:
         layer = self.layer
@@ -201,7 +202,8 @@ class _Mixer(nn.Module):
         if layer.has_ssm:
             ssm = context.ssm[layer.index] = self._ssm(parts["x"], parts["z"], context)
         if layer.mixer == "hybrid":
-            return self.out_proj((self.attention_norm(attention) + self.ssm_norm(ssm)) / 2)
+            attention, ssm = self.attention_norm(attention), self.ssm_norm(ssm)
+            return self.out_proj(torch.cat((attention, ssm), dim=-1) if self.concat else (attention + ssm) / 2)
         return self.out_proj(attention if layer.has_attention else ssm)
 
     def _attention(self, parts: dict[str, Tensor], context: _Context) -> Tensor:
@@ -223,24 +225,12 @@ class _Mixer(nn.Module):
     def _ssm(self, x: Tensor, z: Tensor, context: _Context) -> Tensor:
         """Convolution, projections with inner norms, scan, gate (2.4, 2.8)."""
         d = self.dims
-        u = F.silu(self._conv(x, context))
+        u = F.silu(_convolve(x, self.conv, context))
         dt, b, c = self.x_proj(u).split([d.dt_rank, d.state_dim, d.state_dim], dim=-1)
         dt = self.dt_proj(self.dt_norm(dt))
         y = self._scan(u, dt, self.B_norm(b), self.C_norm(c), context)
         wide_z = z.to(torch.promote_types(z.dtype, torch.float32))
         return (y * F.silu(wide_z)).to(x.dtype)
-
-    def _conv(self, x: Tensor, context: _Context) -> Tensor:
-        """Input of the tap ``distance`` back: the document's own, or that of its meta tokens, or zero before them."""
-        weight, width = self.conv.weight, self.dims.conv_width
-        total = torch.zeros_like(x) + self.conv.bias.to(x.dtype)
-        for distance in range(width):
-            position = context.positions - distance
-            place = torch.where(position < context.num_meta, position, context.index - distance)
-            source = torch.gather(x, 1, place.clamp(min=0)[:, :, None].expand_as(x))
-            tap = weight[:, width - 1 - distance].to(x.dtype)
-            total = total + torch.where((position >= 0)[:, :, None], source, 0) * tap
-        return total
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, context: _Context) -> Tensor:
         """u, dt [B, T, E], B, C [B, T, N] -> y [B, T, E] before the gate, float32 or wider. A document starts from the
@@ -259,6 +249,69 @@ class _Mixer(nn.Module):
             h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
             outputs.append((h * C[:, t, None, :]).sum(-1) + self.D.to(wide) * u[:, t])
         return torch.stack(outputs, dim=1)
+
+
+class _Mamba2(nn.Module):
+    """Mamba-2 (arXiv 2405.21060, section 7): one decay a head, a step at a time; RMSNorm behind the gate."""
+
+    def __init__(self, config: ModelConfig, layer: LayerDescription) -> None:
+        super().__init__()
+        d = self.dims = ModelDims.of(config)
+        heads, bc = d.mamba2_num_heads, d.mamba2_bc_size
+        self.in_proj = _matrix(config, 2 * d.inner_size + heads, d.hidden_size)
+        self.bc_proj = _matrix(config, bc, d.hidden_size)
+        self.conv, self.bc_conv = _conv(d.inner_size, d.conv_width), _conv(bc, d.conv_width)
+        self.dt_bias = nn.Parameter(torch.linspace(-6.9, -2.25, heads))
+        self.A_log = nn.Parameter(torch.linspace(1, 16, heads).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.gated_norm = _RMSNorm(d.inner_size, config.layernorm_epsilon)
+        self.out_proj = _matrix(config, d.hidden_size, d.inner_size)
+
+    def forward(self, x: Tensor, context: _Context) -> Tensor:
+        d = self.dims
+        inner, z, dt = self.in_proj(x).split([d.inner_size, d.inner_size, d.mamba2_num_heads], dim=-1)
+        bc = F.silu(_convolve(self.bc_proj(x), self.bc_conv, context))
+        y = self._scan(F.silu(_convolve(inner, self.conv, context)), dt, *bc.chunk(2, dim=-1), context)
+        wide_z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return self.out_proj(self.gated_norm(y * F.silu(wide_z)).to(x.dtype))
+
+    def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, context: _Context) -> Tensor:
+        """u [B, T, E], dt [B, T, heads], B and C [B, T, groups * N] -> y [B, T, E], float32 or wider."""
+        d, wide = self.dims, torch.promote_types(u.dtype, torch.float32)
+        heads, groups = d.mamba2_num_heads, d.mamba2_num_groups
+        u = u.to(wide).unflatten(-1, (heads, -1))
+        B, C = (t.to(wide).unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2) for t in (B, C))
+        delta, A = F.softplus(dt.to(wide) + self.dt_bias.to(wide)), -torch.exp(self.A_log.to(wide))
+        h = after_meta = u.new_zeros(len(u), heads, u.shape[-1], d.mamba2_state_dim)
+        outputs = []
+        for t in range(u.shape[1]):
+            if t == context.num_meta:
+                after_meta = h
+            h = torch.where((context.positions[:, t] == context.num_meta)[:, None, None, None], after_meta, h)
+            added = (delta[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None, :]
+            h = torch.exp(delta[:, t] * A)[:, :, None, None] * h + added
+            outputs.append((h * C[:, t, :, None, :]).sum(-1) + self.D.to(wide)[:, None] * u[:, t])
+        return torch.stack(outputs, dim=1).flatten(2)
+
+
+def _conv(channels: int, width: int) -> nn.Module:
+    conv = nn.Module()
+    conv.weight = nn.Parameter(torch.randn(channels, width) * 0.3)
+    conv.bias = nn.Parameter(torch.zeros(channels))
+    return conv
+
+
+def _convolve(x: Tensor, conv: nn.Module, context: _Context) -> Tensor:
+    """Input of the tap ``distance`` back: the document's own, or that of its meta tokens, or zero before them (2.4)."""
+    width = conv.weight.shape[1]
+    total = torch.zeros_like(x) + conv.bias.to(x.dtype)
+    for distance in range(width):
+        position = context.positions - distance
+        place = torch.where(position < context.num_meta, position, context.index - distance)
+        source = torch.gather(x, 1, place.clamp(min=0)[:, :, None].expand_as(x))
+        tap = conv.weight[:, width - 1 - distance].to(x.dtype)
+        total = total + torch.where((position >= 0)[:, :, None], source, 0) * tap
+    return total
 
 
 def _rotate(x: Tensor, context: _Context) -> Tensor:

@@ -11,6 +11,7 @@ from hymba_train.config.typed import flatten, to_plain
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope_type": ("default", "ntk"),
+    "model.branch_fusion": ("mean", "concat"),
     "model.init_method": ("mamba", "published"),
     "parallel.recompute": ("none", "full"),
     "precision.params": ("float32", "bf16"),
@@ -33,7 +34,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
             "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads",
-            "model.num_query_groups", "model.vocab_size", "model.window_size", "model.mamba_expand",
+            "model.num_query_groups", "model.kv_channels", "model.v_head_dim", "model.mamba2_state_dim",
+            "model.mamba2_head_dim", "model.mamba2_num_groups", "model.vocab_size", "model.window_size",
+            "model.mamba_expand",
             "model.mamba_state_dim", "model.mamba_conv_width", "model.mamba_dt_rank", "model.max_position_embeddings",
             "model.rope_original_max_positions", "model.make_vocab_size_divisible_by", "parallel.tensor",
             "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.world_size",

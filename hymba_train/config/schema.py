@@ -26,13 +26,22 @@ class ModelConfig:
     ffn_hidden_size: int = TO_BE_GIVEN
     """Width F of the gated FFN."""
     num_attention_heads: int = TO_BE_GIVEN
-    """Query heads H. Each is hidden_size / H wide in keys and mamba_expand times that in values."""
+    """Query heads H; tensor parallelism deals them, and each with 1/H of the channels of a Mamba-1 branch."""
     num_query_groups: int = TO_BE_GIVEN
     """Key/value heads G (grouped-query attention)."""
+    kv_channels: int | None = None
+    """Width of a head's queries and keys. None: hidden_size / H."""
+    v_head_dim: int | None = None
+    """Width of a head's values. None: mamba_expand * hidden_size / H, which makes a hybrid layer's branches equally
+    wide, as Hymba's are."""
     vocab_size: int = TO_BE_GIVEN
     """Tokens V in the tokenizer. Padding for the hardware is internal: make_vocab_size_divisible_by."""
     layer_pattern: list[str] = field(default_factory=lambda: ["hybrid"])
-    """Mixers, repeated over the layers: hybrid | attention | ssm; ':no_ffn' after one leaves out its FFN."""
+    """Mixers, repeated over the layers: hybrid (attention and Mamba-1 side by side) | attention | ssm (Mamba-1) |
+    mamba2; ':no_ffn' after one leaves out its FFN."""
+    branch_fusion: str = "mean"
+    """mean | concat: what a hybrid layer makes of its two normed branches. concat: both go side by side into out_proj,
+    which is as wide as both together; they need not be equally wide then."""
     global_layers: list[int] = field(default_factory=list)
     """0-based layers whose attention sees everything; all others see window_size + 1 keys and the meta tokens."""
     kv_groups: list[list[int]] = field(default_factory=list)
@@ -44,11 +53,17 @@ class ModelConfig:
     mamba_expand: int = 2
     """Inner width E = mamba_expand * hidden_size, of the SSM branch and of the attention values."""
     mamba_state_dim: int = 16
-    """SSM state size N per channel."""
+    """State size N per channel of Mamba-1."""
     mamba_conv_width: int = 4
     """Taps of the causal convolution."""
     mamba_dt_rank: int | None = None
-    """Rank R of the time-step projection. None: ceil(hidden_size / 16)."""
+    """Rank R of the time-step projection of Mamba-1. None: ceil(hidden_size / 16)."""
+    mamba2_state_dim: int = 128
+    """State size per channel of a mamba2 layer."""
+    mamba2_head_dim: int = 64
+    """Channels of a mamba2 layer that share a time step; it has mamba_expand * hidden_size / this many heads."""
+    mamba2_num_groups: int = 1
+    """Groups of heads of a mamba2 layer that share B and C."""
     rotary_base: float = 10000.0
     """RoPE base before scaling."""
     rope_type: str = "default"
@@ -111,6 +126,8 @@ class PrecisionConfig:
     """Backend of hymba_train.ops.attention; auto takes the fastest one this machine has, and prints it."""
     scan_backend: str = "auto"
     """Backend of hymba_train.ops.selective_scan."""
+    ssd_backend: str = "auto"
+    """Backend of hymba_train.ops.ssd_scan (mamba2 layers)."""
     conv_backend: str = "auto"
     """Backend of hymba_train.ops.causal_conv."""
     norm_backend: str = "auto"

@@ -3,6 +3,7 @@
 ``plan``, ``model``, ``checkpoint``, ``convert`` and the MFU meter all read these descriptions; none keeps a copy.
 """
 
+from hymba_train.describe.cache import ACCOUNTINGS, CacheBytes, cache_bytes
 from hymba_train.describe.dims import ModelDims
 from hymba_train.describe.flops import flops_per_token, head_flops, layer_flops, training_flops, visible_keys
 from hymba_train.describe.memory import held_parameters
@@ -15,14 +16,18 @@ from hymba_train.describe.tensors import (
     kv_is_replicated,
     layer_tensors,
     model_tensors,
+    out_proj_slices,
     partition,
 )
 
 __all__ = [
+    "ACCOUNTINGS",
+    "CacheBytes",
     "LayerDescription",
     "ModelDims",
     "Slice",
     "TensorDescription",
+    "cache_bytes",
     "capacity",
     "end_tensors",
     "flops_per_token",
@@ -33,6 +38,7 @@ __all__ = [
     "layer_flops",
     "layer_tensors",
     "model_tensors",
+    "out_proj_slices",
     "partition",
     "resolve_stack",
     "training_flops",

@@ -24,29 +24,33 @@ from hymba_train.describe.stack import LayerDescription, resolve_stack
 
 OPS = (*SAVED_BY, *NORMS, "linear_cross_entropy")
 BACKEND_KEYS = {
-    "attention": "attention_backend", "selective_scan": "scan_backend", "causal_conv_rows": "conv_backend",
+    "attention": "attention_backend", "selective_scan": "scan_backend", "ssd_scan": "ssd_backend",
+    "causal_conv_rows": "conv_backend",
     "rotate_heads": "rope_backend", "group_rms_norm": "norm_backend", "normed_average": "norm_backend",
     "swiglu": "swiglu_backend", "rms_norm": "norm_backend", "add_rms_norm": "norm_backend",
     "linear_cross_entropy": "loss_backend",
 }  # fmt: skip
 """Op -> key below ``precision.`` that chooses its backend."""
 KNOWN_BACKENDS = {op: tuple((SAVED_BY | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
-ON_GPU_ONLY = ("flex", "cudnn", "cuda", "triton")
+ON_GPU_ONLY = ("flex", "cudnn", "cuda", "triton", "mamba_ssm")
 
 
 def backends_of(
     device: str, is_bf16: bool = True, deterministic: bool = False, num_states: int = MOST_STATES,
-    asked: Mapping[str, str] | None = None,
+    asked: Mapping[str, str] | None = None, head_dim: int = 64,
 ) -> dict[str, str]:  # fmt: skip
     """Op -> backend on ``device`` (cpu | cuda), where every package is there: hymba_train.ops.registry in short.
 
-    asked: op -> what the configuration says; what is not 'auto' there is taken.
+    asked: op -> what the configuration says; what is not 'auto' there is taken. head_dim: of queries and keys.
     """
     auto = dict.fromkeys(OPS, "torch")
     if device != "cpu":
         auto = dict.fromkeys(OPS, "triton")
         auto["attention"] = "cudnn" if is_bf16 else "torch" if deterministic else "flex"
         auto["selective_scan"] = "cuda" if num_states <= MOST_STATES else "triton"
+        auto["ssd_scan"] = "mamba_ssm" if is_bf16 and not deterministic else "torch"
+        if head_dim & (head_dim - 1):
+            auto["rotate_heads"] = "torch"
     return auto | {op: name for op, name in (asked or {}).items() if name != "auto"}
 
 
@@ -74,9 +78,21 @@ def _of_layer(x: Sizes) -> Iterator[SavedTensor]:
         yield SavedTensor("conv.out", x.E, x.v)
         yield from by("group_rms_norm")
         yield from by("selective_scan")
-    if layer.mixer == "hybrid":
+    if layer.mixer == "mamba2":
+        if x.setting.sequence:  # gathered, to project B and C from
+            yield SavedTensor("bc_proj.in", x.whole_D, x.v)
+        yield from by("causal_conv_rows")
+        yield SavedTensor("conv.out", x.E, x.v)
+        yield SavedTensor("bc_conv.out", x.bc, x.v)
+        yield from by("ssd_scan")
+        yield SavedTensor("gated_norm.y", x.E, x.v)
+        yield SavedTensor(*x.projected, x.v)  # z
+    if layer.mixer == "hybrid" and x.model.branch_fusion == "concat":
+        yield SavedTensor("concat.attention", x.A, x.v)
+        yield SavedTensor("concat.ssm", x.E, x.v)
+    elif layer.mixer == "hybrid":
         yield from by("normed_average")
-    yield SavedTensor("out_proj.in", x.E, x.v)
+    yield SavedTensor("out_proj.in", x.out_width, x.v)
     if layer.has_ffn:
         yield from NORMS["add_rms_norm"][backends["add_rms_norm"]](x, "ffn_norm")
         yield from by("swiglu")

@@ -16,14 +16,33 @@ class ModelDims:
     inner_size: int  # E: channels of the SSM branch, and width of all attention values together
     num_heads: int  # H
     num_kv_heads: int  # G
-    head_dim: int  # dk = D / H
-    value_head_dim: int  # dv = E / H
+    head_dim: int  # dk, D / H unless set
+    value_head_dim: int  # dv, E / H unless set
     state_dim: int  # N
     dt_rank: int  # R
     conv_width: int
     ffn_hidden_size: int  # F
     vocab_size: int  # V
     num_meta_tokens: int  # M
+    mamba2_state_dim: int
+    mamba2_head_dim: int
+    mamba2_num_heads: int
+    mamba2_num_groups: int
+
+    @property
+    def attention_size(self) -> int:
+        """Width of all heads' values together: what an attention branch puts out."""
+        return self.num_heads * self.value_head_dim
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of a Mamba-1 branch that go to one head's tensor-parallel rank: E / H."""
+        return self.inner_size // self.num_heads
+
+    @property
+    def mamba2_bc_size(self) -> int:
+        """Width of B and C of a mamba2 layer together."""
+        return 2 * self.mamba2_num_groups * self.mamba2_state_dim
 
     @classmethod
     def of(cls, model: ModelConfig) -> ModelDims:
@@ -33,14 +52,18 @@ class ModelDims:
             inner_size=inner,
             num_heads=model.num_attention_heads,
             num_kv_heads=model.num_query_groups,
-            head_dim=model.hidden_size // model.num_attention_heads,
-            value_head_dim=inner // model.num_attention_heads,
+            head_dim=model.kv_channels or model.hidden_size // model.num_attention_heads,
+            value_head_dim=model.v_head_dim or inner // model.num_attention_heads,
             state_dim=model.mamba_state_dim,
             dt_rank=model.mamba_dt_rank or math.ceil(model.hidden_size / 16),
             conv_width=model.mamba_conv_width,
             ffn_hidden_size=model.ffn_hidden_size,
             vocab_size=model.vocab_size,
             num_meta_tokens=model.num_meta_tokens,
+            mamba2_state_dim=model.mamba2_state_dim,
+            mamba2_head_dim=model.mamba2_head_dim,
+            mamba2_num_heads=inner // model.mamba2_head_dim,
+            mamba2_num_groups=model.mamba2_num_groups,
         )
 
 
@@ -59,7 +82,7 @@ def effective_rotary_base(model: ModelConfig, rope_type: str | None = None) -> f
     if rope_type == "default":
         return model.rotary_base
     if rope_type == "ntk":
-        dk = model.hidden_size // model.num_attention_heads
+        dk = ModelDims.of(model).head_dim
         ratio = model.max_position_embeddings / model.rope_original_max_positions
         return model.rotary_base * (2 * ratio - 1) ** (dk / (dk - 2))
     raise ValueError(f"rope_type={rope_type!r}: known are 'default' and 'ntk'")

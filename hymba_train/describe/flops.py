@@ -6,7 +6,9 @@ tokens is charged to the text tokens. Forward, for S text tokens behind M meta t
 
     T/S * 2 * (weights of the matrix products of all layers) + 2 * V * D
     + 2 * (dk + dv) * H / S * sum over attention layers of visible_keys(T)
-    + T/S * E * (7N + 18) for each SSM layer: scan 7N + 10, convolution of width 4 with bias 8
+    + T/S * E * (7N + 18) for each Mamba-1 branch: scan 7N + 10, convolution of width 4 with bias 8
+    + T/S * (E * (5N + 10) + 8 * (E + width of B and C)) for each Mamba-2 layer, whose decay is one a head: what the
+      recurrence takes, however much more the kernels spend on computing it as matrix products
 
 which is 10.565 GFLOP per token, forward and backward, for the 1.5B at S = 2048.
 """
@@ -21,7 +23,8 @@ from hymba_train.describe.stack import LayerDescription, resolve_stack
 from hymba_train.describe.tensors import layer_tensors
 
 PARTS = ("in_proj", "out_proj", "ffn", "ssm_proj", "attention_local", "attention_global", "conv_scan", "head")
-"""Parts of a FLOP count, in the order in which they are shown. ssm_proj is x_proj and dt_proj together."""
+"""Parts of a FLOP count, in the order in which they are shown. ssm_proj is x_proj and dt_proj together, in Mamba-2
+bc_proj."""
 
 BACKWARD_FACTOR = 3
 """Forward and backward pass together, in units of the forward pass."""
@@ -31,6 +34,7 @@ _PART_OF_WEIGHT = {
     "mixer.out_proj.weight": "out_proj",
     "mixer.x_proj.weight": "ssm_proj",
     "mixer.dt_proj.weight": "ssm_proj",
+    "mixer.bc_proj.weight": "ssm_proj",
     "ffn.linear_fc1.weight": "ffn",
     "ffn.linear_fc2.weight": "ffn",
 }
@@ -77,6 +81,9 @@ def layer_flops(
     if layer.has_ssm:
         per_channel = 7 * d.state_dim + 10 + 2 * d.conv_width  # scan, then convolution: a multiply-add a tap
         parts["conv_scan"] += rows_per_token * d.inner_size * per_channel
+    if layer.mixer == "mamba2":
+        scan = d.inner_size * (5 * d.mamba2_state_dim + 10)
+        parts["conv_scan"] += rows_per_token * (scan + (d.inner_size + d.mamba2_bc_size) * 2 * d.conv_width)
     return parts
 
 

@@ -5,8 +5,8 @@ Counted are storages: a saved view keeps all of its storage alive, and a storage
 under one name. A new backend gets an entry in :data:`SAVED_BY`; tests/describe/test_saved_activations.py names the ones
 that lack it, and holds the lists to what autograd really saves.
 
-Letters: rows N = M + B*S of the flat token axis; D, E, F, H, R as in :class:`ModelDims`, per tensor-parallel rank
-where they are cut. Widths are values per row, means where only some rows have them.
+Letters: rows N = M + B*S of the flat token axis; D, E, F, H, R as in :class:`ModelDims`, A the width of all values,
+per tensor-parallel rank where they are cut. Widths are values per row, means where only some rows have them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, padded_vocab_size
 from hymba_train.describe.heads import heads_of_rank
 from hymba_train.describe.stack import LayerDescription
-from hymba_train.describe.tensors import capacity, layer_tensors
+from hymba_train.describe.tensors import capacity, layer_tensors, out_proj_slices
 
 FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
@@ -61,14 +61,20 @@ class Sizes:
 
     def __init__(self, model: ModelConfig, layer: LayerDescription, setting: Setting) -> None:
         d = ModelDims.of(model)
-        self.description, self.setting = layer, setting
+        self.model, self.description, self.setting = model, layer, setting
         self.heads = heads_of_rank(d, setting.tensor, setting.tensor - 1)
         self.M, self.B, self.S = d.num_meta_tokens, setting.batch, setting.seq
         self.N = self.M + self.B * self.S
         self.v = setting.value_bytes
         self.dk, self.dv = d.head_dim, d.value_head_dim
         self.H = self.heads.count
-        self.E = self.heads.capacity * d.value_head_dim
+        self.A = self.heads.capacity * d.value_head_dim
+        is_mamba2 = layer.mixer == "mamba2"
+        self.E = d.inner_size // setting.tensor if is_mamba2 else self.heads.capacity * d.head_channels
+        self.ssd_heads, self.ssd_states = d.mamba2_num_heads // setting.tensor, d.mamba2_state_dim
+        self.bc = d.mamba2_bc_size  # B and C, on every rank
+        out = [] if is_mamba2 else out_proj_slices(model, layer)
+        self.out_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in out) or self.E
         self.F = capacity(d.ffn_hidden_size, setting.tensor)
         self.D = d.hidden_size / (setting.tensor if setting.sequence else 1)
         self.whole_D = d.hidden_size
@@ -196,23 +202,31 @@ def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
 
 
 def _conv_torch(x: Sizes) -> Iterator[SavedTensor]:
-    """Every tap's shifted input in float32, and the sum in front of SiLU."""
+    """Every tap's shifted input in float32, and the sum in front of SiLU. A mamba2 layer convolves B and C as well."""
+    yield from _conv_of(x, "conv", x.E, x.projected)
+    if x.description.mixer == "mamba2":
+        yield from _conv_of(x, "bc_conv", x.bc, ("bc_proj.out", x.bc))
+
+
+def _conv_of(x: Sizes, name: str, width: float, source: tuple[str, float]) -> Iterator[SavedTensor]:
     text = x.B * x.S / x.N
-    yield from x.wide("conv.input", x.E, x.projected)
+    yield from x.wide(f"{name}.input", width, source)
     if x.is_bf16 or x.setting.documents:
-        in_text = x.taps * x.E
-        in_meta = x.taps * x.E if x.is_bf16 else x.E
-        yield SavedTensor("conv.past", text * in_text + (1 - text) * in_meta, FLOAT32)
+        in_text = x.taps * width
+        in_meta = x.taps * width if x.is_bf16 else width
+        yield SavedTensor(f"{name}.past", text * in_text + (1 - text) * in_meta, FLOAT32)
     else:  # views of one padded copy
-        yield SavedTensor("conv.past", x.E * (1 + x.taps * (x.B + (1 if x.M else 0)) / x.N), FLOAT32)
-    yield SavedTensor("conv.sum", x.E, FLOAT32)
+        yield SavedTensor(f"{name}.past", width * (1 + x.taps * (x.B + (1 if x.M else 0)) / x.N), FLOAT32)
+    yield SavedTensor(f"{name}.sum", width, FLOAT32)
     if x.setting.documents:
-        yield SavedTensor("conv.tap_index", x.taps * text, INT64)
-        yield SavedTensor("conv.is_inside", x.taps * text, BOOL)
+        yield SavedTensor(f"{name}.tap_index", x.taps * text, INT64)
+        yield SavedTensor(f"{name}.is_inside", x.taps * text, BOOL)
 
 
 def _conv_triton(x: Sizes) -> Iterator[SavedTensor]:
     yield SavedTensor(*x.projected, x.v)
+    if x.description.mixer == "mamba2":
+        yield SavedTensor("bc_proj.out", x.bc, x.v)
 
 
 def _scan_torch(x: Sizes) -> Iterator[SavedTensor]:
@@ -261,6 +275,23 @@ def _scan_cuda(x: Sizes) -> Iterator[SavedTensor]:
     yield SavedTensor(*x.projected, x.v)  # z
     padded = math.ceil(x.E / channels) * channels
     yield SavedTensor("scan.states", padded * MOST_STATES * tiles / x.N, FLOAT32)
+
+
+def _ssd_torch(x: Sizes) -> Iterator[SavedTensor]:
+    """Its inputs: the rest is recomputed. dt is a view of in_proj's output; the documents' numbers are shared."""
+    yield SavedTensor(*x.projected, x.v)
+
+
+def _ssd_reference(x: Sizes) -> Iterator[SavedTensor]:
+    """Through autograd, a step at a time: about three copies of the state a step."""
+    yield from _ssd_torch(x)
+    yield SavedTensor("ssd.every_step", 3 * x.E * x.ssd_states, FLOAT32)
+
+
+def _ssd_mamba_ssm(x: Sizes) -> Iterator[SavedTensor]:
+    yield SavedTensor(*x.projected, x.v)
+    yield SavedTensor("ssd.out", x.E, x.v)
+    yield SavedTensor("ssd.decay", x.ssd_heads, FLOAT32)
 
 
 def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:
@@ -316,6 +347,7 @@ SAVED_BY: dict[str, dict[str, Part]] = {
         "torch": _scan_torch,
         "reference": _scan_reference,
     },
+    "ssd_scan": {"mamba_ssm": _ssd_mamba_ssm, "torch": _ssd_torch, "reference": _ssd_reference},
     "causal_conv_rows": {"triton": _conv_triton, "torch": _conv_torch},
     "rotate_heads": {"triton": nothing, "torch": _rotate_torch},
     "group_rms_norm": {"triton": _group_norm_triton, "torch": _group_norm_torch},

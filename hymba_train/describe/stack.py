@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import ModelConfig
 
-MIXERS = ("hybrid", "attention", "ssm")
+MIXERS = ("hybrid", "attention", "ssm", "mamba2")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class LayerDescription:
 
     @property
     def has_ssm(self) -> bool:
+        """A Mamba-1 branch; a mamba2 layer is something of its own."""
         return self.mixer in ("hybrid", "ssm")
 
     @property
@@ -63,7 +64,7 @@ def resolve_stack(model: ModelConfig) -> list[LayerDescription]:
     for index in range(model.num_layers):
         mixer, has_ffn = blocks[index % len(blocks)]
         is_global = model.window_size is None or index in model.global_layers
-        if mixer == "ssm":
+        if mixer in ("ssm", "mamba2"):
             role = "none"
         elif index in source:
             role = "consumer"

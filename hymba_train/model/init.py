@@ -40,13 +40,15 @@ def initial_value(model: ModelConfig, tensor: TensorDescription, seed: int) -> T
 
     if kind.endswith("norm.weight") or kind == "mixer.D":
         return torch.ones(shape)
+    if kind == "mixer.A_log" and len(shape) == 1:  # Mamba-2: uniform in 1..16, as its authors draw it
+        return torch.empty(shape).uniform_(1, 16, generator=g).log()
     if kind == "mixer.A_log":
         return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape).clone()
     if kind == "mixer.dt_bias":
         return _inverse_softplus_log_uniform(shape, g) if mamba else torch.zeros(shape)
-    if kind == "mixer.conv.bias":
+    if kind in ("mixer.conv.bias", "mixer.bc_conv.bias"):
         return torch.zeros(shape)
-    if kind == "mixer.conv.weight" and mamba:
+    if kind in ("mixer.conv.weight", "mixer.bc_conv.weight") and mamba:
         return uniform(1 / math.sqrt(shape[1]))
     if kind == "mixer.dt_proj.weight" and mamba:
         return uniform(shape[1] ** -0.5)

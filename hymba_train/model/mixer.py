@@ -7,7 +7,8 @@
                                                (+) / 2 --out_proj-->
         ssm(x, z)           --ssm_norm--------'
 
-A layer with one branch alone (``attention`` or ``ssm``) has no norms before out_proj.
+With model.branch_fusion=concat the normed branches go into a wider out_proj side by side, and need not be equally wide.
+A layer with one branch alone has no norms before out_proj (a ``mamba2`` branch ends with one of its own).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from torch import Tensor, distributed, nn
 from hymba_train.describe import LayerDescription
 from hymba_train.model.attention import AttentionBranch, needed_kv_heads
 from hymba_train.model.config import HymbaConfig
+from hymba_train.model.mamba2 import Mamba2Branch
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
 from hymba_train.model.ssm import SsmBranch, Weights
+from hymba_train.ops.branch_norms import normed_concat
 from hymba_train.ops.gradient_slots import split_columns
 from hymba_train.parallel.cut import LocalTensor
 
@@ -64,16 +67,19 @@ class HybridMixer(MegatronModule):
             self.kv_proj = Weights(weight=torch.empty(kv.shape, dtype=config.params_dtype))
             self.kv_proj.weight.partial_gradient_across_tp = True
             self.kv_heads = needed_kv_heads(dims, tp, rank)
-        channels = cuts["out_proj.weight"].shape[1]
         if layer.has_attention:
             self.attention = AttentionBranch(dims, layer, ops, tp, rank)
         if layer.has_ssm:
-            self.ssm = SsmBranch(config, channels, ops, self.tp_group)
+            self.ssm = SsmBranch(config, cuts["D"].shape[0], ops, self.tp_group)
+        if layer.mixer == "mamba2":
+            self.ssm = Mamba2Branch(config, ops, self.tp_group)
         if layer.mixer == "hybrid":
-            self.attention_norm = Weights(weight=torch.empty(channels, dtype=torch.float32))
-            self.ssm_norm = Weights(weight=torch.empty(channels, dtype=torch.float32))
+            for name in ("attention_norm", "ssm_norm"):
+                shape = cuts[f"{name}.weight"].shape
+                setattr(self, name, Weights(weight=torch.empty(shape, dtype=torch.float32)))
+        width = cuts["out_proj.weight"].shape[1]
         self.out_proj = build_module(
-            submodules.out_proj, channels * tp, dims.hidden_size, input_is_parallel=True, **linear
+            submodules.out_proj, width * tp, dims.hidden_size, input_is_parallel=True, **linear
         )
 
     def forward(
@@ -95,8 +101,10 @@ class HybridMixer(MegatronModule):
             attention = self.attention(parts["q"], *kv, batch)
         if self.layer.has_ssm:
             ssm = self.ssm(parts["x"], parts["z"], batch)
+        if self.layer.mixer == "mamba2":
+            ssm = self.ssm(hidden, parts["x"], parts["z"], parts["dt"], batch)
         if self.layer.mixer == "hybrid":
-            fused = self._normed_average(attention, ssm)
+            fused = self._fuse(attention, ssm)
         else:
             fused = attention if self.layer.has_attention else ssm
         return self.out_proj(fused)[0], own_kv
@@ -115,9 +123,12 @@ class HybridMixer(MegatronModule):
             nn.functional.linear(hidden[:, 0], v[need.start * d.value_head_dim : need.stop * d.value_head_dim]),
         )
 
-    def _normed_average(self, attention: Tensor, ssm: Tensor) -> Tensor:
-        """(RMSNorm(attention) + RMSNorm(ssm)) / 2, norms over the true width E (hymba-architecture 2.9)."""
+    def _fuse(self, attention: Tensor, ssm: Tensor) -> Tensor:
+        """(RMSNorm(attention) + RMSNorm(ssm)) / 2, or both side by side; norms over the branches' true widths
+        (hymba-architecture 2.9)."""
         all_reduce = partial(distributed.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
         weights = self.attention_norm().weight, self.ssm_norm().weight
-        eps, width = self.config.layernorm_epsilon, self.config.dims.inner_size
-        return self.ops.normed_average(attention, ssm, *weights, eps, width, all_reduce)
+        eps, d = self.config.layernorm_epsilon, self.config.dims
+        if self.config.model.branch_fusion == "concat":
+            return normed_concat(attention, ssm, *weights, eps, (d.attention_size, d.inner_size), all_reduce)
+        return self.ops.normed_average(attention, ssm, *weights, eps, d.inner_size, all_reduce)

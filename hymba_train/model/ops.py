@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from hymba_train.config.schema import Config
+from hymba_train.describe import ModelDims, resolve_stack
 from hymba_train.ops import Choice, select
 
 
@@ -24,10 +25,12 @@ class Ops:
     swiglu: Choice
     rotate_heads: Choice
     linear_cross_entropy: Choice
+    ssd_scan: Choice | None  # None in a model without mamba2 layers
 
     @property
     def description(self) -> str:
-        return "; ".join(getattr(self, field.name).description for field in fields(self))
+        chosen = (getattr(self, field.name) for field in fields(self))
+        return "; ".join(choice.description for choice in chosen if choice is not None)
 
 
 def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_kv: bool) -> Ops:
@@ -44,6 +47,9 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
     state = common | {"initial_state", "state_grad"}
     wide = config.model.mamba_state_dim > 16
     needs = common - {"segment_ids"}
+    dk = ModelDims.of(config.model).head_dim
+    of_op = {"rotate_heads": {"odd_width"}} if dk & (dk - 1) else {}
+    has_mamba2 = any(layer.mixer == "mamba2" for layer in resolve_stack(config.model))
     row_wise = {
         "rms_norm": p.norm_backend,
         "add_rms_norm": p.norm_backend,
@@ -61,5 +67,8 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
             "selective_scan", p.scan_backend, kind, needs=state | ({"wide_state"} if wide else set()), dtype=dtype
         ),
         causal_conv_rows=select("causal_conv_rows", p.conv_backend, kind, needs=common, dtype=dtype),
-        **{op: select(op, name, kind, needs=needs, dtype=dtype) for op, name in row_wise.items()},
+        ssd_scan=select("ssd_scan", p.ssd_backend, kind, needs=state, dtype=dtype) if has_mamba2 else None,
+        **{
+            op: select(op, name, kind, needs=needs | of_op.get(op, set()), dtype=dtype) for op, name in row_wise.items()
+        },
     )

@@ -29,7 +29,7 @@ def normed_average(
     wide = [t if t.dtype is torch.float64 else t.float() for t in (attention, ssm)]
     sums = torch.stack([t.square().sum(-1) for t in wide], -1)
     if all_reduce is not None:
-        sums = _SumOverRanks.apply(sums, all_reduce)
+        sums = SumOverRanks.apply(sums, all_reduce)
     scale = torch.rsqrt(sums / true_width + eps)
     normed = [
         (t * scale[..., i : i + 1]).to(attention.dtype) * weight.to(attention.dtype)
@@ -38,7 +38,7 @@ def normed_average(
     return (normed[0] + normed[1]) / 2
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """The sum feeds every rank's channels: reduced forward, and backward again."""
 
     @staticmethod

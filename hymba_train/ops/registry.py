@@ -29,6 +29,7 @@ NEEDS = {
     "kv_index": "a table from query head to KV head",
     "deterministic": "bitwise equal gradients from run to run",
     "wide_state": "more than 16 states a channel",
+    "odd_width": "heads whose width is no power of two",
 }
 """What a caller may ask of a backend, and how an error says it."""
 
@@ -115,7 +116,7 @@ def _pair(op: str, triton: str, torch: str) -> tuple[Backend, Backend]:
     """A Triton backend, of half and single precision on a GPU, and the plain one, of any kind anywhere."""
     return (
         Backend(op, "triton", f"{_HERE}.{triton}", _CUDA, _DETERMINISTIC, _HALF_AND_SINGLE, requires=("triton",)),
-        Backend(op, "torch", f"{_HERE}.{torch}", _ANY, _DETERMINISTIC),
+        Backend(op, "torch", f"{_HERE}.{torch}", _ANY, _DETERMINISTIC | {"odd_width"}),
     )
 
 
@@ -140,6 +141,14 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         ),
         Backend("selective_scan", "torch", f"{_HERE}.selective_scan:selective_scan", _ANY, _ANY_STATE),
         Backend("selective_scan", "reference", f"{_HERE}.selective_scan:selective_scan_reference", _ANY, _ANY_STATE),
+    ),
+    "ssd_scan": (
+        Backend(
+            "ssd_scan", "mamba_ssm", f"{_HERE}.ssd_scan_mamba_ssm:ssd_scan_mamba_ssm", _CUDA, _STATE,
+            frozenset({torch.bfloat16, torch.float16}), requires=("mamba_ssm",),
+        ),
+        Backend("ssd_scan", "torch", f"{_HERE}.ssd_scan:ssd_scan", _ANY, _DETERMINISTIC),
+        Backend("ssd_scan", "reference", f"{_HERE}.ssd_scan:ssd_scan_reference", _ANY, _DETERMINISTIC),
     ),
     "causal_conv": (Backend("causal_conv", "torch", f"{_HERE}.causal_conv:causal_conv", _ANY, _DETERMINISTIC),),
     "causal_conv_rows": _pair(

@@ -10,7 +10,7 @@ import re
 
 from hymba_train.config.nearest import did_you_mean, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
-from hymba_train.describe import resolve_stack
+from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
 from hymba_train.plan.numbers import divisors_around, multiples_around
 from hymba_train.plan.precision import check_fp8_rows
 from hymba_train.plan.steps import batch_sizes
@@ -22,16 +22,22 @@ def check_model(model: ModelConfig) -> list[str]:
     """Shapes of the model. Expects given, positive numbers."""
     problems = []
     d, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
-    if d % heads:
+    width = model.kv_channels or d // heads
+    if d % heads and model.kv_channels is None:
         problems.append(
-            f"model.num_attention_heads={heads} does not divide model.hidden_size={d}: {divisors_around(heads, d)}"
+            f"model.num_attention_heads={heads} does not divide model.hidden_size={d}: {divisors_around(heads, d)}; "
+            "or set model.kv_channels"
         )
-    elif d // heads % 2:
+    elif width % 2 and model.kv_channels:
+        problems.append(f"model.kv_channels={width} is odd, RoPE turns pairs; set {width - 1} or {width + 1}")
+    elif width % 2:
         problems.append(
-            f"model.num_attention_heads={heads}: heads of {d // heads} are odd, RoPE turns pairs; "
+            f"model.num_attention_heads={heads}: heads of {width} are odd, RoPE turns pairs; "
             f"choose a number of heads that leaves an even width"
         )
-    elif d // heads <= 2 and model.rope_type == "ntk":
+    elif width <= 2 and model.kv_channels and model.rope_type == "ntk":
+        problems.append(f"model.kv_channels={width} is too narrow for rope_type=ntk; set at least 4")
+    elif width <= 2 and model.rope_type == "ntk":
         problems.append(
             f"model.num_attention_heads={heads}: heads of {d // heads} are too narrow for rope_type=ntk; "
             f"choose {d // 4} at most"
@@ -49,10 +55,67 @@ def check_model(model: ModelConfig) -> list[str]:
             f"model.max_position_embeddings={model.max_position_embeddings}: set it to at most that"
         )
     try:
-        resolve_stack(model)
+        layers = resolve_stack(model)
     except ValueError as error:
-        problems.append(str(error))
+        return [*problems, str(error)]
+    return problems or _check_branches(model, layers)
+
+
+def _check_branches(model: ModelConfig, layers: list[LayerDescription]) -> list[str]:
+    """Widths of branches against heads and each other."""
+    problems, d = [], ModelDims.of(model)
+    inner = f"model.mamba_expand {model.mamba_expand} x model.hidden_size {model.hidden_size} = {d.inner_size}"
+    values_from_inner = model.v_head_dim is None and any(layer.has_attention for layer in layers)
+    if d.inner_size % d.num_heads and (values_from_inner or any(layer.has_ssm for layer in layers)):
+        problems.append(
+            f"model.num_attention_heads={d.num_heads} does not divide {inner}, which heads share out among them: "
+            f"{divisors_around(d.num_heads, d.inner_size)}"
+        )
+    elif d.attention_size != d.inner_size and model.branch_fusion == "mean" and _has(layers, "hybrid"):
+        problems.append(
+            f"model.v_head_dim={model.v_head_dim} x model.num_attention_heads {d.num_heads} = {d.attention_size}, but "
+            f"the SSM branch is {d.inner_size} wide and branch_fusion=mean needs equal widths: set "
+            "model.v_head_dim=null or model.branch_fusion=concat"
+        )
+    if _has(layers, "mamba2"):
+        width, groups = model.mamba2_head_dim, model.mamba2_num_groups
+        if d.inner_size % width:
+            problems.append(
+                f"model.mamba2_head_dim={width} does not divide {inner}: {divisors_around(width, d.inner_size)}"
+            )
+        elif d.mamba2_num_heads % groups:
+            problems.append(
+                f"model.mamba2_num_groups={groups} does not divide the {d.mamba2_num_heads} heads of {width} channels: "
+                f"{divisors_around(groups, d.mamba2_num_heads)}"
+            )
     return problems
+
+
+def _has(layers: list[LayerDescription], mixer: str) -> bool:
+    return any(layer.mixer == mixer for layer in layers)
+
+
+def _check_mamba2_layout(config: Config) -> list[str]:
+    """Tensor parallelism deals whole heads of a mamba2 layer, and a rank's heads must share their groups evenly."""
+    tp, d = config.parallel.tensor, ModelDims.of(config.model)
+    try:
+        has_mamba2 = _has(resolve_stack(config.model), "mamba2")
+    except ValueError:  # check_model says it
+        return []
+    if not has_mamba2 or tp == 1:
+        return []
+    heads, groups = d.mamba2_num_heads, d.mamba2_num_groups
+    if heads % tp:
+        return [
+            f"parallel.tensor={tp} does not divide the {heads} heads of a mamba2 layer (model.mamba2_head_dim="
+            f"{d.mamba2_head_dim}): {divisors_around(tp, heads)}"
+        ]
+    if groups % tp and tp % groups:
+        return [
+            f"parallel.tensor={tp} and model.mamba2_num_groups={groups}: one must be a multiple of the other; "
+            f"{divisors_around(tp, groups)}"
+        ]
+    return []
 
 
 def check_layout(config: Config, world_size: int) -> list[str]:
@@ -92,7 +155,7 @@ def check_layout(config: Config, world_size: int) -> list[str]:
             f"{_processes(world_size)}, no multiple of parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} = "
             f"{ranks}: {multiples_around(world_size, ranks)}"
         )
-    return problems + _check_chunks(config)
+    return problems + _check_mamba2_layout(config) + _check_chunks(config)
 
 
 def _processes(world_size: int) -> str:

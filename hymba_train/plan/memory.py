@@ -87,7 +87,8 @@ def setting_of(config: Config, phase: PhaseConfig) -> Setting:
         phase.micro_batch_size, phase.seq_length, p.tensor, p.sequence,
         value_bytes=2 if precision.params == "bf16" else 4, documents=config.data.document_mask, device=device,
         backends=backends_of(
-            device, precision.params == "bf16", config.run.deterministic, config.model.mamba_state_dim, asked
+            device, precision.params == "bf16", config.run.deterministic, config.model.mamba_state_dim, asked,
+            ModelDims.of(config.model).head_dim,
         ),
     )  # fmt: skip
 

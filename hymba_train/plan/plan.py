@@ -127,15 +127,15 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> 
     def fine(*groups: str) -> bool:
         return not wrong.intersection(groups)
 
-    data_parallel = None
+    data_parallel, model_problems = None, []
     if fine("model"):
-        problems += checks.check_model(config.model)
+        problems += (model_problems := checks.check_model(config.model))
     if fine("model", "parallel"):
         world_size = world_size or _default_world_size(config)
         problems += checks.check_layout(config, world_size)
         ranks = config.parallel.tensor * config.parallel.pipeline
         data_parallel = world_size // ranks if world_size % ranks == 0 else None
-    if fine("model", "parallel", "precision") and config.model.hidden_size % config.model.num_attention_heads == 0:
+    if fine("model", "parallel", "precision") and not model_problems:
         problems += check_precision(config)
     if fine("optim", "schedule"):
         problems += checks.check_schedule(config)

@@ -58,15 +58,20 @@ def _check_kernels(config: Config) -> list[str]:
     asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
     chosen = asked
     if config.run.device == "cuda":
-        chosen = backends_of("cuda", precision.params == "bf16", config.run.deterministic, d.state_dim, asked)
-    problems = []
-    attention, scan = chosen["attention"], chosen["selective_scan"]
+        chosen = backends_of(
+            "cuda", precision.params == "bf16", config.run.deterministic, d.state_dim, asked, d.head_dim
+        )
+    problems, layers = [], resolve_stack(config.model)
+    has_attention = any(layer.has_attention for layer in layers)
+    attention, scan = chosen["attention"] if has_attention else "none", chosen["selective_scan"]
     instead = "set precision.attention_backend=torch"
     if config.run.deterministic and attention == "flex":
         problems.append(f"precision.attention_backend=flex is not deterministic, run.deterministic=true; {instead}")
     if attention == "cudnn" and precision.params != "bf16":
         problems.append(f"precision.attention_backend=cudnn has no {precision.params}; {instead}, or params=bf16")
     heads = f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim}"
+    if chosen["ssd_scan"] == "mamba_ssm" and any(layer.mixer == "mamba2" for layer in layers):
+        problems += _check_mamba_ssm(config)
     if attention == "flex" and d.head_dim < FLEX_HEAD_DIM:
         fewer = d.hidden_size // FLEX_HEAD_DIM
         problems.append(f"{heads} are too narrow for FlexAttention; choose {fewer} at most, or {instead}")
@@ -86,10 +91,31 @@ def _check_kernels(config: Config) -> list[str]:
             f"model.mamba_state_dim={d.state_dim}: the Triton scan wants a power of two: nearest are {below} and "
             f"{2 * below}; or set precision.scan_backend=torch"
         )
-    if chosen["rotate_heads"] == "triton" and d.head_dim & (d.head_dim - 1):
+    if has_attention and chosen["rotate_heads"] == "triton" and d.head_dim & (d.head_dim - 1):
         problems.append(
             f"{heads}: RoPE in Triton wants a power of two; choose another, or set precision.rope_backend=torch"
         )
+    return problems
+
+
+def _check_mamba_ssm(config: Config) -> list[str]:
+    """What the kernels of the package mamba_ssm ask of a mamba2 layer."""
+    model, instead = config.model, "or set precision.ssd_backend=torch"
+    problems = []
+    if config.precision.params != "bf16":
+        problems.append(
+            f"precision.ssd_backend=mamba_ssm has no {config.precision.params}: its matrix products would round to "
+            "TF32; set precision.ssd_backend=torch, or params=bf16"
+        )
+    if config.run.deterministic:
+        problems.append(
+            "precision.ssd_backend=mamba_ssm is not deterministic, run.deterministic=true; "
+            "set precision.ssd_backend=torch"
+        )
+    for key in ("mamba2_head_dim", "mamba2_state_dim"):
+        width = getattr(model, key)
+        if width & (width - 1) or width < 16:
+            problems.append(f"model.{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
     return problems
 
 

@@ -15,15 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from hymba_train.config.document import meaning_of
-from hymba_train.describe import LayerDescription
+from hymba_train.describe import LayerDescription, cache_bytes
 from hymba_train.describe.flops import BACKWARD_FACTOR
 from hymba_train.plan.measured import estimate_times
 from hymba_train.plan.plan import Plan
-from hymba_train.plan.sizes import checkpoint_sizes, inference_cache
+from hymba_train.plan.sizes import checkpoint_sizes
 from hymba_train.plan.suggest import Suggestion
 
 MIN_WIDTH = 150
 """Tables are never squeezed below what they need; a narrower terminal breaks the lines itself."""
+PAPER_TOKENS = 8000
+"""Tokens at which the paper's Tables 1, 2 and 10 give the cache."""
 
 
 def kv_text(layer: LayerDescription) -> str:
@@ -193,13 +195,14 @@ def _time_lines(plan: Plan, gpu: str | None) -> list[str]:
 def _size_lines(plan: Plan) -> list[str]:
     """Cache at inference, checkpoints, interval between saves."""
     config, lines = plan.config, []
-    layers = [row.description for row in plan.layers]
     for num_tokens in sorted({config.model.rope_original_max_positions, config.model.max_position_embeddings}):
-        cache = inference_cache(config.model, layers, num_tokens)
+        cache = cache_bytes(config.model, num_tokens)
         lines.append(
             f"inference: a sequence of {num_tokens:,} tokens keeps {_mib(cache.total_bytes)} "
             f"(keys and values {_mib(cache.kv_bytes)}, SSM state {_mib(cache.state_bytes)})"
         )
+    paper = cache_bytes(config.model, PAPER_TOKENS, "paper").total_bytes
+    lines.append(f"inference, counted as in the paper's tables ({PAPER_TOKENS:,} tokens): {paper / 1e6:.2f} MB")
     if config.checkpoint.enabled:
         c = checkpoint_sizes(config, plan.num_parameters, plan.world_size)
         kept = f"{config.checkpoint.keep_last} kept: {_gib(config.checkpoint.keep_last * c.num_bytes)} GiB"
@@ -249,9 +252,9 @@ def plan_to_json(plan: Plan, gpu: str | None = None) -> dict[str, Any]:
     data = {f.name: _plain(getattr(plan, f.name)) for f in dataclasses.fields(plan) if f.name != "config"}
     data["model"] = plan.config.model.name
     data["time"] = [{**_plain(estimate), "days": estimate.days} for estimate in estimate_times(plan, gpu)]
-    layers = [row.description for row in plan.layers]
-    longest = plan.config.model.max_position_embeddings
-    data["inference_cache"] = _plain(inference_cache(plan.config.model, layers, longest))
+    model = plan.config.model
+    data["inference_cache"] = _plain(cache_bytes(model, model.max_position_embeddings))
+    data["inference_cache_paper"] = _plain(cache_bytes(model, PAPER_TOKENS, "paper"))
     data["checkpoint"] = _plain(checkpoint_sizes(plan.config, plan.num_parameters, plan.world_size))
     if plan.steps is not None:
         data["num_steps"], data["num_tokens"] = plan.steps.num_steps, plan.steps.num_tokens

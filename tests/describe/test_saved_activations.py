@@ -29,7 +29,9 @@ TOLERANCE = 0.01  # left out of the lists: what does not grow with the rows (flo
 BIG, TINY = ["model=hymba_1p5b"], ["model=hymba_tiny"]
 BF16, FLOAT32 = ["precision=bf16"], ["precision=float32"]
 ALONE = [*BIG, "model.num_layers=1", "model.kv_groups=[]", "model.global_layers=[]", *BF16]
+MAMBA2 = [*ALONE, "model.layer_pattern=[mamba2]"]
 SMALL = ["model.num_layers=2", "model.kv_groups=[]", "model.global_layers=[]"]
+TINY_MAMBA2 = [*TINY, *SMALL, "model.layer_pattern=[mamba2]"]
 
 FOUR = [*BIG, "model.num_layers=4", "model.kv_groups=[[1,2]]", "model.global_layers=[0]"]
 
@@ -50,6 +52,13 @@ CASES = {
     "sequence parallel": case([*TINY, *BF16, "parallel=tp2_sp"], 0, 480, "cpu"),
     "attention alone": case([*ALONE, "model.layer_pattern=[attention]"], 0),
     "SSM alone": case([*ALONE, "model.layer_pattern=[ssm]"], 0),
+    "attention alone, narrow values": case([*ALONE, "model.layer_pattern=[attention]", "model.v_head_dim=64"], 0),
+    "concat": case([*ALONE, "model.branch_fusion=concat", "model.v_head_dim=64"], 0),
+    "concat, cut": case([*ALONE, "model.branch_fusion=concat", "parallel=tp2"], 0),
+    "Mamba-2": case([*MAMBA2], 0),
+    "Mamba-2, cut": case([*MAMBA2, "parallel.tensor=5"], 0),
+    "Mamba-2, sequence parallel": case([*TINY_MAMBA2, *BF16, "parallel=tp2_sp"], 0, 480, "cpu"),
+    "Mamba-2, documents, float32": case([*TINY_MAMBA2, *FLOAT32], 0, 480, "cpu", True),
     "no FFN": case([*ALONE, "model.layer_pattern=['hybrid:no_ffn']"], 0),
     "no meta tokens": case([*ALONE, "model.num_meta_tokens=0"], 0),
     "on a CPU": case([*TINY, *BF16], 0, 480, "cpu"),
@@ -133,10 +142,15 @@ def test_auto_is_what_the_registry_would_take(device):
 
     from hymba_train.ops import BACKENDS
 
-    for is_bf16, deterministic, num_states in itertools.product((True, False), (False, True), (16, 32)):
+    for is_bf16, deterministic, num_states, head_dim in itertools.product(
+        (True, False), (False, True), (16, 32), (64, 72)
+    ):
         needs = {"backward", "segment_ids"} | ({"deterministic"} if deterministic else set())
         dtype = torch.bfloat16 if is_bf16 else torch.float32
         for op in KNOWN_BACKENDS:
             wanted = needs | ({"wide_state"} if num_states > 16 and op == "selective_scan" else set())
+            if op == "rotate_heads" and head_dim == 72:
+                wanted |= {"odd_width"}
             able = (b for b in BACKENDS[op] if device in b.device_types and dtype in b.dtypes and not wanted - b.can)
-            assert backends_of(device, is_bf16, deterministic, num_states)[op] == next(able).name
+            chosen = backends_of(device, is_bf16, deterministic, num_states, head_dim=head_dim)
+            assert chosen[op] == next(able).name

@@ -142,6 +142,16 @@ STACKS = {
     "ssm_without_ffn": dict(layer_pattern=["ssm:no_ffn"], num_meta_tokens=0),
     "sequential": dict(layer_pattern=["ssm:no_ffn", "attention"], global_layers=[1]),
     "hybrid": dict(layer_pattern=["hybrid"], kv_groups=[[1, 2]], global_layers=[0, 3]),
+    "concat": dict(branch_fusion="concat", kv_groups=[[1, 2]], global_layers=[0, 3], kv_channels=8, v_head_dim=6),
+    "llama": dict(layer_pattern=["attention"], v_head_dim=12, num_query_groups=4, window_size=None, num_meta_tokens=0),
+    "mamba2": dict(layer_pattern=["mamba2:no_ffn"], mamba2_head_dim=16, mamba2_state_dim=8),
+    "mamba2_groups": dict(
+        layer_pattern=["mamba2", "attention"],
+        mamba2_head_dim=8,
+        mamba2_state_dim=4,
+        mamba2_num_groups=3,
+        num_meta_tokens=0,
+    ),
 }
 
 
@@ -153,7 +163,7 @@ def test_every_stack_equals_the_oracle(stack, documents, lone_runtime):
         num_layers=4, hidden_size=48, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, vocab_size=61
     )
     window = dict(window_size=5, num_meta_tokens=3)
-    config = ModelConfig(name=stack, **sizes, **{**window, **STACKS[stack]})
+    config = ModelConfig(name=stack, **{**sizes, **window, **STACKS[stack]})
     model = build(config, lone_runtime)
     oracle = ReferenceHymba(config)
     torch.manual_seed(3)

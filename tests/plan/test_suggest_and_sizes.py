@@ -8,11 +8,11 @@ import pytest
 
 from hymba_train.cli import main
 from hymba_train.config import compose
-from hymba_train.describe import resolve_stack
+from hymba_train.describe import cache_bytes
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
 from hymba_train.plan.picture import draw_stack
-from hymba_train.plan.sizes import checkpoint_sizes, inference_cache
+from hymba_train.plan.sizes import checkpoint_sizes
 from hymba_train.plan.suggest import MEMORY_IN_USE, suggest
 
 BIG = ["experiment=pretrain_1p5b"]
@@ -60,9 +60,9 @@ def test_nothing_fits():
 
 def test_the_cache_of_the_1p5b():
     model = compose(BIG).model
-    cache = inference_cache(model, resolve_stack(model), 8192)
+    cache = cache_bytes(model, 8192)
     assert 60 < cache.total_bytes / 2**20 < 100  # the paper: 79 MB at 8k
-    wide = inference_cache(model, resolve_stack(model), 16384)
+    wide = cache_bytes(model, 16384)
     assert wide.state_bytes == cache.state_bytes and cache.kv_bytes < wide.kv_bytes < 2 * cache.kv_bytes
 
 
@@ -72,7 +72,7 @@ def test_the_cache_by_hand():
     )
     model = config.model
     model.global_layers, model.window_size = [0], 4
-    cache = inference_cache(model, resolve_stack(model), 100)
+    cache = cache_bytes(model, 100)
     heads = model.num_query_groups * (1 + model.mamba_expand) * model.hidden_size // model.num_attention_heads
     assert cache.kv_bytes == (100 + model.num_meta_tokens) * heads * 2
     assert cache.state_bytes == model.mamba_expand * model.hidden_size * (model.mamba_state_dim * 4 + 3 * 2)
