@@ -28,7 +28,7 @@ class StepResult:
 
     loss: float  # mean over the labelled tokens of the global batch, nats
     grad_norm: float  # global, before clipping
-    num_labelled_tokens: int
+    num_labelled_tokens: int  # or whatever the objective counts: pairs
     requests: tuple[int, ...]
     action: str = "updated"  # updated | skipped | rewind | stop: what became of the step (hymba_train.guards)
     reason: str = ""  # why it was not an update

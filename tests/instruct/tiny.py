@@ -93,14 +93,14 @@ MODEL = {
     "name": "tiny", "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
     "num_query_groups": 2, "vocab_size": VOCAB, "global_layers": [0, 3], "kv_groups": [[1, 2]], "window_size": 8,
     "num_meta_tokens": 4, "mamba_state_dim": 4, "mamba_dt_rank": 4, "make_vocab_size_divisible_by": 16,
-    "rope_type": "default",
+    "rope_type": "default", "rope_original_max_positions": 384,
 }  # fmt: skip
 
 
 def overrides(directory: Path, objective: str, **changes) -> list[str]:
     """Overrides of a run on the data in ``directory``: pretrain | sft | dpo."""
     source = {"pretrain": "plain", "sft": "talk", "dpo": "choice"}[objective]
-    phase = {"seq_length": SEQ_LENGTH, "global_batch_size": 4, "blend": {source: 1.0}}
+    phase = {"seq_length": SEQ_LENGTH, "global_batch_size": 2, "blend": {source: 1.0}}
     phase |= {"tokens": 8 * SEQ_LENGTH} if objective == "pretrain" else {"epochs": 1, "packing": "best_fit"}
     keys = {
         **{f"model.{key}": value for key, value in MODEL.items()},

@@ -1,0 +1,106 @@
+"""What a plan of fine-tuning refuses: one line that names the key and what to do."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from hymba_train.config import compose
+from hymba_train.errors import UserError
+from hymba_train.plan import make_plan
+from tests.instruct import tiny
+
+
+@pytest.fixture
+def copy(instruct, tmp_path):
+    """The prepared data, to be damaged; a directory stands for the start model."""
+    shutil.copytree(instruct, tmp_path / "data", ignore=shutil.ignore_patterns("runs", "exported", "*.reference"))
+    (tmp_path / "data" / "start").mkdir()
+    return tmp_path / "data"
+
+
+def problems(directory, objective: str, **changes) -> list[str]:
+    load = {"checkpoint.load": str(directory / "start")}
+    with pytest.raises(UserError) as error:
+        make_plan(compose(tiny.overrides(directory, objective, **{**load, **changes})), 1)
+    return list(error.value.problems)
+
+
+def one_problem(*args, **changes) -> str:
+    (problem,) = problems(*args, **changes)
+    return problem
+
+
+def test_an_epoch_is_as_long_as_the_packing(copy):
+    config = compose(tiny.overrides(copy, "sft"))
+    plan = make_plan(config, 1)
+    assert plan.steps.num_steps == 3 and config.data.phases["only"].tokens == 6 * tiny.SEQ_LENGTH
+    plan = make_plan(compose(tiny.overrides(copy, "sft", **{"data.phases.only.epochs": 2})), 1)
+    assert plan.steps.num_steps == 6
+    plan = make_plan(compose(tiny.overrides(copy, "sft", **{"data.phases.only.global_batch_size": 4})), 1)
+    assert plan.steps.num_steps == 2, "the last batch is filled up, not left out"
+
+
+def test_plain_text_is_no_conversation(copy):
+    changes = {
+        "data.sources.plain.path": "plain",
+        "data.phases.only.blend": {"plain": 1.0},
+        "data.phases.only.epochs": None,
+    }
+    changes |= {"data.phases.only.packing": "concat", "data.phases.only.tokens": 8 * tiny.SEQ_LENGTH}
+    line = one_problem(copy, "sft", **changes)
+    assert line.startswith("data.sources.plain.path=plain: run.objective=sft needs conversations with a loss mask")
+    assert line.endswith("make them with `hymba data chat`")
+
+
+def test_conversations_are_no_pairs_and_no_plain_text(copy):
+    assert one_problem(copy, "sft", **{"run.objective": "dpo"}).endswith("make them with `hymba data chat --pairs`")
+    assert "set run.objective=sft" in one_problem(copy, "sft", **{"run.objective": "pretrain"})
+
+
+def test_a_missing_mask(copy):
+    (copy / "talk.mask").unlink()
+    assert "no " in (line := one_problem(copy, "sft")) and "talk.mask, the loss mask; run `hymba data chat`" in line
+
+
+def test_dpo_needs_reference_and_start(copy):
+    line = one_problem(copy, "dpo")
+    assert (
+        line.startswith("data.sources.choice.path=choice: no ") and "run `hymba reference` with the overrides" in line
+    )
+    assert make_plan(
+        compose(tiny.overrides(copy, "dpo", **{"checkpoint.load": str(copy / "start")})), 1, needs_reference=False
+    ).steps
+    (copy / "choice.reference").write_bytes(b"")
+    assert one_problem(copy, "dpo", **{"checkpoint.load": None}).startswith("checkpoint.load: to be given")
+
+
+def test_another_tokenizer(copy):
+    path = copy / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    line = one_problem(copy, "sft")
+    assert (
+        "mask were made with another tokenizer than data.tokenizer=tokenizer; set that, or run `hymba data chat`"
+        in line
+    )
+
+
+def test_a_missing_packing(copy):
+    (copy / f"talk.best_fit-{tiny.SEQ_LENGTH}.pack").unlink()
+    assert "make it once, offline: `hymba data pack`" in one_problem(copy, "sft")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"data.phases.only.packing": "concat"}, "data.phases.only.epochs=1 needs a packing"),
+        ({"data.phases.only.rampup_batch_size": [1, 1, 384]}, "data.phases.only.rampup_batch_size: not in a phase"),
+        ({"data.document_mask": False}, "data.document_mask=false: run.objective=sft packs conversations"),
+        ({"data.phases.only.epochs": 0}, "data.phases.only.epochs=0: must be at least 1"),
+        ({"run.objective": "rlhf"}, "run.objective=rlhf: not one of pretrain, sft, dpo"),
+        ({"optim.dpo_beta": 0}, "optim.dpo_beta=0.0: must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be(copy, changes, line):
+    assert any(problem.startswith(line) for problem in problems(copy, "sft", **changes))
