@@ -209,12 +209,14 @@ def _open_phase(
                 f"{key}: source {source} has {part.num_tokens} tokens to train on, too few for one sequence of "
                 f"{phase.seq_length}"
             )
-    num_samples = -(-phase.tokens // phase.seq_length)
-    if phase.epochs is not None and len(packs) == len(blend.names):
+    if phase.epochs is None:
+        num_samples = -(-phase.tokens // phase.seq_length)
+    else:
         # In proportion to their sequences, the sources end together: each sequence once an epoch.
-        blend = Blend({source: len(packs[source]) for source in packs}, seed, name)
         num_samples = phase.epochs * sum(map(len, packs.values()))
-        if phase.tokens != phase.tokens_of(num_samples):
+        if len(packs) == len(blend.names):
+            blend = Blend({source: len(packs[source]) for source in packs}, seed, name)
+        if len(packs) == len(blend.names) and phase.tokens != phase.tokens_of(num_samples):
             raise UserError(
                 f"{key}.tokens={phase.tokens}: {phase.epochs} epochs of its packed sequences are "
                 f"{phase.tokens_of(num_samples)}; leave {key}.tokens out, or set that"

@@ -29,11 +29,11 @@ def document_sums(losses: Tensor, batch: MicroBatch, num_documents: int) -> tupl
 
     losses: float32 [B, S], zero where there is no label. Document numbers from D on (padding) are left out.
     """
-    ids = batch["segment_ids"].clamp(max=num_documents)
-    rows = losses.shape[0]
-    sums = losses.new_zeros(rows, num_documents + 1).scatter_add(1, ids, losses)
-    counts = ids.new_zeros(rows, num_documents + 1).scatter_add(1, ids, (batch["labels"] != -100).long())
-    return sums[:, :num_documents], counts[:, :num_documents]
+    # Not scatter_add: on a GPU its sums depend on the order in which threads come.
+    numbers = torch.arange(num_documents, device=losses.device)
+    inside = batch["segment_ids"].unsqueeze(-1) == numbers  # [B, S, D]
+    sums = torch.where(inside, losses.unsqueeze(-1), 0.0).sum(dim=1)
+    return sums, (inside & (batch["labels"] != -100).unsqueeze(-1)).sum(dim=1)
 
 
 class PreferenceLoss:

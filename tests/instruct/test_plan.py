@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 
 from hymba_train.config import compose
+from hymba_train.data import build_training_data
+from hymba_train.data.answers import write_reference
+from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
+from hymba_train.plan.instruct import fill_in_epochs
 from tests.instruct import tiny
 
 
@@ -104,3 +109,53 @@ def test_a_missing_packing(copy):
 )
 def test_settings_that_cannot_be(copy, changes, line):
     assert any(problem.startswith(line) for problem in problems(copy, "sft", **changes))
+
+
+def build(directory, objective: str, **changes):
+    load = {"checkpoint.load": str(directory / "start")}
+    config = compose(tiny.overrides(directory, objective, **{**load, **changes}))
+    fill_in_epochs(config)
+    return build_training_data(config.data, seed=5, vocab_size=tiny.VOCAB)
+
+
+def test_held_out_conversations_are_judged_by_their_answers(copy):
+    changes = {"data.sources.talk.validation_fraction": 0.3, "data.validation_sequences": 2}
+    assert tiny.data_command("pack", "--overwrite", *tiny.overrides(copy, "sft", **changes)) == 0
+    data = build(copy, "sft", **changes)
+    part, mask = data.sources["talk"].held_out, data.sources["talk"].mask
+    sample = data.validation_sample("talk", tiny.SEQ_LENGTH, 0)
+    expected = mask.tokens(part.begin + 1, part.begin + 1 + tiny.SEQ_LENGTH)
+    assert (sample["labels"] != IGNORED_LABEL).tolist() == (expected == 1).tolist()
+    assert 0 < expected.sum() < 100
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "line"),
+    [
+        ("sft", {"data.phases.only.tokens": 384}, "data.phases.only.tokens=384: 1 epochs of its packed"),
+        ("sft", {"data.phases.only.packing": "concat", "data.phases.only.tokens": 768, "data.phases.only.epochs": None},
+         "data.phases.only.packing=concat would cut the conversations of talk"),
+        ("sft", {"data.document_mask": False}, "data.document_mask=false: conversations must not see one another"),
+        ("dpo", {"data.sources.choice.validation_fraction": 0.2}, "data.sources.choice.validation_fraction=0.2: pairs"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_opened(copy, objective, changes, line):
+    with pytest.raises(UserError) as error:
+        build(copy, objective, **changes)
+    assert error.value.problems[0].startswith(line)
+
+
+def test_a_conversation_is_never_cut(copy):
+    changes = {"data.phases.only.seq_length": 96}
+    assert tiny.data_command("pack", *tiny.overrides(copy, "sft", **changes)) == 0
+    with pytest.raises(UserError, match=r"are longer than the phase's seq_length=96 and would be cut"):
+        build(copy, "sft", **changes)
+
+
+def test_a_reference_for_other_tokens_is_refused(copy):
+    write_reference(copy / "choice", np.zeros(28, np.float32), {"source": "other", "checkpoint": "", "name": ""})
+    with pytest.raises(UserError, match=r"choice\.reference was made for another .*choice\.bin: run `hymba reference`"):
+        build(copy, "dpo")
+    (copy / "choice.reference").write_bytes((copy / "choice.reference").read_bytes()[1:])
+    with pytest.raises(UserError, match=r"is not a whole reference file"):
+        build(copy, "dpo")
