@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep import inspect_data
+from data_prep.chat import ChatSettings
 from data_prep.dedup import REPORT, dedup
 from data_prep.demo import DOMAINS, prepare_demo
 from data_prep.duplicates import DedupSettings
 from data_prep.flags import parse
-from data_prep.inputs import find_inputs
+from data_prep.inputs import JSONL, find_inputs
 from data_prep.merge import find_prefixes, merge_sources
 from data_prep.progress import Progress
 from data_prep.stats import source_stats, stats_lines
@@ -99,6 +100,34 @@ def _tokenize_to_many(args: argparse.Namespace, key: str, output_dir: str) -> tu
         find_inputs(args.input, args.part), output_dir, settings, num_workers=args.workers, overwrite=args.overwrite,
         show_progress=not args.quiet,
     )  # fmt: skip
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    if args.workers < 1 or args.seq_length < 1:
+        raise UserError("--workers and --seq-length: at least 1")
+    if args.pairs and args.too_long == "cut":
+        raise UserError("--too-long cut: pairs are left out when they are too long; leave --too-long out")
+    files = find_inputs(args.input)
+    if wrong := [file.path for file in files if file.format != JSONL]:
+        raise UserError(f"{wrong[0]}: conversations are read from JSON lines alone; write it as .jsonl")
+    chat = ChatSettings(args.pairs, args.seq_length, args.too_long)
+    kind = chat.facts()["kind"]
+    settings = Settings(args.tokenizer, kind, max_bad_lines=args.max_bad_lines, chat=chat)
+    manifests, before = tokenize_shards(
+        files, args.output_dir, settings, num_workers=args.workers, overwrite=args.overwrite,
+        show_progress=not args.quiet,
+    )  # fmt: skip
+    for file, manifest in zip(files, manifests, strict=True):
+        facts, together = manifest.chat, manifest.documents_per_piece
+        print(
+            f"{args.output_dir}/{file.stem}: {manifest.num_documents // together:,} {kind}, "
+            f"{manifest.num_tokens:,} tokens, {facts['num_answer_tokens']:,} of them answers; "
+            f"{facts['num_too_long']:,} longer than {args.seq_length} tokens and left out, {facts['num_cut']:,} cut; "
+            f"{manifest.num_bad_lines:,} bad lines left out"
+            + (f" (listed in {args.output_dir}/{file.stem}.bad_lines.txt)" if manifest.num_bad_lines else "")
+        )
+    if before:
+        print(f"{before} of {len(files)} were done before")
 
 
 def _say_tokenized(name: str, manifests: list[Manifest], before: int, seconds: float) -> None:
@@ -229,11 +258,16 @@ def run_prepare_demo(args: argparse.Namespace) -> None:
 
 def _config(overrides: list[str], args: argparse.Namespace):
     from hymba_train.config import compose, load_frozen, to_be_given
+    from hymba_train.plan.instruct import fill_in_epochs
 
     if args.frozen is not None and (overrides or args.config_dir):
         raise UserError("--frozen: a frozen configuration takes no overrides and no --config-dir; leave them out")
     config = load_frozen(args.frozen) if args.frozen is not None else compose(overrides, config_dir=args.config_dir)
+    fill_in_epochs(config)
+    # A phase of whole epochs is as long as its packings, which may not be there yet.
+    known_later = {f"data.phases.{name}.tokens" for name, phase in config.data.phases.items() if phase.epochs}
     missing = [key for key in to_be_given(config) if key.startswith("data.") or key == "model.vocab_size"]
+    missing = [key for key in missing if key not in known_later]
     if missing:
         raise UserError(*(f"{key}: to be given, e.g. {key}=..." for key in missing))
     return config
@@ -241,6 +275,7 @@ def _config(overrides: list[str], args: argparse.Namespace):
 
 RUN = {
     "tokenize": run_tokenize,
+    "chat": run_chat,
     "train-tokenizer": run_train_tokenizer,
     "convert-tokenizer": run_convert_tokenizer,
     "merge": run_merge,

@@ -31,6 +31,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="hymba data", description="Prepare text for training, offline.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _tokenize(commands)
+    _chat(commands)
     _train_tokenizer(commands)
     _convert_tokenizer(commands)
     _merge(commands)
@@ -67,6 +68,22 @@ def _tokenize(commands) -> None:
         "the share of one of N jobs")  # fmt: skip
     _overwrite(tokenize)
     _quiet(tokenize)
+
+
+def _chat(commands) -> None:
+    chat = commands.add_parser("chat", help="conversations, or preference pairs, to sources with a loss mask")
+    add = chat.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="JSON lines, as `tokenize` takes them")
+    add("--output-dir", required=True, metavar="DIR", help="a source an input; those that are done are passed over")
+    add("--tokenizer", required=True, metavar="PATH", help="directory or .model file")
+    add("--seq-length", type=int, required=True, metavar="S", help="tokens of the sequences they are to be packed into")
+    add("--pairs", action="store_true", help="records are chosen and rejected answers, for DPO")
+    add("--too-long", choices=("leave_out", "cut"), default="leave_out", help="conversations beyond S: left out and "
+        "counted (default), or cut at their end; pairs are always left out")  # fmt: skip
+    _workers(chat)
+    _max_bad_lines(chat)
+    _overwrite(chat)
+    _quiet(chat)
 
 
 def _part(text: str) -> tuple[int, int]:

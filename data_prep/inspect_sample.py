@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from data_prep.inspect_data import marked_text
 from hymba_train.config.schema import Config
 from hymba_train.data.build import build_training_data, load_tokenizer
 from hymba_train.data.dataset import Sample, TrainingData
@@ -35,10 +36,11 @@ def sample_text(config: Config, phase: str | None, number: int, show_ids: bool =
         raise UserError(f"--sample {number}: phase {names[index]} has samples 0..{data.phases[index].num_samples - 1}")
     tokenizer = load_tokenizer(config.data)
     sample = data.sample(index, number)
+    mark = data.sources[sample["source"]].mask is not None
     lines = _head(data, index, number, sample)
     for begin, end, document in _pieces(data, index, sample):
         lines += ["", _piece_line(sample, begin, end, document)]
-        lines += _ids(sample, begin, end, tokenizer) if show_ids else [_text(sample, begin, end, tokenizer)]
+        lines += _ids(sample, begin, end, tokenizer) if show_ids else [_text(sample, begin, end, tokenizer, mark)]
     return "\n".join(lines)
 
 
@@ -100,8 +102,12 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
 
 
-def _text(sample: Sample, begin: int, end: int, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(sample["tokens"][begin:end].tolist(), skip_special=False)
+def _text(sample: Sample, begin: int, end: int, tokenizer: Tokenizer, mark: bool) -> str:
+    tokens = sample["tokens"][begin:end]
+    if not mark:
+        return tokenizer.decode(tokens.tolist(), skip_special=False)
+    labelled = np.concatenate([[False], sample["labels"] != IGNORED_LABEL])
+    return marked_text(tokens, labelled[begin:end], tokenizer)
 
 
 def _ids(sample: Sample, begin: int, end: int, tokenizer: Tokenizer) -> list[str]:

@@ -102,7 +102,12 @@ def _manifest_of(prefix: str | Path) -> Manifest:
 
 def _check_alike(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> None:
     first = manifests[0]
-    problems = []
+    problems = [
+        f"{prefix} holds {manifest.chat['kind']}, whose loss mask cannot be merged: name each as a source of its own "
+        "in the blend of one phase"
+        for prefix, manifest in zip(prefixes, manifests, strict=True)
+        if manifest.chat is not None
+    ]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         problems += [
             f"{prefix} has {what} {b}, {prefixes[0]} has {a}: only sources that were made alike can be merged"

@@ -47,7 +47,8 @@ def pack_phases(config: Config, *, overwrite: bool = False, say: Callable[[str],
 
 
 def _build(phase: Any, source: Any, place: str) -> dict[str, Any]:
-    arguments = (phase.packing, phase.seq_length, phase.min_document_tokens)
+    together = 1 if source.manifest is None else source.manifest.documents_per_piece
+    arguments = (phase.packing, phase.seq_length, phase.min_document_tokens, together)
     if not is_url(place):
         return build_packs(source.training, place, *arguments)
     with tempfile.TemporaryDirectory() as scratch:

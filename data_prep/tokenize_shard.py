@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.chat import ChatSettings, ConversationEncoder
 from data_prep.inputs import InputFile
 from data_prep.records import Chunk, ShardReader, parse_chunk
 from hymba_train import __version__
+from hymba_train.data.answers import MaskWriter, mask_path
 from hymba_train.data.indexed import bin_path, idx_path, token_dtype
 from hymba_train.data.indexed_writer import IndexedWriter, write_atomically
 from hymba_train.data.manifest import Manifest, check_spots, file_sha256, manifest_path, read_manifest, with_spots
@@ -38,6 +42,7 @@ class Settings:
         tokenizer: as :meth:`Tokenizer.load` takes it.
         backend: library that encodes; it changes the speed alone.
         max_bad_lines: bad lines of a shard that are passed over and listed; one more is an error. None: any number.
+        chat: records are conversations instead of texts; json_key is then a word for them alone.
     """
 
     tokenizer: str
@@ -45,11 +50,13 @@ class Settings:
     append_eod: bool = True
     backend: str = "default"
     max_bad_lines: int | None = None
+    chat: ChatSettings | None = None
 
 
 @dataclass
 class TokenizedChunk:
-    """``tokens`` are all documents end to end, in the type of the file; ``lengths`` those of each document."""
+    """``tokens`` are all documents end to end, in the type of the file; ``lengths`` those of each document. Of
+    conversations also the loss ``mask`` of every token, and ``counts`` for the manifest."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -57,6 +64,8 @@ class TokenizedChunk:
     text_bytes: int
     bad_lines: list[str]
     read_bytes: int
+    mask: np.ndarray | None = None
+    counts: dict[str, int] | None = None
 
 
 class ChunkTokenizer:
@@ -69,8 +78,11 @@ class ChunkTokenizer:
         self.tokenizer = Tokenizer.load(settings.tokenizer, settings.backend)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self._num_chunks = 0
+        self._conversations = settings.chat and ConversationEncoder(settings.chat, self.tokenizer, self.dtype)
 
     def __call__(self, chunk: Chunk) -> TokenizedChunk:
+        if self._conversations:
+            return self._conversations(chunk)
         parsed = parse_chunk(chunk, self.settings.json_key)
         tokens, lengths = self.tokenizer.encode_documents(parsed.texts, self.dtype, self.settings.append_eod)
         if parsed.texts and self._num_chunks % CHECKED_CHUNKS == 0:
@@ -108,8 +120,9 @@ def tokenize_shard(
     reader = ShardReader(file, settings.json_key)
     bad_lines: list[str] = []
     num_empty, text_bytes, max_token_id = 0, 0, -1
+    counts: Counter[str] = Counter()
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with IndexedWriter(prefix, dtype) as writer:
+    with IndexedWriter(prefix, dtype) as writer, _mask_writer(prefix, settings) as masks:
         for chunk in tokenize_chunks(reader):
             bad_lines += chunk.bad_lines
             check_bad_lines(bad_lines, settings.max_bad_lines)
@@ -118,12 +131,20 @@ def tokenize_shard(
             if chunk.tokens.size:
                 max_token_id = max(max_token_id, int(chunk.tokens.max()))
                 writer.add_documents(chunk.tokens, chunk.lengths)
+            if masks:
+                masks.add(chunk.mask)
+                counts.update(chunk.counts)
             if len(bad_lines) >= HOPELESS_BAD_LINES and not writer.num_documents + num_empty:
                 raise no_document(file, settings.json_key, bad_lines)  # a wrong key, say
             on_chunk(chunk)
         if not writer.num_documents and not allow_empty:
             raise no_document(file, settings.json_key, bad_lines)
         manifest_path(prefix).unlink(missing_ok=True)  # from here on the old manifest would be wrong
+        mask_path(prefix).unlink(missing_ok=True)
+        chat = None
+        if masks:
+            chat = {**settings.chat.facts(), **counts, "num_answer_tokens": masks.num_answer_tokens}
+            chat["mask"] = masks.publish()
         files = with_spots(prefix, writer.publish())
     write_bad_lines(prefix, bad_lines)
     manifest = Manifest(
@@ -140,9 +161,14 @@ def tokenize_shard(
         num_bad_lines=len(bad_lines),
         backend=tokenizer.backend,
         versions=versions(tokenizer.backend),
+        chat=chat,
     )
     manifest.write(prefix)
     return manifest
+
+
+def _mask_writer(prefix: Path, settings: Settings) -> contextlib.AbstractContextManager[MaskWriter | None]:
+    return MaskWriter(prefix) if settings.chat else contextlib.nullcontext()
 
 
 def input_facts(file: InputFile) -> dict[str, Any]:
@@ -184,6 +210,7 @@ def finished(
     same = (
         manifest.tokenizer == tokenizer_facts(tokenizer)
         and (manifest.json_key, manifest.append_eod) == (settings.json_key, settings.append_eod)
+        and _same_chat(manifest, settings, prefix)
         and (allowed is None or manifest.num_bad_lines <= allowed * len(files))
         and all(_is_whole(path, manifest) for path in (bin_path(prefix), idx_path(prefix)))
         and all(file.num_bytes == was["bytes"] for file, was in zip(files, manifest.inputs, strict=True))
@@ -198,11 +225,23 @@ def finished(
     return manifest if unchanged else None
 
 
+def _same_chat(manifest: Manifest, settings: Settings, prefix: Path) -> bool:
+    if settings.chat is None or manifest.chat is None:
+        return settings.chat is None and manifest.chat is None
+    wanted = settings.chat.facts()
+    same = wanted == {key: manifest.chat.get(key) for key in wanted}
+    return same and _agrees(mask_path(prefix), manifest.chat["mask"])
+
+
 def _is_whole(path: Path, manifest: Manifest) -> bool:
+    return _agrees(path, manifest.file(path.suffix))
+
+
+def _agrees(path: Path, facts: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     try:
-        check_spots(path, manifest.file(path.suffix))
+        check_spots(path, facts)
     except UserError:
         return False
     return True

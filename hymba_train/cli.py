@@ -147,7 +147,16 @@ def _suggest(args: argparse.Namespace) -> int:
 
 
 def run_train(argv: list[str]) -> int:
-    parser = _config_parser("train")
+    return _run_on_ranks("train", argv)
+
+
+def run_reference(argv: list[str]) -> int:
+    return _run_on_ranks("reference", argv)
+
+
+def _run_on_ranks(verb: str, argv: list[str]) -> int:
+    """A verb whose work the processes of a run do together, with the configuration of that run."""
+    parser = _config_parser(verb)
     parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine, through torchrun")
     args = parser.parse_intermixed_args(argv)
     if _print_and_stop(args):
@@ -160,7 +169,7 @@ def run_train(argv: list[str]) -> int:
             raise UserError(f"--nproc {args.nproc}: give at least 1")
         world_size = args.nproc
     try:
-        config, plan = _prepare_training(args, world_size)
+        config, plan = _prepare_training(args, world_size, needs_reference=verb != "reference")
     except UserError:
         if rank is None or os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -170,13 +179,17 @@ def run_train(argv: list[str]) -> int:
         return USER_ERROR
     resolved = _freeze(config, args.frozen) if not rank else None
     if args.nproc is not None:
-        return _torchrun(args.nproc, str(resolved))
+        return _torchrun(verb, args.nproc, str(resolved))
     from hymba_train.callbacks.stop_file import STOPPED_EARLY
-    from hymba_train.train.main import train
+
+    if verb == "train":
+        from hymba_train.train.main import train as work
+    else:
+        from hymba_train.train.reference_pass import reference as work
 
     _set_up_logging(rank or 0)
     try:
-        code = train(config, plan)
+        code = work(config, plan)
     except UserError as error:
         if not rank:
             raise
@@ -200,11 +213,11 @@ def _set_up_logging(rank: int) -> None:
     logging.getLogger("hymba_train").setLevel(logging.WARNING if rank else logging.INFO)
 
 
-def _prepare_training(args: argparse.Namespace, world_size: int) -> tuple[Config, Plan]:
+def _prepare_training(args: argparse.Namespace, world_size: int, needs_reference: bool) -> tuple[Config, Plan]:
     from hymba_train.plan import make_plan
 
     config = _read_config(args)
-    plan = make_plan(config, world_size)
+    plan = make_plan(config, world_size, needs_reference=needs_reference)
     plan.require_complete()
     return config, plan
 
@@ -222,10 +235,10 @@ def _freeze(config: Config, frozen: str | None) -> Path:
     return path
 
 
-def _torchrun(num_processes: int, resolved: str) -> int:
+def _torchrun(verb: str, num_processes: int, resolved: str) -> int:
     """Replace this process by torchrun, so that signals reach it directly."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command += ["-m", "hymba_train", "train", "--frozen", resolved]
+    command += ["-m", "hymba_train", verb, "--frozen", resolved]
     # torchrun keeps one store for all restarts, in which a restarted rank finds the addresses of dead ones; this gives
     # every restart a store of its own.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -279,6 +292,9 @@ class Verb:
 
 VERBS = {
     "train": Verb("pretrain a model", "hymba_train.cli:run_train"),
+    "reference": Verb(
+        "log-probabilities of preference pairs under the start model, for DPO", "hymba_train.cli:run_reference"
+    ),
     "plan": Verb(
         "compose and check a run; print layers, stages, phases, parameters; no GPU needed", "hymba_train.cli:run_plan"
     ),

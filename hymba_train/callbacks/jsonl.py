@@ -51,6 +51,7 @@ class JsonLines(Callback):
         values = asdict(metrics)
         step = values.pop("step")
         del values["rank_seconds"]  # as many as ranks: a straggler is named in an event of its own
+        values |= values.pop("objective") or {}
         if values["batch_hash"] is None:
             del values["batch_hash"]
         self.write(

@@ -66,8 +66,9 @@ class Progress(Callback):
         mfu = "mfu n/a" if m.mfu is None else f"mfu {m.mfu:.1%}"
         mfu += "" if m.mfu_executed is None else f" ({m.mfu_executed:.1%} executed)"
         memory = "" if m.memory_gib is None else f"  mem {m.memory_gib:.1f} GiB"
+        objective = "".join(f"  {name} {value:.4g}" for name, value in (m.objective or {}).items())
         return (
-            f"step {step}  {m.phase}  loss {m.loss:.4f}  gnorm {m.grad_norm:.3f}  lr {m.lr:.2e}  "
+            f"step {step}  {m.phase}  loss {m.loss:.4f}{objective}  gnorm {m.grad_norm:.3f}  lr {m.lr:.2e}  "
             f"{format_count(m.tokens)} tok  {format_count(m.tokens_per_second)} tok/s  "
             f"{m.tflops_per_second_per_device:.1f} TFLOP/s  {mfu}{memory}  eta {self.eta(m.tokens)}"
         )

@@ -18,6 +18,7 @@ def train_scalars(m) -> dict[str, float]:
         "speed/mfu_executed": m.mfu_executed,
         "memory/max_allocated_gib": m.memory_gib,
     }
+    values |= {f"train/{name}": value for name, value in (m.objective or {}).items()}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

@@ -39,8 +39,9 @@ class Source:
     remarks: tuple[str, ...] = ()
 
 
-def find_source(config: Config, run_directory: Path) -> Source | None:
+def find_source(config: Config, run_directory: Path | None) -> Source | None:
     """The run's own newest checkpoint; without one, what checkpoint.load names; else None (random initialisation).
+    Without ``run_directory``, what checkpoint.load names.
 
     Every rank calls it and gets the same. The checkpoint's files agree with its manifest; one that does not is passed
     over for the next older one. Raises UserError, on all ranks, if there are checkpoints but none is whole: a run never
@@ -67,8 +68,11 @@ def find_source(config: Config, run_directory: Path) -> Source | None:
     return None
 
 
-def _candidates(config: Config, run_directory: Path) -> tuple[list[Path], bool, list[str]]:
+def _candidates(config: Config, run_directory: Path | None) -> tuple[list[Path], bool, list[str]]:
     """(step directories to try in turn, whether only weights are wanted, remarks)."""
+    if run_directory is None:
+        load = config.checkpoint.load
+        return [] if load is None else resolve(Path(load), "checkpoint.load"), True, []
     root = run_directory / directory.CHECKPOINTS
     path, remarks = directory.newest(root)
     if path is not None:

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.phases.NAME.packing": ("concat", "best_fit", "length_buckets"),
     "guards.on_data": ("skip", "rewind", "stop"),
     "guards.on_persistent": ("skip", "rewind", "stop"),
+    "run.objective": ("pretrain", "sft", "dpo"),
     "run.device": ("auto", "cpu", "cuda"),
 }
 """Words. null is allowed wherever the schema allows it."""
@@ -41,9 +42,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
             "model.rope_original_max_positions", "model.make_vocab_size_divisible_by", "parallel.tensor",
             "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.world_size",
             "data.phases.NAME.tokens", "data.phases.NAME.seq_length", "data.phases.NAME.global_batch_size",
-            "data.phases.NAME.micro_batch_size", "data.validation_sequences", "checkpoint.keep_last",
-            "logging.log_interval", "run.train_steps", "guards.window_steps", "guards.min_window_steps",
-            "guards.skip_window_steps", "guards.grad_spike_ratio", "guards.straggler_ratio",
+            "data.phases.NAME.micro_batch_size", "data.phases.NAME.epochs", "data.validation_sequences",
+            "checkpoint.keep_last", "logging.log_interval", "run.train_steps", "guards.window_steps",
+            "guards.min_window_steps", "guards.skip_window_steps", "guards.grad_spike_ratio", "guards.straggler_ratio",
             "guards.max_starts_without_progress",
         ),
         _FROM_1,
@@ -63,7 +64,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 POSITIVE = (
     "model.rotary_base", "model.layernorm_epsilon", "optim.lr", "optim.adam_eps", "data.phases.NAME.blend.NAME",
-    "guards.hang_seconds", "guards.hang_slow_seconds",
+    "guards.hang_seconds", "guards.hang_slow_seconds", "optim.dpo_beta",
 )  # fmt: skip
 """Numbers that must be above 0."""
 

@@ -158,6 +158,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 leaves gradients alone."""
+    dpo_beta: float = 0.1
+    """run.objective=dpo: how strongly the model is held to the one it starts from."""
 
 
 @dataclass
@@ -183,7 +185,10 @@ class SourceConfig:
 @dataclass
 class PhaseConfig:
     tokens: int = TO_BE_GIVEN
-    """Length of the phase in text tokens (meta tokens are not counted)."""
+    """Length of the phase in text tokens (meta tokens are not counted). With epochs it follows from the packing."""
+    epochs: int | None = None
+    """Instead of tokens: train every packed sequence of every source in the blend so many times, whatever the weights.
+    Rows that a last batch lacks carry no loss."""
     seq_length: int = TO_BE_GIVEN
     """Text tokens S in a sequence."""
     global_batch_size: int = TO_BE_GIVEN
@@ -201,6 +206,10 @@ class PhaseConfig:
     """With best_fit or length_buckets: leave out shorter documents in this phase."""
     rope_type: str | None = None
     """RoPE scaling of this phase; None: model.rope_type."""
+
+    def tokens_of(self, num_samples: int) -> int:
+        """Text tokens of the full batches that hold ``num_samples`` sequences."""
+        return -(-num_samples // self.global_batch_size) * self.global_batch_size * self.seq_length
 
     @property
     def pack_suffix(self) -> str | None:
@@ -321,6 +330,8 @@ class RunConfig:
     """Name of the run; its directory is run.directory/run.name, the same after every restart."""
     directory: str = "runs"
     """Directory that holds all runs."""
+    objective: str = "pretrain"
+    """pretrain (every token) | sft (the answers of conversations) | dpo (preference pairs): docs/instruct.md."""
     seed: int = 1234
     """Seed of initialisation and data order."""
     deterministic: bool = False

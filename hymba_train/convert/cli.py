@@ -79,6 +79,7 @@ def run_generate(argv: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; '-' reads standard input")
+    parser.add_argument("--chat", action="store_true", help="prompts are questions; answer them (instruct models)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -92,11 +93,12 @@ def run_generate(argv: list[str]) -> int:
 
     completions = generate(
         loaded, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-        num_beams=args.num_beams, batch_size=args.batch_size, seed=args.seed,
+        num_beams=args.num_beams, batch_size=args.batch_size, seed=args.seed, chat=args.chat,
     )  # fmt: skip
     for prompt, completion in zip(prompts, completions, strict=True):
         line = json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False)
-        print(line if args.json else prompt + completion, flush=True)
+        between = "\n" if args.chat else ""
+        print(line if args.json else f"{prompt}{between}{completion}", flush=True)
     return 0
 
 

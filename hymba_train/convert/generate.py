@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from hymba_train.convert.load import LoadedModel
+from hymba_train.data.chat_template import prompt_text
 from hymba_train.errors import UserError
 
 
@@ -20,11 +21,13 @@ def generate(
     num_beams: int = 1,
     batch_size: int = 8,
     seed: int = 0,
+    chat: bool = False,
 ) -> Iterator[str]:
     """Continuations of ``prompts``, in their order, without the prompts.
 
     Greedy at temperature 0, else sampled from the smallest set of tokens with probability ``top_p``. A prompt without
-    tokens starts from the token that begins a text. Ends at the end-of-document token. Raises UserError for settings
+    tokens starts from the token that begins a text. Ends at the end-of-document token. ``chat``: prompts are questions
+    of a user, put into the template of the instruct model; continuations are its answers. Raises UserError for settings
     that cannot be.
     """
     if max_new_tokens < 1 or batch_size < 1 or num_beams < 1:
@@ -33,7 +36,8 @@ def generate(
         raise UserError("--temperature: give 0 or more; --top-p: give a share above 0, up to 1")
     tokenizer, ids = loaded.require_tokenizer(), loaded.token_ids
     start = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
-    add_bos = loaded.adds_bos and tokenizer.bos_id is not None
+    add_bos = loaded.adds_bos and tokenizer.bos_id is not None and not chat  # conversations are trained without
+    prompts = [prompt_text(prompt) for prompt in prompts] if chat else prompts
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     torch.manual_seed(seed)
     for first in range(0, len(prompts), batch_size):

@@ -66,6 +66,9 @@ def _training(source: TrainingCheckpoint) -> list[str]:
         return lines
     if config.checkpoint.load:  # its name alone: where it lay is nobody's business
         lines.append(f"- Started from a checkpoint of {Path(config.checkpoint.load).name}.")
+    if config.run.objective != "pretrain":
+        what = {"sft": "Fine-tuned on the answers of conversations", "dpo": "Trained on preference pairs (DPO)"}
+        lines.append(f"- {what[config.run.objective]}; prompts: `tokenizer.apply_chat_template`.")
     for number, (name, phase) in enumerate(config.data.phases.items()):
         if number > state["phase"]:
             break

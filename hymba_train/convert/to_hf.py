@@ -16,7 +16,7 @@ from hymba_train.convert.hf_config import TokenIds, generation_config
 from hymba_train.convert.model_card import model_card
 from hymba_train.convert.shards import write_shards
 from hymba_train.convert.source import DTYPES, HubWeights, TrainingCheckpoint
-from hymba_train.convert.tokenizer_files import write_tokenizer_files
+from hymba_train.convert.tokenizer_files import write_chat_template, write_tokenizer_files
 from hymba_train.errors import UserError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -57,6 +57,8 @@ def export_hf(
             token_ids = TokenIds(**source.imported.get("token_ids", {}))
         else:
             token_ids = write_tokenizer_files(tokenizer, directory)
+            if source.config.run.objective != "pretrain":
+                write_chat_template(directory)
             token_ids = TokenIds(**source.imported.get("token_ids", vars(token_ids)))
         files = write_shards(directory, weights.plan(DTYPES[dtype]), weights.read, max_shard_bytes)
         _write_json(directory / "config.json", source.hf_config(dtype, token_ids))

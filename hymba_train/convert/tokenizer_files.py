@@ -9,6 +9,7 @@ from typing import Any
 
 from hymba_train.convert.hf_config import TokenIds
 from hymba_train.convert.published import read_json
+from hymba_train.data.chat_template import CHAT_TEMPLATE
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
@@ -70,6 +71,13 @@ def write_tokenizer_files(source: Path, target: Path) -> TokenIds:
             "model_max_length": 10**30, "padding_side": "left", "tokenizer_class": "PreTrainedTokenizerFast",
         })  # fmt: skip
     return ids
+
+
+def write_chat_template(directory: Path) -> None:
+    """Put the template that fine-tuning used (hymba_train.data.chat_template) into the tokenizer files of an export."""
+    (directory / "chat_template.jinja").unlink(missing_ok=True)  # it would win
+    path = directory / "tokenizer_config.json"
+    _write_json(path, read_json(path) | {"chat_template": CHAT_TEMPLATE})
 
 
 def token_ids(tokenizer: Tokenizer) -> TokenIds:

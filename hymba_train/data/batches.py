@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from hymba_train.errors import UserError
 
 class MicroBatch(TypedDict):
     """Input of one forward pass, int64 tensors [B, S] on the CPU. The last two are None without a document mask."""
+
+    reference: NotRequired[torch.Tensor]
+    """float32 [B, P, 2], of preference pairs: Sample.reference, filled up with zeros to the most pairs of a row."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -53,7 +56,7 @@ def micro_batches(
     batches = []
     for turn in range(global_batch_size // per_turn):
         begin = first_sample + turn * per_turn + data_parallel_rank * micro_batch_size
-        batches.append(_stack([data.sample(phase_index, n) for n in range(begin, begin + micro_batch_size)]))
+        batches.append(stack_samples([data.sample(phase_index, n) for n in range(begin, begin + micro_batch_size)]))
     return batches
 
 
@@ -83,7 +86,7 @@ def validation_batches(
             if index >= count:
                 sample["labels"] = np.full_like(sample["labels"], IGNORED_LABEL)
             samples.append(sample)
-        batches.append(_stack(samples))
+        batches.append(stack_samples(samples))
     return batches
 
 
@@ -98,14 +101,20 @@ def batch_hash(data: TrainingData, phase_index: int, first_sample: int, global_b
     return digest.hexdigest()
 
 
-def _stack(samples: Sequence[Sample]) -> MicroBatch:
+def stack_samples(samples: Sequence[Sample]) -> MicroBatch:
+    """Samples of one length as the rows of a micro-batch."""
+
     def rows(key: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([sample[key] for sample in samples]))
 
     masked = samples[0]["segment_ids"] is not None
-    return {
+    batch: MicroBatch = {
         "tokens": torch.from_numpy(np.stack([sample["tokens"][:-1] for sample in samples])),
         "labels": rows("labels"),
         "positions": rows("positions") if masked else None,
         "segment_ids": rows("segment_ids") if masked else None,
     }
+    if any("reference" in sample for sample in samples):
+        references = [torch.from_numpy(sample["reference"]) for sample in samples]
+        batch["reference"] = torch.nn.utils.rnn.pad_sequence(references, batch_first=True)
+    return batch

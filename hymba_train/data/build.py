@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hymba_train.data.answers import LossMask, Reference, reference_path
 from hymba_train.data.blend import Blend
 from hymba_train.data.dataset import Phase, Source, TrainingData
 from hymba_train.data.indexed import IndexedTokens, bin_path, idx_path
@@ -100,15 +101,43 @@ def open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: 
             )
     tokens = IndexedTokens(prefix)
     manifest = read_manifest(prefix)
+    mask = reference = None
     if manifest is not None:
         _check_manifest(tokens, manifest, tokenizer)
+        if manifest.chat is not None:
+            mask, reference = _open_chat(config, key, source, prefix, manifest)
     training, held_out = split_held_out(tokens, source.validation_fraction)
     if not training.num_tokens:
         raise UserError(
             f"{key}: {tokens.num_documents} documents, validation_fraction {source.validation_fraction}: nothing is "
             "left to train on (whole documents are held out); lower validation_fraction"
         )
-    return Source(name, training, held_out, manifest, hash_of(tokens, manifest))
+    content_hash = hash_of(tokens, manifest)
+    if reference is not None:
+        if reference.facts.get("source") != content_hash or reference.values.size != tokens.num_documents:
+            raise UserError(
+                f"{key}: {reference_path(prefix)} was made for another {prefix}.bin: run `hymba reference` again"
+            )
+        content_hash = hashlib.sha256(f"{content_hash}{reference.facts['sha256']}".encode()).hexdigest()
+    return Source(name, training, held_out, manifest, content_hash, mask, reference)
+
+
+def _open_chat(
+    config: DataConfig, key: str, source: SourceConfig, prefix: str, manifest: Manifest
+) -> tuple[LossMask, Reference | None]:
+    """What lies beside a source of conversations. Raises UserError."""
+    if is_url(resolve_path(config, source.path)):
+        raise UserError(f"{key}.path={source.path}: conversations are read from a local disk alone; copy them there")
+    if not config.document_mask:
+        raise UserError("data.document_mask=false: conversations must not see one another; set data.document_mask=true")
+    is_pairs = manifest.documents_per_piece > 1
+    if is_pairs and source.validation_fraction:
+        raise UserError(
+            f"{key}.validation_fraction={source.validation_fraction}: pairs cannot be held out; set it to 0, or name a "
+            "source of conversations for validation"
+        )
+    has_reference = is_pairs and reference_path(prefix).is_file()
+    return LossMask(prefix, manifest.chat["mask"]), Reference(prefix) if has_reference else None
 
 
 def hash_of(tokens: IndexedTokens, manifest: Manifest | None) -> str:
@@ -152,7 +181,7 @@ def _open_phase(
     config: DataConfig, name: str, phase: PhaseConfig, sources: Mapping[str, Source], seed: int, pad_id: int
 ) -> Phase:
     key = f"data.phases.{name}"
-    blend = Blend(phase.blend, seed, name)
+    blend = Blend(phase.blend, seed, name)  # to be replaced below if the phase is made of whole epochs
     unknown = [source for source in blend.names if source not in config.sources]
     if unknown:
         known = ", ".join(config.sources) or "none"
@@ -170,12 +199,31 @@ def _open_phase(
             packs[source] = open_packs(config, phase, sources[source], pad_id)
             continue
         part = sources[source].training
+        if sources[source].mask is not None:
+            raise UserError(
+                f"{key}.packing=concat would cut the conversations of {source}: set {key}.packing=best_fit, and run "
+                "`hymba data pack`"
+            )
         if not len(Windows(part, phase.seq_length)):
             raise UserError(
                 f"{key}: source {source} has {part.num_tokens} tokens to train on, too few for one sequence of "
                 f"{phase.seq_length}"
             )
-    return Phase(name, phase.seq_length, -(-phase.tokens // phase.seq_length), blend, phase.packing, packs)
+    if phase.epochs is None:
+        num_samples = -(-phase.tokens // phase.seq_length)
+    else:
+        # In proportion to their sequences, the sources end together: each sequence once an epoch.
+        num_samples = phase.epochs * sum(map(len, packs.values()))
+        if len(packs) == len(blend.names):
+            blend = Blend({source: len(packs[source]) for source in packs}, seed, name)
+        if len(packs) == len(blend.names) and phase.tokens != phase.tokens_of(num_samples):
+            raise UserError(
+                f"{key}.tokens={phase.tokens}: {phase.epochs} epochs of its packed sequences are "
+                f"{phase.tokens_of(num_samples)}; leave {key}.tokens out, or set that"
+            )
+    return Phase(
+        name, phase.seq_length, num_samples, blend, phase.packing, packs, whole_epochs=phase.epochs is not None
+    )
 
 
 def open_packs(config: DataConfig, phase: PhaseConfig, source: Source, pad_id: int) -> Packs:
@@ -188,7 +236,15 @@ def open_packs(config: DataConfig, phase: PhaseConfig, source: Source, pad_id: i
                 "(a job never builds it)"
             )
         path = str(_cache(config, path).file(path, verify_packs))
-    return Packs(source.training, path, phase.packing, phase.seq_length, phase.min_document_tokens, pad_id)
+    together = 1 if source.manifest is None else source.manifest.documents_per_piece
+    packs = Packs(source.training, path, phase.packing, phase.seq_length, phase.min_document_tokens, pad_id, together)
+    if source.mask is not None and packs.facts["num_documents_cut"]:
+        raise UserError(
+            f"data.sources.{source.name}: {packs.facts['num_documents_cut']} conversations (or pairs) are longer than "
+            f"the phase's seq_length={phase.seq_length} and would be cut: run `hymba data chat --seq-length "
+            f"{phase.seq_length}`, or set a longer seq_length"
+        )
+    return packs
 
 
 def pack_location(config: DataConfig, phase: PhaseConfig, source: Source) -> str:

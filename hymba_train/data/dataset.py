@@ -11,10 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from hymba_train.data.answers import LossMask, Reference, over
 from hymba_train.data.blend import Blend
 from hymba_train.data.manifest import Manifest
 from hymba_train.data.packs import Packs
@@ -25,6 +26,10 @@ from hymba_train.errors import UserError
 
 class Sample(TypedDict):
     """One sequence with its labels. positions and segment_ids are None without a document mask."""
+
+    reference: NotRequired[np.ndarray]
+    """float32 [P, 2], for P preference pairs with a reference: log-probability of the chosen and the rejected answer,
+    documents 2p and 2p + 1 of the sequence."""
 
     tokens: np.ndarray
     """int64 [S + 1]: inputs are [:-1]."""
@@ -51,6 +56,9 @@ class Source:
     held_out: TokenRange
     manifest: Manifest | None
     content_hash: str = ""
+    mask: LossMask | None = None
+    """Which tokens carry loss; None: all."""
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Phase:
         num_samples: sequences in the phase, tokens / seq_length rounded up.
         packing: ``concat``, or the strategy of ``packs``.
         packs: source name -> its packed sequences; empty for ``concat``.
+        whole_epochs: num_samples are whole passes over the sources; what a last batch reads beyond has no labels.
     """
 
     name: str
@@ -69,6 +78,7 @@ class Phase:
     blend: Blend
     packing: str = "concat"
     packs: Mapping[str, Packs] = field(default_factory=dict)
+    whole_epochs: bool = False
 
 
 class TrainingData:
@@ -138,7 +148,15 @@ class TrainingData:
         Raises UserError when the file holds a token that the model's vocabulary does not.
         """
         name, _, window = self.locate(phase_index, n)
-        return self._read(name, self._sequences[phase_index, name], window)
+        sample = self.read(phase_index, name, window)
+        phase = self.phases[phase_index]
+        if phase.whole_epochs and n >= phase.num_samples:
+            sample["labels"] = np.full_like(sample["labels"], IGNORED_LABEL)
+        return sample
+
+    def read(self, phase_index: int, source: str, window: int) -> Sample:
+        """One window or packed sequence of a source by its number there, as a phase reads it."""
+        return self._read(source, self._sequences[phase_index, source], window)
 
     def _read(self, name: str, sequences: Sequences, window: int) -> Sample:
         tokens = sequences.read(window)
@@ -157,6 +175,13 @@ class TrainingData:
         if (num_tokens := sequences.num_tokens(window)) < tokens.size:
             sample["labels"] = sample["labels"].copy()
             sample["labels"][num_tokens - 1 :] = IGNORED_LABEL
+        source = self.sources[name]
+        if source.mask is not None:
+            is_answer = over(sequences, source.mask).read(window)[1:] == 1
+            sample["labels"] = np.where(is_answer, sample["labels"], IGNORED_LABEL)
+        if source.reference is not None and isinstance(sequences, Packs):
+            documents = np.array(sequences.first_documents(window))
+            sample["reference"] = source.reference.values[np.stack([documents, documents + 1], axis=1)]
         return sample
 
     def _outside_vocabulary(self, tokens: np.ndarray, sequences: Sequences, window: int) -> UserError:

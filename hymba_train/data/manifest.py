@@ -54,7 +54,15 @@ class Manifest:
     """Library that encoded: tokenizers, sentencepiece or gigatoken. The ids do not depend on it."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the software that wrote the files."""
+    chat: dict[str, Any] | None = None
+    """Of a source that `hymba data chat` made: kind (conversations | pairs), template (sha256), seq_length, too_long,
+    num_too_long, num_cut, num_answer_tokens, and mask: bytes, sha256 and spots of PREFIX.mask. None: plain text."""
     version: int = MANIFEST_VERSION
+
+    @property
+    def documents_per_piece(self) -> int:
+        """Documents that must stay together in a sequence: the two answers of a pair."""
+        return 2 if self.chat is not None and self.chat["kind"] == "pairs" else 1
 
     def write(self, prefix: str | Path) -> Path:
         """Write PREFIX.json by temporary name, fsync and rename."""
@@ -68,8 +76,10 @@ class Manifest:
 
     @property
     def content_hash(self) -> str:
-        """sha256 (hex) of what the pair holds: equal for equal tokens and borders, whatever the files are called."""
-        return hashlib.sha256(f"{self.file('.bin')['sha256']}{self.file('.idx')['sha256']}".encode()).hexdigest()
+        """sha256 (hex) of what the pair holds: equal for equal tokens and borders (and loss mask), whatever the files
+        are called."""
+        mask = "" if self.chat is None else self.chat["mask"]["sha256"]
+        return hashlib.sha256(f"{self.file('.bin')['sha256']}{self.file('.idx')['sha256']}{mask}".encode()).hexdigest()
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
@@ -85,6 +95,8 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
     try:
         manifest = Manifest(**json.loads(content))
         manifest.file(".bin")["sha256"], manifest.file(".idx")["sha256"]
+        if manifest.chat is not None:
+            manifest.chat["kind"], manifest.chat["mask"]["sha256"]
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         raise UserError(f"{path} is not a manifest of this version ({error}): tokenise the source again") from error
     if manifest.version != MANIFEST_VERSION:

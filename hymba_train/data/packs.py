@@ -39,17 +39,20 @@ class Packs:
         path: the .pack file.
         packing, seq_length, min_document_tokens: what the phase asks for.
         pad_id: token that fills up a sequence (never a label; a document of its own under a document mask).
+        documents_per_piece: so many neighbouring documents are packed as one.
 
     Raises UserError: no such file, a damaged one, or one that was built for other data.
     """
 
     def __init__(
-        self, part: TokenRange, path: str | Path, packing: str, seq_length: int, min_document_tokens: int, pad_id: int
-    ) -> None:
+        self, part: TokenRange, path: str | Path, packing: str, seq_length: int, min_document_tokens: int, pad_id: int,
+        documents_per_piece: int = 1,
+    ) -> None:  # fmt: skip
         self.part, self.seq_length, self.pad_id = part, seq_length, pad_id
+        self.documents_per_piece = documents_per_piece
         path = Path(path)
         self.facts = _read_trailer(path)
-        expected = _facts_of(part, packing, seq_length, min_document_tokens)
+        expected = _facts_of(part, packing, seq_length, min_document_tokens, documents_per_piece)
         for key, value in expected.items():
             if self.facts.get(key) != value:
                 raise UserError(
@@ -85,9 +88,20 @@ class Packs:
         return tokens
 
     def borders(self, window: int) -> np.ndarray:
-        """Places 1..S at which another piece, or the padding, starts, int64, ascending."""
-        ends = np.cumsum(self.pieces(window)[1], dtype=np.int64)
-        return ends[ends <= self.seq_length]
+        """Places 1..S at which another document (or piece of one), or the padding, starts, int64, ascending."""
+        starts, lengths = self.pieces(window)
+        borders = ends = np.cumsum(lengths, dtype=np.int64)
+        if self.documents_per_piece > 1:
+            inside = [
+                self.part.tokens.document_starts(start + 1, start + length) - start + end - length
+                for start, length, end in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True)
+            ]
+            borders = np.sort(np.concatenate([ends, *inside]))
+        return borders[borders <= self.seq_length]
+
+    def first_documents(self, window: int) -> list[int]:
+        """Number in the file of the first document of each piece."""
+        return [self.part.tokens.document_at(start) for start in self.pieces(window)[0].tolist()]
 
     def num_tokens(self, window: int) -> int:
         """Tokens of a sequence that are no padding."""
@@ -102,15 +116,16 @@ class Packs:
 
 
 def build_packs(
-    part: TokenRange, path: str | Path, packing: str, seq_length: int, min_document_tokens: int = 0
-) -> dict[str, Any]:
+    part: TokenRange, path: str | Path, packing: str, seq_length: int, min_document_tokens: int = 0,
+    documents_per_piece: int = 1,
+) -> dict[str, Any]:  # fmt: skip
     """Work out a packing and write its index, complete or not at all. Returns the facts in its trailer.
 
     Needs about 60 bytes of memory a document.
 
     Raises UserError when no document is long enough.
     """
-    offsets = part.tokens.document_offsets(part.begin_document, part.end_document)
+    offsets = part.tokens.document_offsets(part.begin_document, part.end_document)[::documents_per_piece]
     starts, lengths = cut_documents(offsets, seq_length, min_document_tokens)
     if not lengths.size:
         raise UserError(
@@ -121,7 +136,7 @@ def build_packs(
     groups = pack_lengths(np.bincount(lengths, minlength=capacity + 1), capacity, packing)
     order, first = assign(lengths, groups)
     facts = {
-        **_facts_of(part, packing, seq_length, min_document_tokens),
+        **_facts_of(part, packing, seq_length, min_document_tokens, documents_per_piece),
         "idx_sha256": file_sha256(idx_path(part.tokens.prefix)),
         "num_sequences": first.size - 1,
         "num_pieces": lengths.size,
@@ -133,8 +148,11 @@ def build_packs(
     return facts
 
 
-def _facts_of(part: TokenRange, packing: str, seq_length: int, min_document_tokens: int) -> dict[str, Any]:
-    return {
+def _facts_of(
+    part: TokenRange, packing: str, seq_length: int, min_document_tokens: int, documents_per_piece: int
+) -> dict[str, Any]:
+    together = {} if documents_per_piece == 1 else {"documents_per_piece": documents_per_piece}
+    return together | {
         "packing": packing,
         "seq_length": seq_length,
         "min_document_tokens": min_document_tokens,

@@ -47,6 +47,7 @@ def emptied(batch: MicroBatch) -> MicroBatch:
     tokens = batch["tokens"]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
     return {
+        **batch,
         "tokens": torch.zeros_like(tokens),
         "labels": torch.full_like(batch["labels"], IGNORED_LABEL),
         "positions": None if batch["positions"] is None else positions,

@@ -11,6 +11,7 @@ import re
 from hymba_train.config.nearest import did_you_mean, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
+from hymba_train.plan.instruct import check_epochs
 from hymba_train.plan.numbers import divisors_around, multiples_around
 from hymba_train.plan.precision import check_fp8_rows
 from hymba_train.plan.steps import batch_sizes
@@ -224,7 +225,7 @@ def phase_is_given(phase: PhaseConfig) -> bool:
 def check_phase(config: Config, name: str, phase: PhaseConfig, data_parallel: int | None) -> list[str]:
     """One phase: batch sizes, ramp-up, sequence length, blend. ``data_parallel`` None: the layout is wrong already."""
     key = f"data.phases.{name}"
-    problems = _check_blend(config, key, phase)
+    problems = _check_blend(config, key, phase) + check_epochs(key, phase)
     if not phase_is_given(phase):
         return problems
     problems += _check_length(config, key, phase)

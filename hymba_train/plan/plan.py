@@ -22,6 +22,7 @@ from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.describe.flops import BACKWARD_FACTOR, head_flops, layer_flops
 from hymba_train.errors import UserError
 from hymba_train.plan import checks
+from hymba_train.plan.instruct import check_conversations, check_objective, fill_in_epochs
 from hymba_train.plan.memory import StageMemory, stage_memory
 from hymba_train.plan.paths import check_cache, check_files
 from hymba_train.plan.precision import check_precision
@@ -97,15 +98,21 @@ class Plan:
             raise UserError(*(f"{key}: to be given ({meaning_of(key).rstrip('.')})" for key in self.to_be_given))
 
 
-def make_plan(config: Config, world_size: int | None = None, check_paths: bool = True) -> Plan:
+def make_plan(
+    config: Config, world_size: int | None = None, check_paths: bool = True, needs_reference: bool = True
+) -> Plan:
     """Check a configuration and spell it out.
 
     world_size: processes of the run; None takes parallel.world_size, or as many as one model replica needs.
-    check_paths: whether files that are named must exist (off for planning away from the machine that has them).
+    check_paths: whether files that are named must exist (off for planning away from the machine that has them). Also
+        gives ``config`` the length of phases of whole epochs.
+    needs_reference: whether DPO's reference log-probabilities must be there, too (off for making them).
 
     Raises UserError with one line for every problem there is.
     """
-    problems = _all_problems(config, world_size, check_paths)
+    if check_paths:
+        fill_in_epochs(config)
+    problems = _all_problems(config, world_size, check_paths, needs_reference)
     if problems:
         raise UserError(*problems)
     return _spell_out(config, world_size or _default_world_size(config))
@@ -120,7 +127,7 @@ def layers_of_chunk(plan: Plan, pipeline_rank: int, virtual_rank: int = 0) -> ra
     return plan.layers_of_chunk(pipeline_rank, virtual_rank)
 
 
-def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> list[str]:
+def _all_problems(config: Config, world_size: int | None, check_paths: bool, needs_reference: bool) -> list[str]:
     problems = check_values(config)
     wrong = {line.partition(".")[0] for line in problems}  # later checks rely on single values being possible
 
@@ -146,8 +153,11 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool) -> 
             if not any(line.startswith(f"data.phases.{name}.") for line in problems):
                 problems += checks.check_phase(config, name, phase, data_parallel)
     problems += checks.check_run(config) + check_cache(config)
+    if fine("run"):
+        problems += check_objective(config)
     if check_paths:
         problems += check_files(config)
+        problems += check_conversations(config, needs_reference) if fine("run") else []
     return problems
 
 

@@ -189,6 +189,6 @@ class Loop:
         return StepMetrics(
             step=self.state.step, phase=step.phase_name, loss=result.loss, grad_norm=result.grad_norm, lr=step.lr,
             tokens=self.state.tokens, labelled_tokens=result.num_labelled_tokens, batch_size=step.batch_size,
-            seq_length=step.seq_length, rank_seconds=result.rank_seconds, **self.meter.read(),
+            seq_length=step.seq_length, rank_seconds=result.rank_seconds, **self.meter.read(), objective=result.metrics,
             batch_hash=self._batch_hash(step) if logged and self._batch_hash else None,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import fp8_state, initialize, shutdown
 from hymba_train.parallel.runtime import Runtime
+from hymba_train.train.dpo import objective_of
 from hymba_train.train.evaluate import make_evaluate
 from hymba_train.train.feed import Feed
 from hymba_train.train.loop import Loop, PlannedStep
@@ -74,12 +75,14 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     optimizer = build_optimizer(config, runtime, chunks)
     record = DataRecord(alike(data.identity))
     start = Start(config, directory, runtime, chunks, optimizer, order, record)
-    state, remembered = start.load(find_source(config, directory))
+    source = find_source(config, directory)
+    objective = objective_of(config, data, source, directory)
+    state, remembered = start.load(source)
     reason = refusal_from(config, directory, state.step)
     if reason is not None:
         return give_up(runtime, reason)
 
-    stepper = Stepper(runtime, chunks, optimizer)
+    stepper = Stepper(runtime, chunks, optimizer, objective)
     guards = Guards(config, directory, runtime, models, chunks, optimizer, stepper, data, state, watchdog)
     guards.load(remembered)
     phases = list(config.data.phases.values())

@@ -80,6 +80,7 @@ class StepMetrics:
     memory_gib: float | None  # peak allocated on this device since the last logged step; None on a CPU
     rank_seconds: tuple[float, ...] = ()  # each rank's own time in the step before, without waiting for others
     batch_hash: str | None = None  # of every token id of the global batch, if logging.batch_hash asks for it
+    objective: dict[str, float] | None = None  # further means of the objective; dpo: hymba_train.train.dpo
     mfu_executed: float | None = None  # like mfu, by the FLOPs that are really done: the meta prefix once a micro-batch
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from hymba_train.ops.segments import document_ends
 from hymba_train.train.optimizer import adams_of, gathered_parameters
 
-MicroBatch = dict[str, torch.Tensor | None]  # tokens, labels, positions, segment_ids: int64 [B, S] or None
+MicroBatch = dict[str, torch.Tensor | None]  # see hymba_train.data.batches.MicroBatch
 
 DOCUMENT_COUNT_MULTIPLE = 32
 """Document counts of micro-batches are rounded up to this with empty ones: kernels are planned per count."""
@@ -28,13 +28,14 @@ class StepResult:
 
     loss: float  # mean over the labelled tokens of the global batch, nats
     grad_norm: float  # global, before clipping
-    num_labelled_tokens: int
+    num_labelled_tokens: int  # or whatever the objective counts: pairs
     requests: tuple[int, ...]
     action: str = "updated"  # updated | skipped | rewind | stop: what became of the step (hymba_train.guards)
     reason: str = ""  # why it was not an update
     event: dict[str, Any] | None = None  # for the log, if a guard has something to say
     rank_seconds: tuple[float, ...] = ()  # what each rank said about its step before
     suspect: bool = False  # the weights themselves may be what is wrong
+    metrics: dict[str, float] | None = None  # of the objective, if it has some
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,25 @@ class Gradients:
     rank_seconds: tuple[float, ...]  # what each rank gave as ``seconds``
     sums: torch.Tensor  # float64, on the device: what Stepper._reduce gives
     loss_sums: list[torch.Tensor]  # of each micro-batch, on the device; empty but on one rank of the last stage
+    metrics: dict[str, float] | None = None  # of the objective, means over what it counts
+
+
+class Objective(Protocol):
+    """What is minimised instead of the mean loss of all labelled tokens: a mean of something else, over a global batch.
+
+    Attributes:
+        metrics: names of further means for the log.
+    """
+
+    metrics: tuple[str, ...]
+
+    def inputs(self, batch: MicroBatch) -> MicroBatch:
+        """Arguments for the model's forward pass."""
+
+    def loss(
+        self, batch: MicroBatch, losses: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """As :func:`sum_of_losses`: the sum, over how many int32, and for the log both again and the metrics' sums."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,11 @@ class Limits:
 
 
 class Stepper:
-    """Runs micro-batches through this rank's model chunks."""
+    """Runs micro-batches through this rank's model chunks. ``objective`` None: every labelled token counts the same."""
 
-    def __init__(self, runtime, chunks: list, optimizer) -> None:
-        self.runtime, self.chunks, self.optimizer = runtime, chunks, optimizer
+    def __init__(self, runtime, chunks: list, optimizer, objective: Objective | None = None) -> None:
+        self.runtime, self.chunks, self.optimizer, self.objective = runtime, chunks, optimizer, objective
+        self._metrics = () if objective is None else objective.metrics
         self._schedule = get_forward_backward_func(
             pp_size=runtime.pipeline_size, vp_size=len(chunks) if len(chunks) > 1 else None
         )
@@ -128,7 +149,7 @@ class Stepper:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(micro_batches, forward_only=False)
+        outputs = self._run(micro_batches, forward_only=False, objective=self.objective)
         self.optimizer.prepare_grads()
         sums = self._reduce(outputs, requests, self.optimizer.get_grad_norm(), seconds)
         return sums, [output["loss_sum"] for output in outputs] if self._has_loss else []
@@ -154,10 +175,14 @@ class Stepper:
         self, values: list[float], sums: torch.Tensor, loss_sums: list[torch.Tensor], num_requests: int
     ) -> Gradients:
         loss, grad_norm = (float(x) for x in self._loss_and_norm(torch.tensor(values, dtype=torch.float64)))
-        requests, rank_seconds = values[3 : 3 + num_requests], values[3 + num_requests :]
+        after_requests = 3 + num_requests
+        after_ranks = after_requests + self.runtime.world_size
+        means = (total / max(values[1], 1.0) for total in values[after_ranks:])
         return Gradients(
-            loss, grad_norm, int(values[1]), tuple(int(n) for n in requests), tuple(rank_seconds), sums, loss_sums
-        )
+            loss, grad_norm, int(values[1]), tuple(int(n) for n in values[3:after_requests]),
+            tuple(values[after_requests:after_ranks]), sums, loss_sums,
+            dict(zip(self._metrics, means, strict=True)) or None,
+        )  # fmt: skip
 
     def exchange(self, requests: tuple[int, ...]) -> tuple[int, ...]:
         """``requests`` summed over the ranks, for a step that trains nothing."""
@@ -176,26 +201,36 @@ class Stepper:
         dist.all_reduce(table)
         return table.tolist()
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         """(sum of losses, labelled tokens) over all ranks' ``micro_batches``; no gradients, no update."""
-        for chunk in self.chunks:
-            chunk.eval()
-        with gathered_parameters(self.chunks):
-            outputs = self._run(self._fill_last_group(micro_batches), forward_only=True)
-        for chunk in self.chunks:
-            chunk.train()
+        outputs = self.look(micro_batches)
         loss_sum, num_tokens = self._reduce(outputs, ()).tolist()
         return loss_sum, int(num_tokens)
 
-    def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    @torch.no_grad()
+    def look(
+        self, micro_batches: list[MicroBatch], objective: Objective | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """What an objective has for the log of each micro-batch, on ranks of the last stage; no gradients, no update.
+        Collective."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with gathered_parameters(self.chunks):
+            outputs = self._run(self._fill_last_group(micro_batches), forward_only=True, objective=objective)
+        for chunk in self.chunks:
+            chunk.train()
+        return outputs
+
+    def _run(
+        self, micro_batches: list[MicroBatch], forward_only: bool, objective: Objective | None = None
+    ) -> list[dict[str, torch.Tensor]]:
         on_device = [self._on_device(batch) for batch in micro_batches]
         batch, seq = micro_batches[0]["tokens"].shape
         groups = self.runtime.groups
         config = self.chunks[0].config
         pipeline = self.runtime.pipeline_size > 1
         return self._schedule(
-            forward_step_func=forward_step,
+            forward_step_func=partial(forward_step, objective=objective),
             data_iterator=[iter(on_device) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
@@ -217,19 +252,22 @@ class Stepper:
         self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...], norm: Any = None, seconds: float = 0.0
     ) -> torch.Tensor:
         """Sums over all ranks in one collective, float64 [2]: losses, labelled tokens. With a ``norm``
-        [3 + requests + ranks]: after those the norms (of the summed loss's gradient), the requests and each rank's
-        ``seconds``."""
+        [3 + requests + ranks + metrics]: after those the norms (of the summed loss's gradient), the requests, each
+        rank's ``seconds`` and the sums of the objective's metrics."""
         host = [0.0, 0.0]
         if norm is not None:
             each_rank = [0.0] * self.runtime.world_size
             each_rank[self.runtime.rank] = seconds
             host += [0.0 if isinstance(norm, torch.Tensor) else float(norm), *map(float, requests), *each_rank]
+            host += [0.0] * len(self._metrics)
         sums = torch.tensor(host, dtype=torch.float64).to(self.runtime.device, non_blocking=True)
         if isinstance(norm, torch.Tensor):
             sums[2] = norm.squeeze()
         if self._has_loss:
             for i, name in enumerate(("loss_sum", "num_tokens")):
                 sums[i] = torch.stack([output[name] for output in outputs]).double().sum()
+            for i, name in enumerate(self._metrics if norm is not None else ()):
+                sums[i - len(self._metrics)] = torch.stack([output[name] for output in outputs]).double().sum()
         dist.all_reduce(sums)
         return sums
 
@@ -263,13 +301,18 @@ def result_of(gradients: Gradients, action: str = "updated", reason: str = "") -
     """What the loop is told about a step with these gradients."""
     g = gradients
     return StepResult(
-        g.loss, g.grad_norm, g.num_labelled_tokens, g.requests, action, reason, rank_seconds=g.rank_seconds
-    )
+        g.loss, g.grad_norm, g.num_labelled_tokens, g.requests, action, reason, rank_seconds=g.rank_seconds,
+        metrics=g.metrics,
+    )  # fmt: skip
 
 
-def forward_step(micro_batches: Iterator[MicroBatch], chunk) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    micro_batches: Iterator[MicroBatch], chunk, objective: Objective | None = None
+) -> tuple[torch.Tensor, Any]:
     """Megatron-Core's forward_step_func: (output of the chunk, function of it that makes the loss)."""
     batch = next(micro_batches)
+    if objective is not None:
+        return chunk(**objective.inputs(batch)), partial(objective.loss, batch)
     output = chunk(**batch)
     return output, partial(sum_of_losses, batch["labels"])
 
