@@ -5,7 +5,7 @@ import re
 # Where the innermost frame of a rank that waits for others, or for its device, is. In our step it is the line that
 # reads the device's results; Megatron-Core's modules wait for what they have sent or asked for.
 _INNERMOST = (
-    re.compile(r'hymba_train/train/step\.py", line \d+ in (gradients|exchange|micro_batch_losses|evaluate)$'),
+    re.compile(r'hymba_train/train/step\.py", line \d+ in (gradients|exchange|micro_batch_losses|evaluate|measure)$'),
     re.compile(r'megatron/core/(pipeline_parallel|distributed|tensor_parallel)/[^"]*", line'),
     re.compile(r'megatron/core/optimizer/clip_grads\.py", line'),
     re.compile(r'torch/cuda/[^"]*", line \d+ in (synchronize|wait)'),

@@ -22,13 +22,13 @@ from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
+from hymba_train.evaluation.in_training import make_evaluate, make_recall
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
 from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
 from hymba_train.parallel.runtime import Runtime
-from hymba_train.train.evaluate import make_evaluate
 from hymba_train.train.feed import Feed
 from hymba_train.train.loop import Loop, PlannedStep
 from hymba_train.train.metrics import ThroughputMeter, peak_of
@@ -94,6 +94,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     callbacks = guards.callbacks + build_callbacks(
         config, directory, runtime, plan.steps, meter.peak, writer,
         make_evaluate(data, stepper, runtime, lambda: phases[state.phase]) if data.validation_domains else None,
+        make_recall(config, stepper, runtime, lambda: phases[state.phase]) if config.evaluation.recall else None,
     )  # fmt: skip
 
     def start_phase(step: PlannedStep) -> None:

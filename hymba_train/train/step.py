@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,14 +132,40 @@ class Stepper:
         loss_sum, num_tokens = self._reduce(outputs, ()).tolist()
         return loss_sum, int(num_tokens)
 
-    def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    @torch.no_grad()
+    def measure(
+        self, micro_batches: list[MicroBatch], of_logits: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+        shape: tuple[int, ...],
+    ) -> torch.Tensor:  # fmt: skip
+        """``of_logits`` (micro-batch, logits [B, S, V]) -> float64 ``shape``, summed over all micro-batches and ranks.
+
+        The model is given a micro-batch's tokens alone; the rest of it is for ``of_logits``. Every rank calls it with
+        as many, of the same shape. No gradients, no update.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        missing = -len(micro_batches) % self.runtime.pipeline_size if len(self.chunks) > 1 else 0
+        with gathered_parameters(self.chunks):
+            filled = [*micro_batches, *[micro_batches[-1]] * missing]
+            outputs = self._run(filled, forward_only=True, step=partial(logits_step, of_logits))
+        for chunk in self.chunks:
+            chunk.train()
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.runtime.device)
+        if self._has_loss:
+            sums += torch.stack([output["sums"] for output in outputs[: len(micro_batches)]]).sum(0).to(sums.device)
+        dist.all_reduce(sums)
+        return sums
+
+    def _run(
+        self, micro_batches: list[MicroBatch], forward_only: bool, step: Callable | None = None
+    ) -> list[dict[str, torch.Tensor]]:
         on_device = [self._on_device(batch) for batch in micro_batches]
         batch, seq = micro_batches[0]["tokens"].shape
         groups = self.runtime.groups
         config = self.chunks[0].config
         pipeline = self.runtime.pipeline_size > 1
         return self._schedule(
-            forward_step_func=forward_step,
+            forward_step_func=step or forward_step,
             data_iterator=[iter(on_device) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
@@ -212,3 +238,16 @@ def sum_of_losses(
     loss_sum = losses.sum()
     num_tokens = (labels != -100).sum().int()
     return loss_sum, num_tokens, {"loss_sum": loss_sum.detach(), "num_tokens": num_tokens.clone()}
+
+
+def logits_step(
+    of_logits: Callable[[MicroBatch, torch.Tensor], torch.Tensor], micro_batches: Iterator[MicroBatch], chunk
+) -> tuple[torch.Tensor, Any]:
+    """A forward_step_func whose "loss" is a measurement of the logits."""
+    batch = next(micro_batches)
+
+    def measured(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        nothing = logits.new_zeros(())
+        return nothing, nothing.int(), {"sums": of_logits(batch, logits)}
+
+    return chunk(batch["tokens"]), measured
