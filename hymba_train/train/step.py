@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from hymba_train.ops.segments import document_ends
+from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.train.optimizer import adams_of, gathered_parameters
 
 MicroBatch = dict[str, torch.Tensor | None]  # see hymba_train.data.batches.MicroBatch
@@ -93,6 +95,7 @@ class Stepper:
         # The loss is on the last stage; of its tensor-parallel ranks one speaks.
         self._has_loss = runtime.is_last_stage and runtime.tensor_rank == 0
         self._adams = adams_of(optimizer)
+        self._fp8 = Fp8State.of(chunk.module for chunk in chunks)
 
     def train(
         self, micro_batches: list[MicroBatch], requests: tuple[int, ...] = (), seconds: float = 0.0
@@ -149,7 +152,7 @@ class Stepper:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(micro_batches, forward_only=False, objective=self.objective)
+        outputs = self._run(micro_batches, False, partial(forward_step, objective=self.objective))
         self.optimizer.prepare_grads()
         sums = self._reduce(outputs, requests, self.optimizer.get_grad_norm(), seconds)
         return sums, [output["loss_sum"] for output in outputs] if self._has_loss else []
@@ -207,22 +210,45 @@ class Stepper:
         loss_sum, num_tokens = self._reduce(outputs, ()).tolist()
         return loss_sum, int(num_tokens)
 
-    @torch.no_grad()
     def look(
         self, micro_batches: list[MicroBatch], objective: Objective | None = None
     ) -> list[dict[str, torch.Tensor]]:
         """What an objective has for the log of each micro-batch, on ranks of the last stage; no gradients, no update.
         Collective."""
+        with self._evaluating():
+            return self._run(self._fill_last_group(micro_batches), True, partial(forward_step, objective=objective))
+
+    def measure(
+        self, micro_batches: list[MicroBatch], of_logits: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+        shape: tuple[int, ...],
+    ) -> torch.Tensor:  # fmt: skip
+        """``of_logits`` (micro-batch, logits [B, S, V]) -> float64 ``shape``, summed over all micro-batches and ranks.
+
+        The model is given a micro-batch's tokens alone; the rest of it is for ``of_logits``. Every rank calls it with
+        as many, of the same shape. No gradients, no update.
+        """
+        missing = -len(micro_batches) % self.runtime.pipeline_size if len(self.chunks) > 1 else 0
+        with self._evaluating():
+            filled = [*micro_batches, *[micro_batches[-1]] * missing]
+            outputs = self._run(filled, True, partial(logits_step, of_logits))
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.runtime.device)
+        if self._has_loss:
+            sums += torch.stack([output["sums"] for output in outputs[: len(micro_batches)]]).sum(0).to(sums.device)
+        dist.all_reduce(sums)
+        return sums
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode with its updated weights; nothing is left behind."""
         for chunk in self.chunks:
             chunk.eval()
-        with gathered_parameters(self.chunks):
-            outputs = self._run(self._fill_last_group(micro_batches), forward_only=True, objective=objective)
+        with torch.no_grad(), gathered_parameters(self.chunks), self._fp8.untouched():
+            yield
         for chunk in self.chunks:
             chunk.train()
-        return outputs
 
     def _run(
-        self, micro_batches: list[MicroBatch], forward_only: bool, objective: Objective | None = None
+        self, micro_batches: list[MicroBatch], forward_only: bool, step: Callable
     ) -> list[dict[str, torch.Tensor]]:
         on_device = [self._on_device(batch) for batch in micro_batches]
         batch, seq = micro_batches[0]["tokens"].shape
@@ -230,7 +256,7 @@ class Stepper:
         config = self.chunks[0].config
         pipeline = self.runtime.pipeline_size > 1
         return self._schedule(
-            forward_step_func=partial(forward_step, objective=objective),
+            forward_step_func=step,
             data_iterator=[iter(on_device) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
@@ -328,3 +354,16 @@ def sum_of_losses(
     loss_sum = losses.sum()
     num_tokens = (labels != -100).sum().int()
     return loss_sum, num_tokens, {"loss_sum": loss_sum.detach(), "num_tokens": num_tokens.clone()}
+
+
+def logits_step(
+    of_logits: Callable[[MicroBatch, torch.Tensor], torch.Tensor], micro_batches: Iterator[MicroBatch], chunk
+) -> tuple[torch.Tensor, Any]:
+    """A forward_step_func whose "loss" is a measurement of the logits."""
+    batch = next(micro_batches)
+
+    def measured(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        nothing = logits.new_zeros(())
+        return nothing, nothing.int(), {"sums": of_logits(batch, logits)}
+
+    return chunk(batch["tokens"]), measured

@@ -16,7 +16,7 @@ from hymba_train.parallel import create_groups, destroy_groups
 from hymba_train.parallel.device import activate
 from hymba_train.train.main import seed_everything
 from hymba_train.train.optimizer import build_optimizer, wrap_model
-from hymba_train.train.step import Stepper
+from hymba_train.train.step import Stepper, forward_step
 from tests.data.packed_documents import alone, config_of, documents, of_unchanged, pack
 
 LAYOUTS = {
@@ -68,7 +68,7 @@ class Layout:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         # The interleaved schedule takes micro-batches in groups of the pipeline size; twice the batch is fair to all.
-        outputs = self.stepper._run(batches * self.runtime.pipeline_size, forward_only=False)
+        outputs = self.stepper._run(batches * self.runtime.pipeline_size, False, forward_step)
         loss, tokens = self.stepper._reduce(outputs, ()).tolist()
         gradients = {
             f"{i}.{name}": p.main_grad.double()
