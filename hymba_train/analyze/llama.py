@@ -10,12 +10,10 @@ from torch import Tensor
 
 from hymba_train.errors import UserError
 
-FFN_MULTIPLE = 64
-
 
 def llama_config(hymba: Any, num_parameters: int, queries_per_group: int) -> Any:
     """LlamaConfig as deep and as wide as ``hymba`` (HymbaConfig), with its heads and vocabulary; the FFN takes what is
-    left of ``num_parameters``, to a multiple of FFN_MULTIPLE.
+    left of ``num_parameters``, to a multiple of 64 (of 8 in a small model).
 
     Raises UserError if the heads do not divide by ``queries_per_group``.
     """
@@ -28,7 +26,9 @@ def llama_config(hymba: Any, num_parameters: int, queries_per_group: int) -> Any
     embeddings = hymba.vocab_size * width * (1 if hymba.tie_word_embeddings else 2)
     attention = 2 * width * width + 2 * width * kv_heads * hymba.head_dim
     left = (num_parameters - embeddings - width) / layers - attention - 2 * width
-    ffn = max(1, round(left / (3 * width) / FFN_MULTIPLE)) * FFN_MULTIPLE
+    ffn = left / (3 * width)
+    multiple = 64 if ffn > 2048 else 8
+    ffn = max(1, round(ffn / multiple)) * multiple
     return LlamaConfig(
         vocab_size=hymba.vocab_size, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hymba.head_dim,

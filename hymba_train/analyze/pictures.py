@@ -33,6 +33,7 @@ def save(figure: Any, path: Path, dpi: int = 110) -> None:
 
 def heat_map(axes: Any, values: Any, *, title: str, low: float | None = None, high: float | None = None) -> Any:
     """A matrix as a picture with a scale beside it; returns the image."""
+    values = values.numpy() if hasattr(values, "numpy") else values
     image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap="viridis")
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=7)

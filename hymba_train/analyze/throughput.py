@@ -194,8 +194,8 @@ def halved(attempt: Callable[[int], Any], batch: int, what: str, left_out: list[
 
 
 def _free() -> None:
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -235,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batches", default="128", metavar="LIST", help="sequences, halved to fit (default 128)")
     parser.add_argument(
         "--llama-groups", default="1,5", metavar="LIST", help="a Llama for each number of query heads that share a KV "
-        "head: 1 is multi-head attention, as in the paper (default 1,5; those that do not divide the heads are left out)"
+        "head: 1 is multi-head attention, as in the paper (default 1,5; what does not divide the heads is left out)"
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, help="timed one-token steps (default 30)")
     parser.add_argument("--prefill-rows", type=int, default=8, help="prompts of a prefill (default 8)")
