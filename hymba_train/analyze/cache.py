@@ -1,7 +1,7 @@
 """``hymba analyze cache``: bytes that a sequence keeps while it is generated, against its length, for all recipes.
 
 Three columns, counted by ``hymba_train.describe.cache``: what our generator holds, what the released code holds, and
-the paper's own way of counting, which is held to the rows of its Table 10. Needs neither a GPU nor torch.
+the paper's own way of counting, which is held to what it prints. Needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.analyze import common, pictures
-from hymba_train.analyze.paper_tables import PAPER_TOKENS, TABLE_10
+from hymba_train.analyze.paper_tables import PAPER_TOKENS, ROWS
 from hymba_train.config import compose
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.recipes import group_options, recipes_directory
@@ -20,7 +20,6 @@ from hymba_train.describe.cache import ACCOUNTINGS, cache_bytes
 from hymba_train.errors import UserError
 
 NAMES = {"ours": "true bytes", "published": "released code", "paper": "paper's accounting"}
-PRINTED_DIGITS = 2  # of megabytes in Table 10
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     curves = {name: curve(model, lengths) for name, model in models.items()}
     table = {name: curve(model, [args.at]) for name, model in models.items()}
     rows = paper_rows()
-    results = {"lengths": lengths, "bytes": curves, "at": args.at, "bytes_at": table, "table_10": rows}
+    results = {"lengths": lengths, "bytes": curves, "at": args.at, "bytes_at": table, "paper_rows": rows}
     common.write_json(args.output, "cache", {"models": list(models)}, results)
     _print(args.at, table, rows)
     draw(lengths, curves, args.output / "cache.png")
@@ -65,13 +64,15 @@ def curve(model: ModelConfig, lengths: Sequence[int]) -> dict[str, list[int]]:
 
 
 def paper_rows() -> list[dict[str, Any]]:
-    """Rows of Table 10 as printed and as the paper's accounting gives them here (MB = 10^6 bytes)."""
+    """What the paper prints, and what its accounting gives for our recipes (MB = 10^6 bytes)."""
     rows = []
-    for row in TABLE_10:
-        found = cache_bytes(row.model, PAPER_TOKENS, "paper").total_bytes / 1e6
+    for row in ROWS:
+        model = compose([f"model={row.recipe}"]).model
+        found = cache_bytes(model, PAPER_TOKENS, "paper").total_bytes / 1e6
+        digits = len(row.printed.partition(".")[2])
         rows.append(
-            {"row": row.number, "name": row.name, "printed": row.megabytes, "found": found,
-             "comes_out": round(found, PRINTED_DIGITS) == row.megabytes, "remark": row.remark}
+            {"table": row.table, "name": row.name, "recipe": row.recipe, "printed": float(row.printed), "found": found,
+             "comes_out": f"{found:.{digits}f}" == row.printed}
         )  # fmt: skip
     return rows
 
@@ -80,28 +81,31 @@ def _print(at: int, table: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     cells = [[name, *(f"{found[how][0] / 1e6:,.2f}" for how in NAMES)] for name, found in table.items()]
     common.print_table(["model", *NAMES.values()], cells, f"MB a sequence of {at:,} tokens keeps (MB = 10^6 bytes)")
     cells = [
-        [str(row["row"]), row["name"], f"{row['printed']:.2f}", f"{row['found']:.2f}",
-         "=" if row["comes_out"] else f"{row['found'] - row['printed']:+.2f}"]
+        [row["table"], row["name"], row["recipe"], f"{row['printed']:g}", f"{row['found']:.3f}",
+         "=" if row["comes_out"] else f"{row['found'] - row['printed']:+.3f}"]
         for row in rows
     ]  # fmt: skip
-    title = f"the paper's Table 10 ({PAPER_TOKENS:,} tokens) and its accounting here, from inferred shapes"
-    common.print_table(["row", "configuration", "printed", "found", "difference"], cells, title)
-    for remark in dict.fromkeys(row["remark"] for row in rows if row["remark"]):
-        numbers = " and ".join(str(row["row"]) for row in rows if row["remark"] == remark)
-        print(f"rows {numbers}: {remark}")
+    title = f"the paper's tables ({PAPER_TOKENS:,} tokens) and its accounting of our recipes, MB"
+    common.print_table(["table", "configuration", "recipe", "printed", "found", "difference"], cells, title)
 
 
 def draw(lengths: list[int], curves: dict[str, Any], path: Path) -> None:
+    """A panel for the recipes of each size, by the end of their names."""
     plt = pictures.pyplot()
-    figure, axes = pictures.grid(plt, 1, 1, width=7.0, height=4.6)
-    ax = axes[0][0]
-    for number, (name, found) in enumerate(curves.items()):
-        colour, style = f"C{number % 10}", ["-", "-."][number // 10 % 2]
-        ax.plot(lengths, [b / 1e6 for b in found["ours"]], style, color=colour, marker=".", label=name)
-        ax.plot(lengths, [b / 1e6 for b in found["paper"]], ":", color=colour, linewidth=1)
-    ax.set(xlabel="text tokens", ylabel="MB a sequence", xscale="log", yscale="log")
-    ax.set_title("cache in generation: true bytes (dotted: the paper's accounting)", fontsize=10)
-    ax.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
-    ax.grid(alpha=0.3)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    pictures.save(figure, path)
+    sizes: dict[str, list[str]] = {}
+    for name in curves:
+        end = name.rpartition("_")[2]
+        sizes.setdefault(end if sum(other.endswith(f"_{end}") for other in curves) > 1 else "other", []).append(name)
+    figure, axes = pictures.grid(plt, len(sizes), 1, width=9.0, height=4.2)
+    for (ax,), (size, names) in zip(axes, sizes.items(), strict=True):
+        for number, name in enumerate(names):
+            colour, style = f"C{number % 10}", ["-", "--"][number // 10 % 2]
+            ax.plot(lengths, [b / 1e6 for b in curves[name]["ours"]], style, color=colour, marker=".", label=name)
+            ax.plot(lengths, [b / 1e6 for b in curves[name]["paper"]], ":", color=colour, linewidth=0.8)
+        ax.set(ylabel="MB a sequence", xscale="log", yscale="log", xlabel="text tokens")
+        ax.set_title(f"{size}: true bytes (dotted: the paper's accounting)", fontsize=9)
+        ax.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=7)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=7)
+    pictures.save(figure, path, dpi=90)

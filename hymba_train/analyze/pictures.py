@@ -37,6 +37,8 @@ def heat_map(axes: Any, values: Any, *, title: str, low: float | None = None, hi
     image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap="viridis")
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03).ax.tick_params(labelsize=7)
     return image
 

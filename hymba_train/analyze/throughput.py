@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -292,16 +293,26 @@ def _models(args: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]]:
 
 
 def random_hymba(recipe: str, dtype: torch.dtype, device: str) -> Any:
-    """Random weights of a model recipe. Raises UserError for a recipe that does not exist."""
+    """Random weights of a model recipe. Raises UserError for a recipe that does not exist, or whose layers the Hugging
+    Face code does not have."""
     from hymba_train.config import compose
     from hymba_train.convert.hf_config import TokenIds, hf_config
+    from hymba_train.describe import model_tensors
     from hymba_train.hf.configuration_hymba import HymbaConfig
     from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM
 
-    raw = hf_config(compose([f"model={recipe}"]).model, "float32", TokenIds())
+    recipe_model = compose([f"model={recipe}"]).model
+    raw = hf_config(recipe_model, "float32", TokenIds())
     known = {k: v for k, v in raw.items() if k not in ("auto_map", "torch_dtype", "dtype")}
+    try:
+        config = HymbaConfig(**known)
+    except ValueError as error:
+        raise UserError(f"--random {recipe}: {error}") from error
     with torch.device(device):
-        model = HymbaForCausalLM(HymbaConfig(**known)).to(dtype)
+        model = HymbaForCausalLM(config).to(dtype)
+    wanted = sum(math.prod(tensor.shape) for tensor in model_tensors(recipe_model))
+    if model.num_parameters() != wanted:  # widths of keys and values, or of the output projection
+        raise UserError(f"--random {recipe}: the Hugging Face code has no layers of such widths; take another recipe")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in FLOAT32_MODULES:
             module.float()
