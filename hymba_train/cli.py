@@ -309,6 +309,10 @@ VERBS = {
     "convert": Verb("Hugging Face format in and out", "hymba_train.convert.cli:run_convert"),
     "data": Verb("prepare training data: tokenise, merge, inspect, validate", "data_prep.cli:main"),
     "bench": Verb("measure the speed of kernels and of a training step", "hymba_train.bench.cli:main"),
+    "analyze": Verb(
+        "attention, branch importance, caches, keys and values, throughput: tables and pictures",
+        "hymba_train.analyze.cli:main",
+    ),
     "doctor": Verb("check this machine: versions, kernels, speeds", "hymba_train.doctor.cli:main"),
     "version": Verb("print the version", "hymba_train.cli:run_version"),
 }

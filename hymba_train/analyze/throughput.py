@@ -1,0 +1,387 @@
+"""``hymba analyze throughput``: prefill and decode speed and cache of a Hymba and of a Llama-style Transformer.
+
+Both run through transformers with static caches, once with eager one-token steps and once (on a GPU) with the step
+captured as a CUDA graph. A batch that does not fit is halved until it does, as in the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hymba_train.analyze import common, pictures
+from hymba_train.analyze.llama import LlamaRunner, llama_config, make_llama
+from hymba_train.errors import UserError
+
+WARM_UP_STEPS = 4
+CAPTURE_STEPS = 4  # of a CUDA graph: three tries and the capture
+PAPER = {
+    "speed": 2695.8 / 721.1,  # tokens/s at 8k, batch 128, on an A100 (Table 1: 300M, Hymba with meta tokens over Llama)
+    "cache": 414.7 / 40.0,
+}
+
+
+@dataclass
+class Prefill:
+    model: str
+    length: int
+    rows: int
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass
+class Decode:
+    """Steps over caches of ``length`` tokens. ``cache_bytes``: of one sequence."""
+
+    model: str
+    length: int
+    wanted_batch: int
+    batch: int
+    step: str
+    tokens_per_second: float
+    milliseconds: float
+    cache_bytes: int
+
+
+@dataclass
+class Measured:
+    prefill: list[Prefill] = field(default_factory=list)
+    decode: list[Decode] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+class HymbaRunner:
+    """The same interface as LlamaRunner's."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prefill(self, ids: Any, capacity: int) -> Any:
+        from hymba_train.hf.modeling_hymba import HymbaCache
+
+        cache = HymbaCache(self.model.config, max_length=capacity)
+        self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def filled(self, batch: int, length: int, capacity: int) -> Any:
+        """A cache of random content: made by a prefill of one token, then set to ``length``."""
+        cache = self.prefill(torch.full((batch, 1), 5, device=self.model.device), capacity)
+        for tensor in hymba_tensors(cache)[0]:
+            tensor.normal_()
+        cache.lengths.fill_(length)
+        cache.seen = length
+        return cache
+
+    def sequence_bytes(self, cache: Any, batch: int) -> int:
+        """Of one row; what all rows share (keys and values of meta tokens) counts whole, as for a lone sequence."""
+        rows, shared = hymba_tensors(cache)
+        return sum(t.nbytes for t in rows) // batch + sum(t.nbytes for t in shared)
+
+    def step(self, cache: Any, batch: int, length: int, capacity: int, graph: bool) -> Callable[[Any], Any]:
+        def step(token: Any) -> Any:
+            self.model.config.decode_backend = "graph" if graph else "eager"
+            token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            if graph and cache.graph is None:
+                raise RuntimeError("the step was not captured")
+            return token
+
+        return step
+
+
+def hymba_tensors(cache: Any) -> tuple[list[Any], list[Any]]:
+    """All of a HymbaCache but the 8 bytes a row that count its tokens: (of each row, shared by all rows)."""
+    rows = [t for entry in cache.kv.values() for t in entry[:2]] + [*cache.conv.values(), *cache.ssm.values()]
+    return rows, [t for entry in cache.kv.values() for t in entry[2:]]
+
+
+def measure(
+    runners: dict[str, Any], lengths: Sequence[int], batches: Sequence[int], *, steps: int, prefill_rows: int,
+    seconds: float, graphs: bool,
+) -> Measured:  # fmt: skip
+    """All figures that can be begun within ``seconds``; what cannot, and what fails, is in ``left_out``.
+
+    The captured steps of all models come before the eager ones, so that a tight budget leaves both models with some.
+    """
+    found, started = Measured(), time.perf_counter()
+
+    def due(what: str) -> bool:
+        late = time.perf_counter() - started > seconds
+        if late:
+            found.left_out.append(f"{what}: the time budget of {seconds:g} s was used up")
+        return not late
+
+    kinds = ["graph", "eager"] if graphs else ["eager"]
+    if not graphs:
+        found.left_out.append("captured steps: there is no GPU")
+    for length in lengths:
+        for batch in batches:
+            for kind in kinds:
+                for name, runner in runners.items():
+                    what = f"{name}, {length} tokens, batch {batch}, {kind} steps"
+                    if due(what):
+                        _decode(found, what, name, runner, length, batch, kind, steps)
+        for name, runner in runners.items():
+            what = f"{name}, prefill of {length} tokens"
+            if due(what):
+                _prefill(found, what, name, runner, length, prefill_rows)
+    return found
+
+
+def _decode(found: Measured, what: str, name: str, runner: Any, length: int, batch: int, kind: str, steps: int) -> None:
+    capacity = length + WARM_UP_STEPS + steps + (CAPTURE_STEPS if kind == "graph" else 0) + 1
+
+    def attempt(size: int) -> Decode:
+        cache = runner.filled(size, length, capacity)
+        num_bytes = runner.sequence_bytes(cache, size)
+        step = runner.step(cache, size, length, capacity, kind == "graph")
+        token = torch.full((size, 1), 5, device=runner.model.device)
+        for _ in range(WARM_UP_STEPS):
+            token = step(token)
+        _synchronize()
+        begun = time.perf_counter()
+        for _ in range(steps):
+            token = step(token)
+        _synchronize()
+        each = (time.perf_counter() - begun) / steps
+        return Decode(name, length, batch, size, kind, size / each, each * 1e3, num_bytes)
+
+    row = halved(attempt, batch, what, found.left_out)
+    if row is not None:
+        found.decode.append(row)
+        print(f"{what}: {row.tokens_per_second:,.0f} tokens/s at batch {row.batch}", flush=True)
+
+
+def _prefill(found: Measured, what: str, name: str, runner: Any, length: int, rows: int) -> None:
+    def attempt(size: int) -> Prefill:
+        ids = torch.randint(3, runner.model.config.vocab_size, (size, length), device=runner.model.device)
+        for _ in range(2):  # the first one compiles
+            _synchronize()
+            begun = time.perf_counter()
+            runner.prefill(ids, length + 1)
+            _synchronize()
+            taken = time.perf_counter() - begun
+        return Prefill(name, length, size, taken, size * length / taken)
+
+    row = halved(attempt, rows, what, found.left_out)
+    if row is not None:
+        found.prefill.append(row)
+        print(f"{what}: {row.tokens_per_second:,.0f} tokens/s with {row.rows} rows", flush=True)
+
+
+def halved(attempt: Callable[[int], Any], batch: int, what: str, left_out: list[str]) -> Any | None:
+    """``attempt(batch)``, with half the batch while memory runs out. None, and a reason, where nothing helps."""
+    while batch >= 1:
+        _free()
+        try:
+            return attempt(batch)
+        except torch.OutOfMemoryError:
+            pass  # out of the handler the exception, and with it the tensors of its frames, is let go
+        except RuntimeError as error:  # a library whose step cannot be captured, say: the rest is still worth having
+            left_out.append(f"{what}: {' '.join(str(error).split())[:200]}")
+            return None
+        batch //= 2
+    left_out.append(f"{what}: out of memory with a single sequence")
+    return None
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratios(found: Measured, hymba: str) -> list[dict[str, Any]]:
+    """Hymba over each other model, from the fastest row of each at a length and a kind of step."""
+    rows = []
+    best: dict[tuple[str, int, str], Decode] = {}
+    for row in found.decode:
+        key = (row.model, row.length, row.step)
+        if key not in best or row.tokens_per_second > best[key].tokens_per_second:
+            best[key] = row
+    for (model, length, step), other in best.items():
+        own = best.get((hymba, length, step))
+        if model != hymba and own is not None:
+            rows.append(
+                {"over": model, "length": length, "step": step, "batch": own.batch, "other_batch": other.batch,
+                 "speed": own.tokens_per_second / other.tokens_per_second, "cache": other.cache_bytes / own.cache_bytes}
+            )  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = common.make_parser("throughput", "speed and cache of a Hymba beside a Llama-style Transformer of its size")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", "--checkpoint", type=Path, metavar="DIR", help="run, step or exported directory")
+    which.add_argument(
+        "--random", metavar="RECIPE", help="random weights of recipes/model/RECIPE.yaml, e.g. hymba_1p5b"
+    )
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default auto)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16")
+    parser.add_argument("--lengths", default="8192", metavar="LIST", help="tokens in the cache (default 8192)")
+    parser.add_argument("--batches", default="128", metavar="LIST", help="sequences, halved to fit (default 128)")
+    parser.add_argument(
+        "--llama-groups", default="1,5", metavar="LIST", help="a Llama for each number of query heads that share a KV "
+        "head: 1 is multi-head attention, as in the paper (default 1,5; what does not divide the heads is left out)"
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=30, help="timed one-token steps (default 30)")
+    parser.add_argument("--prefill-rows", type=int, default=8, help="prompts of a prefill (default 8)")
+    parser.add_argument("--seconds", type=float, default=180, help="nothing is begun after this time (default 180)")
+    args = parser.parse_args(argv)
+    common.require_positive(args, "steps", "prefill_rows")
+    lengths, batches = (common.parse_numbers(f"--{n}", getattr(args, n)) for n in ("lengths", "batches"))
+    common.make_directory(args.output)
+    with torch.inference_mode():
+        hymba, runners, left_out = _models(args)
+        found = measure(
+            runners, lengths, batches, steps=args.steps, prefill_rows=args.prefill_rows, seconds=args.seconds,
+            graphs=hymba.device.type == "cuda",
+        )  # fmt: skip
+    found.left_out += left_out
+    if not found.decode:
+        raise UserError(*(f"throughput: {reason}" for reason in found.left_out))
+    settings = {
+        "model": args.model, "random": args.random, "dtype": args.dtype, "steps": args.steps, **_machine(hymba),
+        "models": {name: _facts(runner.model) for name, runner in runners.items()},
+    }  # fmt: skip
+    results = {
+        "prefill": [asdict(row) for row in found.prefill], "decode": [asdict(row) for row in found.decode],
+        "ratios": ratios(found, "hymba"), "paper": PAPER, "left_out": found.left_out,
+    }  # fmt: skip
+    common.write_json(args.output, "throughput", settings, results)
+    report(settings, results)
+    draw(found, args.output / "throughput.png")
+    common.print_files(args.output, ["throughput.json", "throughput.png"])
+    return 0
+
+
+def _models(args: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]]:
+    """(Hymba, runners by name, what was left out)."""
+    from hymba_train.convert.load import load_model, require_transformers
+
+    require_transformers()
+    device, dtype = common.pick_device(args.device), getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    if args.random is not None:
+        hymba = random_hymba(args.random, dtype, device)
+    else:
+        hymba = load_model(args.model, dtype=args.dtype, device=device).model
+    runners: dict[str, Any] = {"hymba": HymbaRunner(hymba)}
+    left_out = []
+    for groups in common.parse_numbers("--llama-groups", args.llama_groups):
+        if args.llama_groups == "1,5" and hymba.config.num_attention_heads % groups:
+            left_out.append(f"Llama with {groups} query heads to a KV head: {hymba.config.num_attention_heads} heads")
+            continue
+        config = llama_config(hymba.config, hymba.num_parameters(), groups)
+        name = "llama_mha" if groups == 1 else f"llama_gqa{groups}"
+        runners[name] = LlamaRunner(make_llama(config, dtype, device))
+    return hymba, runners, left_out
+
+
+def random_hymba(recipe: str, dtype: torch.dtype, device: str) -> Any:
+    """Random weights of a model recipe. Raises UserError for a recipe that does not exist, or whose layers the Hugging
+    Face code does not have."""
+    from hymba_train.config import compose
+    from hymba_train.convert.hf_config import TokenIds, hf_config
+    from hymba_train.describe import model_tensors
+    from hymba_train.hf.configuration_hymba import HymbaConfig
+    from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM
+
+    recipe_model = compose([f"model={recipe}"]).model
+    raw = hf_config(recipe_model, "float32", TokenIds())
+    known = {k: v for k, v in raw.items() if k not in ("auto_map", "torch_dtype", "dtype")}
+    try:
+        config = HymbaConfig(**known)
+    except ValueError as error:
+        raise UserError(f"--random {recipe}: {error}") from error
+    with torch.device(device):
+        model = HymbaForCausalLM(config).to(dtype)
+    wanted = sum(math.prod(tensor.shape) for tensor in model_tensors(recipe_model))
+    if model.num_parameters() != wanted:  # widths of keys and values, or of the output projection
+        raise UserError(f"--random {recipe}: the Hugging Face code has no layers of such widths; take another recipe")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in FLOAT32_MODULES:
+            module.float()
+    return model.eval().requires_grad_(False)
+
+
+def _machine(hymba: Any) -> dict[str, Any]:
+    import transformers
+
+    from hymba_train.hf import modeling_hymba
+
+    on_gpu = hymba.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(hymba.device) if on_gpu else platform.machine(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "mamba_ssm": on_gpu and modeling_hymba.selective_scan_fn is not None,
+    }  # fmt: skip
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    c = model.config
+    return {
+        "parameters": model.num_parameters(), "layers": c.num_hidden_layers, "hidden": c.hidden_size,
+        "ffn": c.intermediate_size, "heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads,
+    }  # fmt: skip
+
+
+def report(settings: dict[str, Any], results: dict[str, Any]) -> None:
+    for name, facts in settings["models"].items():
+        print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in facts.items()))
+    rows = [
+        [r["model"], f"{r['length']:,}", str(r["rows"]), f"{r['tokens_per_second']:,.0f}"] for r in results["prefill"]
+    ]
+    common.print_table(["prefill", "tokens", "rows", "tokens/s"], rows, f"on {settings['device']}")
+    rows = [
+        [r["model"], f"{r['length']:,}", r["step"], f"{r['batch']} of {r['wanted_batch']}", f"{r['milliseconds']:.2f}",
+         f"{r['tokens_per_second']:,.0f}", f"{r['cache_bytes'] / 1e6:,.2f}"]
+        for r in results["decode"]
+    ]  # fmt: skip
+    common.print_table(["decode", "tokens", "steps", "batch", "ms a step", "tokens/s", "cache MB a sequence"], rows)
+    rows = [
+        [r["over"], f"{r['length']:,}", r["step"], f"{r['batch']} : {r['other_batch']}", f"{r['speed']:.2f}",
+         f"{r['cache']:.2f}"]
+        for r in results["ratios"]
+    ]  # fmt: skip
+    rows.append(["paper: Table 1, 300M, A100", "8k", "", "", f"{PAPER['speed']:.2f}", f"{PAPER['cache']:.2f}"])
+    columns = ["Hymba over", "tokens", "steps", "batch", "times as fast", "times less cache"]
+    common.print_table(columns, rows, "each model at its fastest batch")
+    for line in results["left_out"]:
+        print(f"left out: {line}")
+
+
+def draw(found: Measured, path: Path) -> None:
+    plt = pictures.pyplot()
+    figure, axes = pictures.grid(plt, 1, 3, width=3.8, height=3.2)
+    parts = [
+        ("decode", found.decode, lambda r: f"{r.model}, {r.step}", lambda r: r.tokens_per_second, "tokens/s"),
+        ("prefill", found.prefill, lambda r: r.model, lambda r: r.tokens_per_second, "tokens/s"),
+        ("cache of a sequence", found.decode, lambda r: r.model, lambda r: r.cache_bytes / 1e6, "MB"),
+    ]
+    for ax, (title, rows, label, value, unit) in zip(axes[0], parts, strict=True):
+        for name in dict.fromkeys(label(row) for row in rows):
+            best: dict[int, float] = {}
+            for row in rows:
+                if label(row) == name:
+                    best[row.length] = max(best.get(row.length, 0), value(row))
+            ax.plot(list(best), list(best.values()), marker="o", label=name)
+        ax.set(xlabel="tokens", ylabel=unit, title=title, ylim=(0, None))
+        ax.grid(alpha=0.3)
+        if rows:
+            ax.legend(fontsize=7, frameon=False)
+    pictures.save(figure, path)
