@@ -7,8 +7,8 @@ from typing import Any
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.convert.names import LAYER_TYPES
-from hymba_train.describe.dims import ModelDims
-from hymba_train.describe.stack import resolve_stack
+from hymba_train.describe import ModelDims, export_obstacles, resolve_stack
+from hymba_train.errors import UserError
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hymba.HymbaConfig",
@@ -55,13 +55,22 @@ class TokenIds:
     pad: int = 0
 
 
+def require_exportable(model: ModelConfig) -> None:
+    """Raises UserError, one line a key, for a model that the published format cannot express."""
+    if obstacles := export_obstacles(model):
+        raise UserError(*obstacles)
+
+
 def hf_config(model: ModelConfig, dtype: str, token_ids: TokenIds, rope_type: str | None = None) -> dict[str, Any]:
     """Content of config.json, every key of the published one, sorted.
 
     Args:
         dtype: "bfloat16" or "float32"; written as ``torch_dtype`` (transformers 4) and ``dtype`` (5).
         rope_type: RoPE of the phase that the weights were trained in last; None: the model's.
+
+    Raises UserError, one line a key, for a model that the format cannot express.
     """
+    require_exportable(model)
     d, layers = ModelDims.of(model), resolve_stack(model)
     config = _CONSTANT | {
         "bos_token_id": token_ids.bos,
@@ -97,6 +106,12 @@ def hf_config(model: ModelConfig, dtype: str, token_ids: TokenIds, rope_type: st
     }
     if model.window_size is None:
         config["global_attn_idx"] = [x.index for x in layers]
+    own = {  # keys of ours, where the published ones do not say it
+        "attention_head_dim": model.kv_channels,
+        "attention_v_head_dim": model.v_head_dim,
+        "branch_fusion": None if model.branch_fusion == "mean" else model.branch_fusion,
+    }
+    config |= {key: value for key, value in own.items() if value is not None}
     if not all(x.has_ffn for x in layers):
         config["layer_has_mlp"] = [x.has_ffn for x in layers]
     return dict(sorted(config.items()))

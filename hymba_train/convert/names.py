@@ -118,7 +118,8 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> ModelConfig:
     """The published config.json (or one like it) as a ModelConfig.
 
     Raises UserError with a line for every key that is missing or asks for something we do not have. v_head_dim is not
-    read: the published code overwrites it with mamba_expand * hidden_size / num_attention_heads.
+    read: the published code overwrites it with mamba_expand * hidden_size / num_attention_heads (ours, with
+    attention_v_head_dim where that is given).
     """
     problems = [
         f"config.json: {key} = {config_json[key]!r} is not supported; only {' or '.join(repr(v) for v in values)} is"
@@ -141,7 +142,10 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=get("num_attention_heads"),
         num_query_groups=get("num_key_value_heads"),
         vocab_size=get("vocab_size"),
+        kv_channels=get("attention_head_dim"),
+        v_head_dim=get("attention_v_head_dim"),
         layer_pattern=_layer_pattern(config_json),
+        branch_fusion=get("branch_fusion", "mean"),
         global_layers=list(get("global_attn_idx") or []),
         kv_groups=[list(group) for group in get("kv_reuse_group") or []],
         window_size=get("sliding_window"),
@@ -178,6 +182,8 @@ def _size_problems(config_json: Mapping[str, Any]) -> list[str]:
         problems.append(f"config.json: rope_type = {get('rope_type')!r} is not supported; only 'ntk' or 'default' is")
     if not get("kv_reuse_group") and (get("kv_reuse_every_i_layer") or -1) > 0:
         problems.append("config.json: kv_reuse_every_i_layer is not supported; list the groups in kv_reuse_group")
+    if get("branch_fusion", "mean") not in ("mean", "concat"):
+        problems.append(f"config.json: branch_fusion = {get('branch_fusion')!r} is not supported; mean or concat is")
     if set(get("layer_type") or "h") - set(LAYER_TYPES):
         problems.append(f"config.json: layer_type has layers other than {', '.join(map(repr, LAYER_TYPES))}")
     for key in ("layer_type", "layer_has_mlp"):

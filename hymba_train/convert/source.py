@@ -15,7 +15,7 @@ from hymba_train.config import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config
 from hymba_train.config.typed import from_plain
 from hymba_train.convert.dcp import CheckpointReader
-from hymba_train.convert.hf_config import TokenIds, hf_config
+from hymba_train.convert.hf_config import TokenIds, hf_config, require_exportable
 from hymba_train.convert.names import checkpoint_keys, hf_parts
 from hymba_train.convert.shards import PlannedTensor
 from hymba_train.describe import model_tensors
@@ -92,6 +92,7 @@ class HubWeights:
     """
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
+        require_exportable(checkpoint.config.model)
         self.reader = CheckpointReader(checkpoint.path)
         self.descriptions = model_tensors(checkpoint.config.model)
         self._parts: dict[str, tuple[TensorDescription, int]] = {}

@@ -7,6 +7,7 @@ from hymba_train.describe.cache import ACCOUNTINGS, CacheBytes, cache_bytes
 from hymba_train.describe.dims import ModelDims
 from hymba_train.describe.flops import flops_per_token, head_flops, layer_flops, training_flops, visible_keys
 from hymba_train.describe.memory import held_parameters
+from hymba_train.describe.published import export_obstacles
 from hymba_train.describe.stack import LayerDescription, kv_crossing, resolve_stack
 from hymba_train.describe.tensors import (
     Slice,
@@ -30,6 +31,7 @@ __all__ = [
     "cache_bytes",
     "capacity",
     "end_tensors",
+    "export_obstacles",
     "flops_per_token",
     "head_flops",
     "held_parameters",

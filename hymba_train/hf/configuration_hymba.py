@@ -7,6 +7,7 @@ others (``global_attn_idx``, ``kv_reuse_group`` with another ``num_hidden_layers
 from transformers import PretrainedConfig
 
 LAYER_TYPES = {"h": "attention and SSM side by side", "a": "attention only", "m": "SSM only"}
+BRANCH_FUSIONS = ("mean", "concat")
 DECODE_WINDOWS = ("training", "published")
 DECODE_BACKENDS = ("auto", "eager", "graph", "compile")
 
@@ -44,8 +45,11 @@ class HymbaConfig(PretrainedConfig):
         hidden_size: width D of the residual stream.
         num_hidden_layers: layers L.
         intermediate_size: width F of the gated MLP.
-        num_attention_heads, num_key_value_heads: query heads H and KV heads G. Keys are hidden_size / H wide, values
-            mamba_expand times that.
+        num_attention_heads, num_key_value_heads: query heads H and KV heads G.
+        attention_head_dim, attention_v_head_dim: widths of a head's keys and values. None: hidden_size / H, and
+            mamba_expand times that. (The published code has no such keys, and overwrites its v_head_dim.)
+        branch_fusion: what "h" layers make of their normed branches: "mean", or "concat", side by side into a wider
+            out_proj, which the published code does not have.
         num_memory_tokens: learned meta tokens M in front of every sequence; they are not part of ``input_ids``.
         global_attn_idx: 0-based layers that see the whole past; None: all.
         sliding_window: distance W to the furthest key that the other layers see (W + 1 keys with their own), besides
@@ -96,6 +100,9 @@ class HymbaConfig(PretrainedConfig):
         attention_dropout=0.0,
         layer_type=None,
         layer_has_mlp=None,
+        attention_head_dim=None,
+        attention_v_head_dim=None,
+        branch_fusion="mean",
         decode_window="training",
         decode_backend="auto",
         attn_implementation_new="flex",
@@ -133,13 +140,16 @@ class HymbaConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.layer_type = list(layer_type or "h" * num_hidden_layers)
         self.layer_has_mlp = list(layer_has_mlp or [True] * num_hidden_layers)
+        self.attention_head_dim = attention_head_dim
+        self.attention_v_head_dim = attention_v_head_dim
+        self.branch_fusion = branch_fusion
         self.decode_window = decode_window
         self.decode_backend = decode_backend
         self.attn_implementation_new = attn_implementation_new
         self.use_mamba_kernels = use_mamba_kernels
         self.use_cache = use_cache
         # Derived; the published code overwrites v_head_dim in the same way and keys conv_dim by strings in JSON.
-        self.v_head_dim = mamba_expand * hidden_size // num_attention_heads
+        self.v_head_dim = attention_v_head_dim or mamba_expand * hidden_size // num_attention_heads
         self.conv_dim = {str(i): mamba_expand * hidden_size for i in layers}
         kwargs.pop("v_head_dim", None)
         kwargs.pop("conv_dim", None)
@@ -158,12 +168,17 @@ class HymbaConfig(PretrainedConfig):
     @property
     def head_dim(self):
         """Width dk of a query or key head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def inner_size(self):
-        """Channels E of the SSM branch, and width of all value heads together."""
+        """Channels E of the SSM branch."""
         return self.mamba_expand * self.hidden_size
+
+    @property
+    def attention_size(self):
+        """Width of all value heads together; E in Hymba."""
+        return self.num_attention_heads * self.v_head_dim
 
     @property
     def rotary_base(self):
@@ -196,8 +211,13 @@ class HymbaConfig(PretrainedConfig):
         for key, known in (("decode_window", DECODE_WINDOWS), ("decode_backend", DECODE_BACKENDS)):
             if getattr(self, key) not in known:
                 problems.append(f"{key}={getattr(self, key)!r} (only {', '.join(known)})")
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+        undivided = self.attention_head_dim is None and self.hidden_size % self.num_attention_heads
+        if undivided or self.num_attention_heads % self.num_key_value_heads:
             problems.append("hidden_size must divide by num_attention_heads, and that by num_key_value_heads")
+        if self.branch_fusion not in BRANCH_FUSIONS:
+            problems.append(f"branch_fusion={self.branch_fusion!r} (only {', '.join(BRANCH_FUSIONS)})")
+        elif self.branch_fusion == "mean" and "h" in self.layer_type and self.attention_size != self.inner_size:
+            problems.append("branch_fusion='mean' of branches that are not equally wide")
         for key in ("layer_type", "layer_has_mlp"):
             if len(getattr(self, key)) != self.num_hidden_layers:
                 problems.append(f"{key} has {len(getattr(self, key))} entries for {self.num_hidden_layers} layers")

@@ -369,7 +369,7 @@ class HymbaParameter(nn.Module):
 
 
 class HymbaMixer(nn.Module):
-    """in_proj -> attention and SSM -> mean of the normed branches -> out_proj."""
+    """in_proj -> attention and SSM -> mean of the normed branches, or both side by side -> out_proj."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -378,7 +378,8 @@ class HymbaMixer(nn.Module):
         self.has_attention, self.has_ssm, self.source = kind != "m", kind != "a", config.kv_source(layer_idx)
         self.computes_keys = self.has_attention and self.source == layer_idx
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.sizes = {"q": d} if self.has_attention else {}
+        a, self.concat = config.attention_size, config.branch_fusion == "concat"
+        self.sizes = {"q": self.heads * config.head_dim} if self.has_attention else {}
         if self.computes_keys:
             self.sizes |= {"k": self.kv_heads * config.head_dim, "v": self.kv_heads * config.v_head_dim}
         if self.has_ssm:
@@ -394,9 +395,10 @@ class HymbaMixer(nn.Module):
             self.C_layernorm = HymbaRMSNorm(n, config.rms_norm_eps)
         self.in_proj = nn.Linear(d, sum(self.sizes.values()), bias=False)
         if kind == "h":
-            self.pre_avg_layernorm1 = HymbaRMSNorm(e, config.rms_norm_eps)
+            self.pre_avg_layernorm1 = HymbaRMSNorm(a, config.rms_norm_eps)
             self.pre_avg_layernorm2 = HymbaRMSNorm(e, config.rms_norm_eps)
-        self.out_proj = nn.Linear(e, d, bias=False)
+        width = a + e if kind == "h" and self.concat else e if self.has_ssm else a
+        self.out_proj = nn.Linear(width, d, bias=False)
 
     def forward(self, hidden, rows, keys, cache):
         """hidden [N, D]; keys: those of the source layer, where that is another. Returns [N, D] and the keys used."""
@@ -442,7 +444,7 @@ class HymbaMixer(nn.Module):
         return rotate(self._heads(parts["k"], self.kv_heads), cos, sin), self._heads(parts["v"], self.kv_heads)
 
     def _attend(self, q, keys, rows):
-        """q [N, H, dk] (scaled) -> [N, E]."""
+        """q [N, H, dk] (scaled) -> [N, H * dv]."""
         k, v, meta_k, meta_v = keys
         meta_q, text_q = rows.split(q)
         use_flex = (
@@ -544,7 +546,8 @@ class HymbaMixer(nn.Module):
     def _fuse(self, attention, ssm):
         if attention is None or ssm is None:
             return self.out_proj(ssm if attention is None else attention)
-        return self.out_proj((self.pre_avg_layernorm1(attention) + self.pre_avg_layernorm2(ssm)) / 2)
+        attention, ssm = self.pre_avg_layernorm1(attention), self.pre_avg_layernorm2(ssm)
+        return self.out_proj(torch.cat((attention, ssm), -1) if self.concat else (attention + ssm) / 2)
 
 
 class HymbaMLP(nn.Module):

@@ -10,7 +10,7 @@ import re
 
 from hymba_train.config.nearest import did_you_mean, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
-from hymba_train.describe import LayerDescription, ModelDims, resolve_stack
+from hymba_train.describe import LayerDescription, ModelDims, export_obstacles, resolve_stack
 from hymba_train.plan.instruct import check_epochs
 from hymba_train.plan.numbers import divisors_around, multiples_around
 from hymba_train.plan.precision import check_fp8_rows
@@ -317,3 +317,13 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> list[str]:
             "or checkpoint.export_interval=null"
         ]
     return []
+
+
+def check_export(config: Config) -> list[str]:
+    """A model that the Hugging Face format cannot express is not exported while it trains. Expects a possible model."""
+    interval = config.checkpoint.export_interval
+    if interval is None:
+        return []
+    return [
+        f"{line}; set checkpoint.export_interval=null (it is {interval})" for line in export_obstacles(config.model)
+    ]

@@ -149,6 +149,8 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool, nee
         problems += checks.check_schedule(config)
     if fine("checkpoint"):
         problems += checks.check_checkpoint(config.checkpoint)
+    if fine("checkpoint", "model") and not model_problems:
+        problems += checks.check_export(config)
     if fine("model", "parallel"):
         for name, phase in config.data.phases.items():
             if not any(line.startswith(f"data.phases.{name}.") for line in problems):

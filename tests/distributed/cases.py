@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from hymba_train.config import compose
 from hymba_train.config.schema import Config, ModelConfig
 
 NUM_STEPS = 10
@@ -29,7 +30,34 @@ MODELS = {
         layer_pattern=["ssm:no_ffn", "attention", "hybrid"], global_layers=[2], kv_groups=[[1, 4]], window_size=8,
         num_meta_tokens=0, untie_embeddings_and_output_weights=True, make_vocab_size_divisible_by=16,
     ),
+    # Mamba-2 with one group (B and C on every rank), concatenated branches of unequal width, K/V shared across mixers.
+    "mamba2_concat": dict(
+        num_layers=6, hidden_size=96, ffn_hidden_size=104, num_attention_heads=6, num_query_groups=3, kv_channels=8,
+        v_head_dim=12, vocab_size=101, layer_pattern=["mamba2:no_ffn", "hybrid", "attention"], branch_fusion="concat",
+        global_layers=[2], kv_groups=[[1, 4]], window_size=8, num_meta_tokens=5, mamba2_head_dim=16,
+        mamba2_state_dim=8, make_vocab_size_divisible_by=16,
+    ),
 }  # fmt: skip
+
+SHRUNK = dict(
+    hidden_size=96, ffn_hidden_size=104, vocab_size=101, mamba2_head_dim=16, mamba2_state_dim=8,
+    make_vocab_size_divisible_by=16,
+)  # fmt: skip
+"""What makes any row of the 20M comparison small enough for these tests."""
+
+
+def row_model(name: str) -> ModelConfig:
+    """recipes/model/ROW_20m.yaml, narrow, with 8 layers at most. ``name``: row_ROW."""
+    model = compose([f"model={name.removeprefix('row_')}_20m"]).model
+    heads, values = model.num_attention_heads, model.v_head_dim
+    narrow = SHRUNK["hidden_size"] // heads // 2 * 2
+    pattern = len(model.layer_pattern)
+    layers = 8 if model.global_layers else 6 if pattern == 3 else 4
+    return replace(
+        model, **SHRUNK, num_layers=layers, num_meta_tokens=min(model.num_meta_tokens, 5),
+        window_size=model.window_size and 8,
+        kv_channels=model.kv_channels and narrow, v_head_dim=values and narrow,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,7 @@ LAYOUTS = [
     Layout("tp2_pp2", 4, dict(tensor=2, pipeline=2)),
     Layout(
         "tp2_pp2_sp", 4, dict(tensor=2, pipeline=2, sequence=True),
-        {"demo": [5, 3], "heads25": [2, 4], "sequential": [2, 4]},
+        {"demo": [5, 3], "heads25": [2, 4], "sequential": [2, 4], "mamba2_concat": [2, 4]},
     ),
     Layout("pp2_dp2_recompute", 4, dict(pipeline=2, recompute="full"), {"demo": [2, 6], "heads25": [4, 2]}),
     Layout("tp5_sp", 5, dict(tensor=5, sequence=True)),
@@ -74,19 +102,20 @@ LAYOUTS = [
 
 
 SEQUENTIAL_LAYOUTS = {
-    "single", "single_documents", "tp2_sp_documents", "pp2", "dp2_distributed_optimizer_overlap", "tp2_pp2_sp",
+    "single", "single_documents", "tp2_sp_documents", "pp2", "dp2_distributed_optimizer_overlap", "tp2_pp2",
+    "tp2_pp2_sp",
 }  # fmt: skip
 
 
 def fits(model: str, layout: Layout) -> bool:
     """Four heads cannot run on five ranks; the sequential model runs what its parts do not share with the others."""
-    if model == "sequential":
+    if model in ("sequential", "mamba2_concat"):
         return layout.name in SEQUENTIAL_LAYOUTS
     return layout.parallel.get("tensor", 1) <= MODELS[model]["num_attention_heads"]
 
 
 def config_of(model: str, layout: Layout) -> Config:
-    config = Config(model=ModelConfig(name=model, **MODELS[model]))
+    config = Config(model=ModelConfig(name=model, **MODELS[model]) if model in MODELS else row_model(model))
     config.run.device, config.run.seed = "cpu", 7
     config.precision.params = "float32"
     config.optim.lr, config.optim.weight_decay = 2e-3, 0.1

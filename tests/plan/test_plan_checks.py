@@ -160,6 +160,52 @@ def test_exports_need_checkpoints():
     make_plan(compose([*exports, "checkpoint=default"]), check_paths=False)
 
 
+def test_what_has_no_export_is_not_exported():
+    exports = ["model=mamba2_20m", "checkpoint.export_interval=100"]
+    (line,) = problems(*exports)
+    assert line.startswith("model.layer_pattern=['mamba2:no_ffn']: the Hugging Face format of Hymba has no mamba2")
+    assert line.endswith("set checkpoint.export_interval=null (it is 100)")
+
+
+BRANCHES = [
+    (["model.v_head_dim=32"], "branch_fusion=mean needs equal widths: set model.v_head_dim=null or"),
+    (["model.kv_channels=15"], "model.kv_channels=15 is odd"),
+    (["model.num_attention_heads=3", "model.kv_channels=32", "model.num_query_groups=1"], "does not divide"),
+    (["model.layer_pattern=[mamba2]", "model.kv_groups=[]", "model.mamba2_head_dim=48"], "mamba2_head_dim=48 does not"),
+    (
+        ["model.layer_pattern=[mamba2]", "model.kv_groups=[]", "model.mamba2_num_groups=3"],
+        "mamba2_num_groups=3 does not divide the 4 heads",
+    ),
+    (
+        ["model.layer_pattern=[mamba2]", "model.kv_groups=[]", "model.mamba2_head_dim=256", "parallel=tp2"],
+        "parallel.tensor=2 does not divide the 1 heads of a mamba2 layer",
+    ),
+    (
+        ["model.layer_pattern=[mamba2]", "model.kv_groups=[]", "model.mamba2_head_dim=128", "precision.ssd_backend=x"],
+        "precision.ssd_backend=x: no such backend",
+    ),
+    (
+        ["model.layer_pattern=[mamba2]", "model.kv_groups=[]", "model.mamba2_state_dim=24", "run.device=cuda"],
+        "model.mamba2_state_dim=24: the kernels of mamba_ssm want a power of two",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "text"), BRANCHES, ids=[text for _, text in BRANCHES])
+def test_widths_of_branches(overrides, text):
+    assert any(text in line for line in problems("model=hymba_tiny", *overrides))
+
+
+def test_groups_of_mamba2_and_tensor_parallelism():
+    base = ["model=hymba_tiny", "model.layer_pattern=[mamba2]", "model.kv_groups=[]", "model.mamba2_head_dim=8"]
+    base += ["model.num_attention_heads=8", "parallel=tp4_sp"]
+    assert problems(*base, "model.hidden_size=192", "model.mamba2_num_groups=6") == [
+        "parallel.tensor=4 and model.mamba2_num_groups=6: one must be a multiple of the other; nearest are 3 and 6"
+    ]
+    for groups in (1, 2, 8):
+        make_plan(compose([*base, f"model.mamba2_num_groups={groups}"]), check_paths=False)
+
+
 def test_problems_of_every_part_are_reported_together():
     lines = problems(
         "experiment=demo", "model.num_query_groups=3", "parallel.context=2", "precision.params=fp16", "optim.min_lr=1",

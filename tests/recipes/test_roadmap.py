@@ -6,14 +6,8 @@ import pytest
 
 from hymba_train.config import compose, group_options, recipes_directory
 from hymba_train.describe import cache_bytes, model_tensors, resolve_stack
+from tests.recipes.rows import ROADMAP, ROWS
 
-ROADMAP = ("transformer", "mamba", "sequential", "parallel", "local_global", "kv_sharing", "hymba")
-ABLATIONS = (
-    "parallel_4heads", "parallel_8heads", "parallel_16heads", "all_local", "transformer_kv_compressed", "concat",
-    "mamba_meta",
-)  # fmt: skip
-BASELINES = ("mamba_ffn", "mamba2", "mamba2_ffn", "samba")
-ROWS = {"20m": ROADMAP + ABLATIONS + BASELINES, "300m": ROADMAP + ABLATIONS + BASELINES, "1b": ROADMAP + BASELINES}
 ALL = [(row, size) for size, rows in ROWS.items() for row in rows]
 
 
