@@ -251,6 +251,17 @@ def run_fetch(args: argparse.Namespace) -> None:
     print("\n".join(data.describe()))
 
 
+def run_recall(args: argparse.Namespace) -> None:
+    from data_prep.recall import write_recall
+
+    made, documents = write_recall(
+        args.output_prefix, args.tokenizer, int(args.tokens), args.seq_length, seed=args.seed,
+        num_symbols=args.num_symbols, separators=args.separators, kinds=args.kinds, overwrite=args.overwrite,
+    )  # fmt: skip
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in sorted(documents.items()))
+    print(f"{args.output_prefix}.bin: {made.num_tokens:,} tokens in {made.num_documents:,} documents ({kinds})")
+
+
 def run_prepare_demo(args: argparse.Namespace) -> None:
     made = prepare_demo(args.output)
     print(f"{args.output}: tokenizer and {', '.join(DOMAINS)} {'made' if made else 'are there already'}")
@@ -285,6 +296,7 @@ RUN = {
     "inspect": run_inspect,
     "pack": run_pack,
     "fetch": run_fetch,
+    "recall": run_recall,
     "prepare-demo": run_prepare_demo,
 }
 

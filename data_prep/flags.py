@@ -11,6 +11,7 @@ from data_prep.inputs import SUFFIXES
 from hymba_train.data.tokenizer import BACKENDS
 from hymba_train.errors import UserError
 from hymba_train.parser import Parser
+from hymba_train.plan.recall import KINDS, NUM_MARKS
 
 FILES = f"files, directories or patterns: {', '.join(SUFFIXES)}"
 
@@ -43,6 +44,7 @@ def build_parser() -> Parser:
         "--overwrite", action="store_true", help="build again what is there"
     )
     _of_a_run(commands, "fetch", "open and check the data of a run; copies remote sources into data.cache")
+    _recall(commands)
     demo = commands.add_parser("prepare-demo", help="tokenizer and tokenised domains from the bundled corpus")
     demo.add_argument("--output", required=True, metavar="DIR")
     return parser
@@ -150,6 +152,20 @@ def _stats(commands) -> None:
 def _validate(commands) -> None:
     validate = commands.add_parser("validate", help="read all of a tokenised source and compare it with its manifest")
     validate.add_argument("prefix", nargs="+", metavar="PREFIX", help="prefixes, or directories with them")
+
+
+def _recall(commands) -> None:
+    recall = commands.add_parser("recall", help="a source of synthetic recall tasks, to be trained on beside text")
+    add = recall.add_argument
+    add("--output-prefix", "--output", required=True, metavar="PREFIX", help="gets PREFIX.bin, .idx and .json")
+    add("--tokenizer", "--tokenizer-model", required=True, metavar="PATH", help="directory or .model file of the run")
+    add("--tokens", type=float, required=True, metavar="N", help="how many, e.g. 20e6")
+    add("--seq-length", type=int, default=512, help="of the run that trains on it: documents fill it (default: 512)")
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"default: {' '.join(KINDS)}")
+    add("--seed", type=int, default=1, help="another one gives other documents (default: 1)")
+    add("--num-symbols", type=int, default=1024, metavar="N", help="evaluation.recall_symbols of the run (1024)")
+    add("--separators", type=int, nargs=NUM_MARKS, default=[], metavar="ID", help="evaluation.recall_separators")
+    _overwrite(recall)
 
 
 def _inspect(commands) -> None:

@@ -301,7 +301,10 @@ VERBS = {
     "launch": Verb("start a run on a Slurm cluster or on this machine; start it again when cut off", "launch.cli:main"),
     "runs": Verb("list runs, draw their curves", "hymba_train.runs.cli:main"),
     "generate": Verb("continue prompts with a checkpoint or an exported model", "hymba_train.convert.cli:run_generate"),
-    "eval": Verb("held-out perplexity by domain, and lm-evaluation-harness tasks", "hymba_train.convert.cli:run_eval"),
+    "eval": Verb(
+        "held-out perplexity by domain, recall tasks, lm-evaluation-harness tasks",
+        "hymba_train.evaluation.cli:run_eval",
+    ),
     "convert": Verb("Hugging Face format in and out", "hymba_train.convert.cli:run_convert"),
     "data": Verb("prepare training data: tokenise, merge, inspect, validate", "data_prep.cli:main"),
     "bench": Verb("measure the speed of kernels and of a training step", "hymba_train.bench.cli:main"),

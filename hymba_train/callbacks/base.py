@@ -45,6 +45,9 @@ class Callback:
     def on_evaluate_end(self, loop: Loop, losses: dict[str, float]) -> None:
         """After an evaluation: held-out loss in nats per token by domain."""
 
+    def on_recall_end(self, loop: Loop, scores: dict[str, dict]) -> None:
+        """After a trial of the recall tasks: task -> accuracy, loss and what else there is (evaluation.scoring)."""
+
     def on_checkpoint_saved(self, loop: Loop, path: Path, step: int) -> None:
         """After a checkpoint of ``step`` has been published; with an asynchronous save that is some steps later."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.checkpointing import Checkpointing, Writer
@@ -29,13 +30,14 @@ EXPORTS = "hf"
 def build_callbacks(
     config: Config, directory: Path, runtime, steps, peak, writer: Writer,
     evaluate: Callable[[], dict[str, float]] | None, touch: Callable[[], None] = lambda: None,
+    recall: Callable[[], dict[str, dict[str, Any]]] | None = None,
 ) -> list[Callback]:  # fmt: skip
     """Checkpoints and evaluation on every rank, first, and exports on the first; then, on the logging rank, everything
     that only looks on.
 
     Args:
         steps: the run's StepPlan. peak: the meter's :class:`hymba_train.train.metrics.Peak`.
-        evaluate: None if there is no validation domain.
+        evaluate: None if there is no validation domain. recall: None if there is no recall task.
         touch: tells the watchdog that a long wait is none for others.
     """
     c, log = config.checkpoint, config.logging
@@ -44,6 +46,8 @@ def build_callbacks(
         callbacks.append(Checkpointing(writer, c.save_interval))
     if evaluate:
         callbacks.append(Evaluation(evaluate, log.eval_interval))
+    if recall:
+        callbacks.append(Evaluation(recall, config.evaluation.recall_interval, "on_recall_end"))
     if c.enabled and c.export_interval is not None and runtime.rank == 0:
         exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root, touch=touch)
         callbacks.append(NeverFatal(exports))

@@ -1,20 +1,21 @@
-"""Held-out loss by domain, every so often and at the end."""
+"""Held-out loss by domain, and recall tasks: every so often and at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hymba_train.callbacks.base import Callback
 
 
 class Evaluation(Callback):
-    """Runs ``evaluate`` (domain -> loss, collective over all ranks) and tells the other callbacks.
+    """Runs ``evaluate`` (collective over all ranks) and hands its result to the hook ``event`` of the other callbacks.
 
     ``interval`` in steps; 0: only at the end. The same sequences every time and under every layout.
     """
 
-    def __init__(self, evaluate: Callable[[], dict[str, float]], interval: int) -> None:
-        self._evaluate, self.interval = evaluate, interval
+    def __init__(self, evaluate: Callable[[], dict[str, Any]], interval: int, event: str = "on_evaluate_end") -> None:
+        self._evaluate, self.interval, self.event = evaluate, interval, event
         self._done_at: int | None = None
 
     def on_step_end(self, loop, metrics) -> None:
@@ -30,4 +31,4 @@ class Evaluation(Callback):
 
     def _run(self, loop) -> None:
         self._done_at = loop.state.step
-        loop.emit("on_evaluate_end", self._evaluate())
+        loop.emit(self.event, self._evaluate())

@@ -13,8 +13,8 @@ from hymba_train.callbacks.base import Callback
 
 
 class JsonLines(Callback):
-    """Writes ``{"event": "train" | "validation" | "start" | "phase" | "checkpoint" | "guard" | "end", "step": ...}``
-    lines.
+    """Writes ``{"event": "train", "step": ...}`` lines; other events are validation, recall, start, phase, checkpoint,
+    guard, rewind and end.
 
     Loss and gradient norm are written a second time as hexadecimal floats (``loss_hex``), which is what two runs are
     compared by bit for bit. After a restart, steps behind the loaded checkpoint come again: the last line of a step
@@ -68,6 +68,9 @@ class JsonLines(Callback):
         hexes = {name: float(loss).hex() for name, loss in losses.items()}
         self.write("validation", loop.state.step, tokens=loop.state.tokens, loss=losses, loss_hex=hexes)
 
+    def on_recall_end(self, loop, scores: dict[str, dict[str, Any]]) -> None:
+        self.write("recall", loop.state.step, tokens=loop.state.tokens, tasks=scores)
+
     def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
         self.write("checkpoint", step, path=path.name, time=time.time())
 
@@ -88,6 +91,8 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
     return value
 
 

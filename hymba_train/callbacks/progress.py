@@ -51,6 +51,10 @@ class Progress(Callback):
     def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
         self.say(f"step {loop.state.step} held-out loss: " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
 
+    def on_recall_end(self, loop, scores: dict[str, dict]) -> None:
+        parts = "  ".join(f"{name} {score['accuracy']:.1%}" for name, score in scores.items())
+        self.say(f"step {loop.state.step} recall: {parts}")
+
     def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
         self.say(f"saved {path}")
 

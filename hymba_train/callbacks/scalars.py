@@ -25,3 +25,8 @@ def train_scalars(m) -> dict[str, float]:
 def validation_scalars(losses: dict[str, float]) -> dict[str, float]:
     """Domain -> held-out loss, as name: value."""
     return {f"validation/{domain}/loss": loss for domain, loss in losses.items()}
+
+
+def recall_scalars(scores: dict[str, dict]) -> dict[str, float]:
+    """Task -> scores, as name: value."""
+    return {f"recall/{task}/{name}": found[name] for task, found in scores.items() for name in ("accuracy", "loss")}

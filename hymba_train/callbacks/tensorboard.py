@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.scalars import train_scalars, validation_scalars
+from hymba_train.callbacks.scalars import recall_scalars, train_scalars, validation_scalars
 from hymba_train.errors import UserError
 
 
@@ -34,6 +34,11 @@ class TensorBoard(Callback):
 
     def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
         for name, value in validation_scalars(losses).items():
+            self._writer.add_scalar(name, value, loop.state.step)
+        self._writer.flush()
+
+    def on_recall_end(self, loop, scores) -> None:
+        for name, value in recall_scalars(scores).items():
             self._writer.add_scalar(name, value, loop.state.step)
         self._writer.flush()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.scalars import train_scalars, validation_scalars
+from hymba_train.callbacks.scalars import recall_scalars, train_scalars, validation_scalars
 from hymba_train.config.freeze import write_atomically
 from hymba_train.errors import UserError
 
@@ -52,6 +52,9 @@ class WandB(Callback):
 
     def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
         self._run.log({**validation_scalars(losses), "step": loop.state.step, "tokens": loop.state.tokens})
+
+    def on_recall_end(self, loop, scores) -> None:
+        self._run.log({**recall_scalars(scores), "step": loop.state.step, "tokens": loop.state.tokens})
 
     def on_exception(self, loop, error: BaseException) -> None:
         if self._run is not None:

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.phases.NAME.rope_type": ("default", "ntk"),
     "checkpoint.export_dtype": ("bfloat16", "float32"),
     "data.phases.NAME.packing": ("concat", "best_fit", "length_buckets"),
+    "evaluation.recall.NAME.kind": ("mqar", "phonebook", "needle", "selective_copy"),
     "guards.on_data": ("skip", "rewind", "stop"),
     "guards.on_persistent": ("skip", "rewind", "stop"),
     "run.objective": ("pretrain", "sft", "dpo"),
@@ -43,8 +44,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
             "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.world_size",
             "data.phases.NAME.tokens", "data.phases.NAME.seq_length", "data.phases.NAME.global_batch_size",
             "data.phases.NAME.micro_batch_size", "data.phases.NAME.epochs", "data.validation_sequences",
-            "checkpoint.keep_last", "logging.log_interval", "run.train_steps", "guards.window_steps",
-            "guards.min_window_steps", "guards.skip_window_steps", "guards.grad_spike_ratio", "guards.straggler_ratio",
+            "checkpoint.keep_last", "logging.log_interval", "evaluation.recall.NAME.length",
+            "evaluation.recall.NAME.items", "evaluation.recall.NAME.num_samples", "run.train_steps",
+            "guards.window_steps", "guards.min_window_steps", "guards.skip_window_steps", "guards.grad_spike_ratio",
+            "guards.straggler_ratio",
             "guards.max_starts_without_progress",
         ),
         _FROM_1,
@@ -53,11 +56,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
         (
             "model.num_meta_tokens", "model.init_method_std", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
             "checkpoint.save_interval", "checkpoint.keep_every", "checkpoint.export_interval", "logging.eval_interval",
-            "run.seed", "data.phases.NAME.min_document_tokens", "guards.spike_sigmas", "guards.loss_spike_nats",
+            "evaluation.recall_interval", "evaluation.recall_seed", "run.seed", "data.phases.NAME.min_document_tokens",
+            "guards.spike_sigmas", "guards.loss_spike_nats",
             "guards.max_skips", "guards.max_rewinds", "guards.rewind_skip_steps", "guards.drift_interval",
         ),
         _FROM_0,
     ),
+    "evaluation.recall_symbols": (2, math.inf),
     **dict.fromkeys(("schedule.lr_warmup_fraction", "schedule.lr_wsd_decay_fraction"), (0, 1)),
 }  # fmt: skip
 """Smallest and largest value, both allowed."""
@@ -103,7 +108,7 @@ def choices_of(key: str) -> tuple[str, ...]:
 def _pattern(key: str) -> str:
     """data.phases.stable.blend.books -> data.phases.NAME.blend.NAME"""
     parts = key.split(".")
-    if parts[0] == "data" and len(parts) > 2 and parts[1] in ("phases", "sources"):
+    if len(parts) > 2 and ".".join(parts[:2]) in ("data.phases", "data.sources", "evaluation.recall"):
         parts[2] = "NAME"
         if parts[3:4] == ["blend"] and len(parts) > 4:
             parts[4] = "NAME"

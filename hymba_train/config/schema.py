@@ -325,6 +325,32 @@ class GuardsConfig:
 
 
 @dataclass
+class RecallTaskConfig:
+    kind: str = TO_BE_GIVEN
+    """mqar | phonebook | needle | selective_copy (docs/evaluation.md)."""
+    length: int = TO_BE_GIVEN
+    """Tokens of a sample, its end-of-document token included."""
+    items: int | None = None
+    """Pairs, entries, needles or tokens to remember. None: length / 8, length / 16, 4 and 16, as far as they fit."""
+    num_samples: int = 64
+    """Samples in an evaluation, always the same ones."""
+
+
+@dataclass
+class EvaluationConfig:
+    recall: dict[str, RecallTaskConfig] = field(default_factory=dict)
+    """Name -> synthetic recall task that the model is tried on during training and by `hymba eval`."""
+    recall_interval: int = 0
+    """Steps between trials; 0: only at the end."""
+    recall_seed: int = 1
+    """Seed of the samples. Whatever it is, none of them is in a source of `hymba data recall`."""
+    recall_symbols: int = 1024
+    """Ordinary tokens that keys and values are drawn from; the same number as `hymba data recall --num-symbols`."""
+    recall_separators: list[int] = field(default_factory=list)
+    """Four ids: between key and value, after a value, before a question, blank. []: rare ones are chosen."""
+
+
+@dataclass
 class RunConfig:
     name: str = TO_BE_GIVEN
     """Name of the run; its directory is run.directory/run.name, the same after every restart."""
@@ -354,6 +380,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -1,4 +1,4 @@
-"""The verbs ``hymba convert``, ``hymba generate`` and ``hymba eval``."""
+"""The verbs ``hymba convert`` and ``hymba generate``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def run_convert(argv: list[str]) -> int:
     return 0
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model, of every verb that runs one."""
     parser.add_argument(
         "--model", "--checkpoint", required=True, type=Path, metavar="DIR", help="run, step or exported directory"
     )
@@ -58,7 +59,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _load(args: argparse.Namespace):
+def load_from(args: argparse.Namespace):
+    """The model (LoadedModel) that :func:`add_model_arguments`'s flags name. Raises UserError."""
     from hymba_train.convert.load import load_model, require_transformers
 
     require_transformers()
@@ -75,7 +77,7 @@ def _load(args: argparse.Namespace):
 def run_generate(argv: list[str]) -> int:
     """``hymba generate``; returns the exit code."""
     parser = _Parser(prog="hymba generate", description="continue prompts with a model", allow_abbrev=False)
-    _add_model_arguments(parser)
+    add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; '-' reads standard input")
@@ -88,7 +90,7 @@ def run_generate(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     prompts = args.prompt if args.prompts is None else _read_prompts(args.prompts)
-    loaded = _load(args)
+    loaded = load_from(args)
     from hymba_train.convert.generate import generate
 
     completions = generate(
@@ -111,54 +113,3 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt")
     return prompts
-
-
-def run_eval(argv: list[str]) -> int:
-    """``hymba eval``; returns the exit code."""
-    parser = _Parser(prog="hymba eval", description="held-out loss by domain; tasks", allow_abbrev=False)
-    _add_model_arguments(parser)
-    parser.add_argument("--data", type=Path, metavar="RUN_OR_STEP", help="whose held-out text (default: its own run)")
-    parser.add_argument("--data-path", metavar="DIR", help="where that run's data lies now, instead of its data.path")
-    parser.add_argument("--tasks", metavar="LIST", help="instead: 'paper', or tasks such as piqa,arc_easy:25")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="more lm-evaluation-harness task files")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of a task")
-    parser.add_argument("--batch-size", type=int, help="default: the run's micro-batch size; 8 for tasks")
-    args = parser.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError("--batch-size: give at least 1")
-    results = _tasks(args) if args.tasks else _held_out(args)
-    if args.json:
-        print(json.dumps(results, indent=1))
-        return 0
-    width = max(map(len, results))
-    for name, values in results.items():
-        print(f"{name:<{width}}  " + "  ".join(f"{key} {value:,.6g}" for key, value in values.items()))
-    return 0
-
-
-def _held_out(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    from hymba_train.convert.evaluate import held_out_losses
-    from hymba_train.convert.published import CONFIG
-    from hymba_train.convert.source import TrainingCheckpoint
-
-    if args.data is None and (args.model / CONFIG).is_file():
-        raise UserError("--data: an exported directory has no text to evaluate on; name the run whose text to take")
-    run = TrainingCheckpoint.find(args.data or args.model)
-    if run.phase is None:
-        raise UserError(f"{run.path}: this checkpoint was imported and has no data; name a run with --data")
-    if args.data_path is not None:
-        run.config.data.path = args.data_path
-    loaded = _load(args)
-    losses = held_out_losses(loaded.model, run.config, run.phase, batch_size=args.batch_size)
-    return {
-        domain: {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.num_tokens}
-        for domain, found in losses.items()
-    }
-
-
-def _tasks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    from hymba_train.convert.evaluate import parse_tasks, run_tasks
-
-    tasks = parse_tasks(args.tasks)
-    size = args.batch_size or 8
-    return run_tasks(_load(args), tasks, batch_size=size, limit=args.limit, include_path=args.include_path)

@@ -100,6 +100,9 @@ class Watchdog(Callback):
     def on_evaluate_end(self, loop, losses) -> None:
         self.touch()
 
+    def on_recall_end(self, loop, scores) -> None:
+        self.touch()
+
     def on_checkpoint_saved(self, loop, path, step) -> None:
         self.touch()
 

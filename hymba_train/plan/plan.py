@@ -26,6 +26,7 @@ from hymba_train.plan.instruct import check_conversations, check_objective, fill
 from hymba_train.plan.memory import StageMemory, stage_memory
 from hymba_train.plan.paths import check_cache, check_files
 from hymba_train.plan.precision import check_precision
+from hymba_train.plan.recall import check_recall
 from hymba_train.plan.stages import Border, Chunk, balance, bubble_fraction, make_borders, make_chunks
 from hymba_train.plan.steps import StepPlan, plan_steps
 
@@ -152,6 +153,8 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool, nee
         for name, phase in config.data.phases.items():
             if not any(line.startswith(f"data.phases.{name}.") for line in problems):
                 problems += checks.check_phase(config, name, phase, data_parallel)
+    if fine("model", "evaluation"):
+        problems += check_recall(config)
     problems += checks.check_run(config) + check_cache(config)
     if fine("run"):
         problems += check_objective(config)

@@ -22,6 +22,7 @@ from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
 from hymba_train.describe.dims import effective_rotary_base
+from hymba_train.evaluation.in_training import make_evaluate, make_recall
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
 from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
 from hymba_train.guards.progress import forget_earlier_outcome
@@ -30,7 +31,6 @@ from hymba_train.model import build_model_chunks
 from hymba_train.parallel import fp8_state, initialize, shutdown
 from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.dpo import objective_of
-from hymba_train.train.evaluate import make_evaluate
 from hymba_train.train.feed import Feed
 from hymba_train.train.loop import Loop, PlannedStep
 from hymba_train.train.metrics import ThroughputMeter, peak_of
@@ -97,13 +97,15 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
         kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
-    evaluate = None
+    evaluate = recall = None
+    fp8 = fp8_state.Fp8State.of(models)
     if data.validation_domains:
-        fp8 = fp8_state.Fp8State.of(models)
         evaluate = make_evaluate(data, stepper, runtime, lambda: phases[state.phase], fp8)
+    if config.evaluation.recall:
+        recall = make_recall(config, stepper, runtime, lambda: phases[state.phase], fp8)
     touch = watchdog.touch if watchdog else lambda: None
     callbacks = guards.callbacks + alike(
-        lambda: build_callbacks(config, directory, runtime, plan.steps, meter.peak, writer, evaluate, touch)
+        lambda: build_callbacks(config, directory, runtime, plan.steps, meter.peak, writer, evaluate, touch, recall)
     )
 
     def start_phase(step: PlannedStep) -> None:

@@ -212,7 +212,7 @@ def test_never_fatal_passes_every_hook_on():
     wrapped = NeverFatal(All())
     for hook in HOOKS:
         getattr(wrapped, hook)(*([None] if hook == "close" else [None, None]))
-    assert {name for name, _ in seen} == set(HOOKS) and len(HOOKS) == 13
+    assert {name for name, _ in seen} == set(HOOKS) and len(HOOKS) == 14
 
 
 def test_ctrl_c_is_not_swallowed():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hymba_train.convert.cli import run_convert
-from hymba_train.convert.evaluate import held_out_losses
 from hymba_train.convert.load import load_model
 from hymba_train.convert.to_hf import export_hf
+from hymba_train.evaluation.held_out import held_out_losses
 from tests.convert.conftest import UNEVEN
 from tests.distributed.conftest import torchrun
 from tests.train.test_training import run

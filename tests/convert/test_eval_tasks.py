@@ -9,10 +9,11 @@ import sys
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from hymba_train.convert.cli import run_eval, run_generate
-from hymba_train.convert.evaluate import parse_tasks
+from hymba_train.convert.cli import run_generate
 from hymba_train.convert.to_hf import export_hf
 from hymba_train.errors import UserError
+from hymba_train.evaluation.cli import run_eval
+from hymba_train.evaluation.harness import parse_tasks
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
 

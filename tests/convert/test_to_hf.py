@@ -13,13 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hymba_train.checkpoint import manifest
-from hymba_train.convert.cli import run_convert, run_eval, run_generate
-from hymba_train.convert.evaluate import apart, held_out_losses, parse_tasks
+from hymba_train.convert.cli import run_convert, run_generate
 from hymba_train.convert.load import load_model
 from hymba_train.convert.shards import PlannedTensor, write_shards
 from hymba_train.convert.source import HubWeights, TrainingCheckpoint
 from hymba_train.convert.to_hf import export_hf, parse_bytes
 from hymba_train.errors import UserError
+from hymba_train.evaluation.cli import run_eval
+from hymba_train.evaluation.harness import parse_tasks
+from hymba_train.evaluation.held_out import apart, held_out_losses
 from tests.convert.test_convert_golden import asked, fresh
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")

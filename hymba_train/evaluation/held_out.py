@@ -1,0 +1,112 @@
+"""Loaded models: held-out loss by domain, and recall tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba_train.config.schema import Config, EvaluationConfig, PhaseConfig
+from hymba_train.data import TrainingData, build_training_data, validation_batches
+from hymba_train.data.tokenizer import Tokenizer
+from hymba_train.data.windows import IGNORED_LABEL
+from hymba_train.errors import UserError
+from hymba_train.evaluation.in_training import Scores, rows_of
+from hymba_train.evaluation.scoring import NUM_SUMS, batches, make_tasks, score, scores_of
+from hymba_train.evaluation.symbols import choose_symbols
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """Loss in nats per labelled token over all held-out sequences of a domain."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def held_out_losses(
+    model: Any, config: Config, phase: PhaseConfig, *, batch_size: int | None = None
+) -> dict[str, DomainLoss]:
+    """Loss of every validation domain of a run on exactly the sequences that training evaluates on.
+
+    Args:
+        config: the run's; its ``data`` and ``run.seed`` say which sequences.
+        phase: its sequence length is taken.
+        batch_size: sequences in a forward pass; None: the phase's micro-batch size.
+
+    Raises UserError if the data is not there or nothing is held out.
+    """
+    data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
+    if not data.validation_domains:
+        raise UserError("data.sources: none has a validation_fraction; there is no held-out text to evaluate on")
+    if model.config.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"the model has a vocabulary of {model.config.vocab_size}, the run's data one of {config.model.vocab_size}"
+        )
+    size = batch_size or phase.micro_batch_size
+    return {domain: _domain_loss(model, data, domain, phase.seq_length, size) for domain in data.validation_domains}
+
+
+@torch.inference_mode()
+def _domain_loss(model: Any, data: TrainingData, domain: str, seq_length: int, batch_size: int) -> DomainLoss:
+    total, count = 0.0, 0
+    for batch in validation_batches(data, domain, seq_length, micro_batch_size=batch_size):
+        tokens, labels, mask = batch["tokens"], batch["labels"], None
+        if batch["segment_ids"] is not None:
+            tokens, labels, mask = apart(tokens, labels, batch["segment_ids"])
+        device = model.device
+        logits = model(tokens.to(device), attention_mask=None if mask is None else mask.to(device)).logits
+        flat = labels.flatten().to(device)
+        total += F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORED_LABEL, reduction="sum").item()
+        count += int((labels != IGNORED_LABEL).sum())
+    return DomainLoss(total / max(count, 1), count)
+
+
+def apart(tokens: Tensor, labels: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents of packed rows [B, S] as rows of their own, padded on the right: tokens, labels and mask [rows, S']."""
+    pieces = []
+    for row_tokens, row_labels, row_ids in zip(tokens, labels, segment_ids, strict=True):
+        lengths = torch.unique_consecutive(row_ids, return_counts=True)[1].tolist()
+        pieces += zip(row_tokens.split(lengths), row_labels.split(lengths), strict=True)
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(t) for t, _ in pieces], batch_first=True)
+    return (
+        pad([t for t, _ in pieces], batch_first=True),
+        pad([y for _, y in pieces], batch_first=True, padding_value=IGNORED_LABEL),
+        mask,
+    )
+
+
+@torch.inference_mode()
+def recall_scores(
+    model: Any, tokenizer: Tokenizer, evaluation: EvaluationConfig, phase: PhaseConfig, *, batch_size: int | None = None
+) -> Scores:
+    """Scores of a model on the tasks of ``evaluation``: the very samples that a run with these settings is tried on.
+
+    Args:
+        phase: its micro-batches say how many rows there are in a forward pass, unless ``batch_size`` does.
+
+    Raises UserError if the model has another vocabulary than the tokenizer, or that one too few ordinary tokens.
+    """
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.path} one of "
+            f"{tokenizer.vocab_size}"
+        )
+    symbols = choose_symbols(tokenizer, evaluation.recall_symbols, evaluation.recall_separators)
+    found: Scores = {}
+    for task in make_tasks(evaluation, symbols):
+        sums = torch.zeros(task.num_buckets, NUM_SUMS, dtype=torch.float64)
+        for batch in batches(task, batch_size or rows_of(task.length, phase)):
+            on_device = batch.to(model.device)
+            sums += score(model(on_device.tokens).logits, on_device, task.num_buckets)
+        found[task.name] = scores_of(sums.tolist())
+    return found

@@ -1,0 +1,81 @@
+"""Evaluations of the model that is being trained, under its parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hymba_train.config.schema import Config, PhaseConfig
+from hymba_train.data import TrainingData, validation_batches
+from hymba_train.data.build import load_tokenizer
+from hymba_train.evaluation.scoring import NUM_SUMS, RecallBatch, Task, batches, make_tasks, score, scores_of
+from hymba_train.evaluation.symbols import choose_symbols
+from hymba_train.parallel.fp8_state import Fp8State
+from hymba_train.train.step import Stepper
+
+Losses = dict[str, float]
+Scores = dict[str, dict[str, Any]]
+
+
+def make_evaluate(
+    data: TrainingData, stepper: Stepper, runtime, current_phase: Callable[[], PhaseConfig], fp8: Fp8State
+) -> Callable[[], Losses]:
+    """A function domain -> mean loss in nats per labelled token, at the current phase's sequence length.
+
+    It is collective, and leaves ``fp8`` as it was. The sequences are the same every time and under every layout; the
+    loss is exact over all ranks.
+    """
+
+    def evaluate() -> Losses:
+        phase = current_phase()
+        losses = {}
+        for domain in data.validation_domains:
+            found = validation_batches(
+                data, domain, phase.seq_length, micro_batch_size=phase.micro_batch_size,
+                data_parallel_rank=runtime.data_parallel_rank, data_parallel_size=runtime.data_parallel_size,
+            )  # fmt: skip
+            with fp8.untouched():
+                loss_sum, num_tokens = stepper.evaluate(found)
+            losses[domain] = loss_sum / max(num_tokens, 1)
+        return losses
+
+    return evaluate
+
+
+def make_recall(
+    config: Config, stepper: Stepper, runtime, current_phase: Callable[[], PhaseConfig], fp8: Fp8State
+) -> Callable[[], Scores]:
+    """A function task -> scores (:func:`hymba_train.evaluation.scoring.scores_of`) on the tasks of evaluation.recall.
+
+    It is collective, and leaves ``fp8`` as it was. The samples are the same every time and under every layout. Raises
+    UserError if the tokenizer has too few ordinary tokens.
+    """
+    evaluation = config.evaluation
+    tokenizer = load_tokenizer(config.data)
+    tasks = make_tasks(evaluation, choose_symbols(tokenizer, evaluation.recall_symbols, evaluation.recall_separators))
+
+    def one(task: Task, phase: PhaseConfig) -> dict[str, Any]:
+        size = rows_of(task.length, phase)
+        found = batches(task, size, runtime.data_parallel_rank, runtime.data_parallel_size)
+        with fp8.untouched():
+            return scores_of(recall_sums(stepper, found, task.num_buckets))
+
+    def evaluate() -> Scores:
+        phase = current_phase()
+        return {task.name: one(task, phase) for task in tasks}
+
+    return evaluate
+
+
+def rows_of(length: int, phase: PhaseConfig) -> int:
+    """Rows of ``length`` in a micro-batch that is no larger than the phase's."""
+    return max(1, phase.micro_batch_size * phase.seq_length // length)
+
+
+def recall_sums(stepper: Stepper, found: Sequence[RecallBatch], buckets: int) -> list[list[float]]:
+    """:func:`score` of all ranks' batches together, on every rank."""
+
+    def measure(micro_batch: dict, logits):
+        return score(logits, RecallBatch(**micro_batch), buckets)
+
+    return stepper.measure([batch.tensors() for batch in found], measure, (buckets, NUM_SUMS)).tolist()

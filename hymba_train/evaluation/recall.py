@@ -1,0 +1,135 @@
+"""Synthetic recall tasks as token ids: what was said before must be said again.
+
+Four kinds, after their usual definitions:
+
+``mqar``            multi-query associative recall (Zoology, arXiv:2312.04927): n key-value pairs, then every key once
+                    more, at places whose distances follow a power law; its value is to be foretold.
+``phonebook``       key-value retrieval: a list of entries with keys of two tokens and values of four, then questions.
+``needle``          a needle in a haystack: one sentence over and over, with n entries in it, of which one, at a given
+                    depth, is asked for at the end.
+``selective_copy``  selective copying (Mamba, arXiv:2312.00752): n tokens between blanks are to be said in order.
+
+A sample is a whole document, the end-of-document token included, and a function of (stream, seed, kind, length, items,
+index). Training and evaluation take different streams. Free of torch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hymba_train.evaluation.symbols import ALPHABET, Symbols
+from hymba_train.plan.recall import (
+    ENTRY_TOKENS,
+    KEY_TOKENS,
+    NUM_DEPTHS,
+    QUESTION_TOKENS,
+    SENTENCE_TOKENS,
+    VALUE_TOKENS,
+    num_questions,
+    shortest,
+)
+
+TRAINING, EVALUATION = 1, 2
+"""Streams of random numbers that never meet."""
+GAP_POWER = 0.01
+"""Exponent of the distances in mqar, as in its definition: most questions come early."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document. ``answers`` holds the number of the answer that a token belongs to, -1 where none is asked for."""
+
+    tokens: np.ndarray  # int64 [length]
+    answers: np.ndarray  # int64 [length]
+    bucket: int = 0  # needle: which of NUM_DEPTHS depths; else 0
+
+
+def draw(stream: int, seed: int, kind: str, length: int, items: int, index: int, symbols: Symbols) -> Sample:
+    """Sample number ``index`` of a task. ``length`` must hold ``items`` (:func:`hymba_train.plan.recall.shortest`)."""
+    assert length >= shortest(kind, items), (kind, length, items)
+    entropy = [stream, seed, zlib.crc32(kind.encode()), length, items, index]
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+    tokens = np.full(length, symbols.blank, dtype=np.int64)
+    answers = np.full(length, -1, dtype=np.int64)
+    tokens[-1] = symbols.eod
+    bucket = index % NUM_DEPTHS if kind == "needle" else 0
+    _DRAW[kind](rng, symbols, items, bucket, tokens[:-1], answers[:-1])
+    return Sample(tokens, answers, bucket)
+
+
+def num_buckets(kind: str) -> int:
+    return NUM_DEPTHS if kind == "needle" else 1
+
+
+def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+    keys = rng.choice(symbols.keys, n, replace=False)
+    values = rng.choice(symbols.values, n, replace=n > symbols.values.size)
+    tokens[0 : 2 * n : 2], tokens[1 : 2 * n : 2] = keys, values
+    num_slots = (tokens.size - 2 * n) // 2
+    weights = np.arange(1, num_slots + 1) ** (GAP_POWER - 1)
+    places = 2 * n + 2 * rng.choice(num_slots, n, replace=False, p=weights / weights.sum())
+    tokens[places], tokens[places + 1] = keys, values
+    answers[places + 1] = np.arange(n)
+
+
+def _keys(rng, symbols: Symbols, n: int) -> np.ndarray:
+    """n different keys, int64 [n, KEY_TOKENS]."""
+    size = symbols.keys.size
+    numbers = rng.choice(size**KEY_TOKENS, n, replace=False)
+    return symbols.keys[np.stack([numbers // size**i % size for i in range(KEY_TOKENS)], axis=1)]
+
+
+def _values(rng, symbols: Symbols, n: int) -> np.ndarray:
+    return rng.choice(symbols.values, (n, VALUE_TOKENS))
+
+
+def _entry(symbols: Symbols, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return np.concatenate([key, [symbols.equals], value, [symbols.end]])
+
+
+def _question(symbols: Symbols, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return np.concatenate([[symbols.ask], key, [symbols.equals], value])
+
+
+def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+    keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
+    asked = rng.choice(n, num_questions("phonebook", n), replace=False)
+    text = [_entry(symbols, keys[i], values[i]) for i in range(n)]
+    text += [_question(symbols, keys[i], values[i]) for i in asked]
+    size = sum(part.size for part in text)
+    tokens[tokens.size - size :] = np.concatenate(text)  # blanks are in front
+    ends = tokens.size - QUESTION_TOKENS * np.arange(asked.size)[::-1]
+    for number, end in enumerate(ends):
+        answers[end - VALUE_TOKENS : end] = number
+
+
+def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+    keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
+    sentence = rng.choice(np.concatenate([symbols.keys, symbols.values]), SENTENCE_TOKENS)
+    size = tokens.size - QUESTION_TOKENS - n * (ENTRY_TOKENS + 1)
+    hay = np.resize(sentence, size)
+    depths = np.concatenate([[round(bucket * size / (NUM_DEPTHS - 1))], rng.integers(0, size + 1, n - 1)])
+    parts, begin = [], 0
+    for i in np.argsort(depths, kind="stable"):
+        parts += [hay[begin : depths[i]], [symbols.end], _entry(symbols, keys[i], values[i])]
+        begin = depths[i]
+    tokens[:] = np.concatenate([*parts, hay[begin:], _question(symbols, keys[0], values[0])])
+    answers[-VALUE_TOKENS:] = 0
+
+
+def _selective_copy(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+    said = rng.choice(symbols.values[:ALPHABET], n)
+    context = tokens.size - 1 - n
+    tokens[np.sort(rng.choice(context, n, replace=False))] = said
+    tokens[context] = symbols.ask
+    tokens[-n:] = said
+    answers[-n:] = np.arange(n)
+
+
+_DRAW: dict[str, Callable[..., None]] = {
+    "mqar": _mqar, "phonebook": _phonebook, "needle": _needle, "selective_copy": _selective_copy,
+}  # fmt: skip

@@ -1,0 +1,197 @@
+"""Recall tasks: answers follow from what is in front of them, samples depend on (stream, seed, index) alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hymba_train.data.tokenizer import Tokenizer
+from hymba_train.errors import UserError
+from hymba_train.evaluation.recall import EVALUATION, TRAINING, draw
+from hymba_train.evaluation.symbols import ALPHABET, Symbols, choose_symbols
+from hymba_train.plan.recall import KEY_TOKENS, KINDS, NUM_DEPTHS, VALUE_TOKENS, most_items, num_questions, shortest
+from tests.train.tiny_run import write_data
+
+SYMBOLS = Symbols(np.arange(10, 110, 2), np.arange(11, 111, 2), 1, 2, 3, 4, eod=0)
+
+
+@st.composite
+def settings_of_a_task(draw_value):
+    kind = draw_value(st.sampled_from(KINDS))
+    items = draw_value(st.integers(1, 24))
+    length = shortest(kind, items) + draw_value(st.integers(0, 60))
+    return kind, length, items, draw_value(st.integers(0, 10**6))
+
+
+def sample(task, stream=EVALUATION, seed=1):
+    kind, length, items, index = task
+    return draw(stream, seed, kind, length, items, index, SYMBOLS)
+
+
+def solve(kind: str, context: list[int], question: list[int]) -> list[int]:
+    """The next token of an answer, from the tokens in front of it alone: first place where the question was."""
+    if kind == "selective_copy":
+        said = [t for t in context[: context.index(SYMBOLS.ask)] if t != SYMBOLS.blank]
+        return said[len(context) - context.index(SYMBOLS.ask) - 1]
+    for i in range(len(context) - len(question)):
+        if context[i : i + len(question)] == question:
+            return context[i + len(question)]
+    raise AssertionError("the question was not in the context")
+
+
+def question_of(kind: str, context: list[int], place: int) -> list[int]:
+    """What must be looked up for the token at ``place`` of an answer."""
+    if kind == "mqar":
+        return context[-1:]
+    return context[len(context) - place - KEY_TOKENS - 1 :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(settings_of_a_task())
+def test_every_answer_follows_from_what_is_in_front_of_it(task):
+    """Also: asked as often as it should be, from the first occurrence of the key, and not of a question before."""
+    kind, _, items, _ = task
+    found = sample(task)
+    tokens, places = found.tokens.tolist(), np.flatnonzero(found.answers >= 0)
+    assert len(set(found.answers[places])) == num_questions(kind, items)
+    first = places[0]
+    for at in places:
+        place = int(at - places[found.answers[places] == found.answers[at]][0])
+        context = tokens[:at]
+        question = question_of(kind, context, place) if kind != "selective_copy" else []
+        assert solve(kind, context, question) == tokens[at]
+        if kind != "selective_copy":  # known before anything was asked: no answer is the source of another
+            assert solve(kind, tokens[:first] if kind == "mqar" else context, question) == tokens[at]
+
+
+@settings(max_examples=100, deadline=None)
+@given(settings_of_a_task())
+def test_without_what_was_said_an_answer_is_not_there(task):
+    """Each key comes twice, each value of an answer stands where its key stood first: nothing else gives it away."""
+    kind, length, _, _ = task
+    found = sample(task)
+    assert found.tokens.size == length and found.tokens[-1] == SYMBOLS.eod
+    assert (found.tokens[:-1] != SYMBOLS.eod).all()
+    answers = found.tokens[found.answers >= 0]
+    assert np.isin(answers, SYMBOLS.values).all()
+    if kind == "mqar":
+        keys, counts = np.unique(found.tokens[np.isin(found.tokens, SYMBOLS.keys)], return_counts=True)
+        assert (counts == 2).all() and keys.size == task[2]
+        _, counts = np.unique(found.tokens[np.isin(found.tokens, SYMBOLS.values)], return_counts=True)
+        assert (counts == 2).all()
+    if kind in ("phonebook", "needle"):
+        asks = np.flatnonzero(found.tokens == SYMBOLS.ask)
+        asked = [tuple(found.tokens[i + 1 : i + 1 + KEY_TOKENS]) for i in asks]
+        assert len(set(asked)) == len(asked), "a key that is asked for twice would give its answer away"
+        assert (np.diff(np.flatnonzero(found.answers >= 0)[:VALUE_TOKENS]) == 1).all()
+    if kind == "selective_copy":
+        assert set(answers) <= set(SYMBOLS.values[:ALPHABET])
+
+
+@settings(max_examples=50, deadline=None)
+@given(settings_of_a_task(), st.integers(0, 3))
+def test_the_same_index_gives_the_same_sample_and_another_one_another(task, seed):
+    kind, length, items, index = task
+    one, again = sample(task, seed=seed), sample(task, seed=seed)
+    assert (one.tokens == again.tokens).all() and (one.answers == again.answers).all()
+    others = [sample((kind, length, items, index + 1), seed=seed), sample(task, seed=seed + 1)]
+    others.append(sample(task, stream=TRAINING, seed=seed))
+    if (50.0 if kind != "selective_copy" else 16.0) ** items > 1e9:  # else two may be equal by chance
+        assert all((one.tokens != other.tokens).any() for other in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sample_of_an_evaluation_is_among_those_of_training(kind):
+    length = 129
+    items = min(most_items(kind, length), 12)
+    seen = {sample((kind, length, items, i), TRAINING).tokens.tobytes() for i in range(500)}
+    held_out = {sample((kind, length, items, i), EVALUATION).tokens.tobytes() for i in range(500)}
+    assert len(seen) == len(held_out) == 500 and not seen & held_out
+
+
+def test_needles_lie_at_the_depth_of_their_bucket():
+    length, places = 400, []
+    for index in range(NUM_DEPTHS):
+        found = sample(("needle", length, 1, index))
+        assert found.bucket == index
+        places.append(int(np.flatnonzero(found.tokens == SYMBOLS.equals)[0]))
+    assert places == sorted(places) and places[0] < 5
+    steps = np.diff(places)
+    assert steps.min() >= steps.max() - 1, "evenly spread"
+
+
+def test_distances_of_mqar_follow_a_power_law():
+    """Half of the questions come within the square root of the range, roughly; uniform ones would not."""
+    found = [sample(("mqar", 500, 4, i)) for i in range(300)]
+    distances = np.concatenate([np.flatnonzero(s.answers >= 0) - 8 for s in found]) // 2
+    assert np.median(distances) < 60 < np.quantile(distances, 0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shortest_sample_is_as_short_as_it_can_be(kind):
+    for items in (1, 2, 5):
+        sample((kind, shortest(kind, items), items, 0))
+        assert most_items(kind, shortest(kind, items)) == items
+    with pytest.raises(AssertionError):
+        sample((kind, shortest(kind, 5) - 1, 5, 0))
+
+
+class Pieces:
+    """A tokenizer of given pieces."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces, self.vocab_size, self.eod_id, self.bos_id, self.path = pieces, len(pieces), 2, 1, "made up"
+
+    def piece(self, i: int) -> str:
+        return self.pieces[i]
+
+
+def test_symbols_are_ordinary_and_marks_are_bytes_that_text_does_not_have():
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *(f"w{i}" for i in range(100)), "[PAD]"]
+    s = choose_symbols(Pieces(pieces), 50)
+    chosen = [*s.keys, *s.values]
+    assert len(set(chosen)) == 50 and all(pieces[i].startswith("w") for i in chosen)
+    assert [pieces[i] for i in (s.equals, s.end, s.ask, s.blank)] == ["<0x01>", "<0x02>", "<0x03>", "<0x04>"]
+    assert max(chosen) > 340 and min(chosen) < 265, "spread over the vocabulary"
+    given_marks = choose_symbols(Pieces(pieces), 50, [259, 260, 261, 262])
+    assert (given_marks.equals, given_marks.blank) == (259, 262) and 259 not in given_marks.keys
+    for problem in (
+        lambda: choose_symbols(Pieces(pieces), 101),
+        lambda: choose_symbols(Pieces(pieces), 9, [2, 3, 4, 5]),
+    ):
+        with pytest.raises(UserError, match=r"evaluation\.recall_s"):
+            problem()
+
+
+def test_without_byte_pieces_the_rarest_ids_are_marks():
+    s = choose_symbols(Pieces(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(100))]), 96)
+    assert [s.equals, s.end, s.ask, s.blank] == [99, 100, 101, 102]
+
+
+def test_a_source_of_recall_tasks_is_read_a_whole_document_at_a_time(tmp_path):
+    """Blocks of the source are windows of the run: every window holds whole documents, whose answers can be solved."""
+    from data_prep.cli import main
+    from hymba_train.config.schema import DataConfig, SourceConfig
+    from hymba_train.data.build import open_source
+    from hymba_train.data.windows import Windows
+
+    write_data(tmp_path)
+    flags = ["recall", "--output", str(tmp_path / "recall"), "--tokenizer", str(tmp_path / "tokenizer.json")]
+    flags += ["--tokens", "2e4", "--seq-length", "128", "--num-symbols", "80"]
+    assert main(flags) == 0
+    before = (tmp_path / "recall.bin").stat().st_mtime_ns
+    assert main(flags) == 0 and (tmp_path / "recall.bin").stat().st_mtime_ns == before, "it is there already"
+    assert main([*flags, "--seed", "2"]) == 2, "another seed would overwrite it"
+    facts = json.loads((tmp_path / "recall.json").read_text())
+    assert sum(facts["inputs"][0]["documents"].values()) == facts["num_documents"] and facts["num_tokens"] % 128 == 0
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    source = open_source(DataConfig(path=str(tmp_path)), "recall", SourceConfig(path="recall"), tokenizer)
+    windows = Windows(source.training, 128)
+    for i in range(len(windows)):
+        tokens, borders = windows.read(i), windows.borders(i)
+        assert tokens[127] == tokenizer.eod_id and borders[-1] == 128
+        assert all(tokens[b - 1] == tokenizer.eod_id for b in borders)
