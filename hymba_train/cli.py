@@ -305,6 +305,7 @@ VERBS = {
         "held-out perplexity by domain, recall tasks, lm-evaluation-harness tasks",
         "hymba_train.evaluation.cli:run_eval",
     ),
+    "compare": Verb("train a set of models on identical data: one table, and plots", "hymba_train.compare.cli:main"),
     "convert": Verb("Hugging Face format in and out", "hymba_train.convert.cli:run_convert"),
     "data": Verb("prepare training data: tokenise, merge, inspect, validate", "data_prep.cli:main"),
     "bench": Verb("measure the speed of kernels and of a training step", "hymba_train.bench.cli:main"),

@@ -55,6 +55,11 @@ def _point(overrides, suffix, cluster, num_nodes, config_dir, check_paths) -> Po
     base_name = config.run.name
     if suffix:  # composed again, because other keys may be made from the name
         config = compose([*overrides, f"run.name='{config.run.name}-{suffix}'"], config_dir=config_dir)
+    return point_of(config, base_name, cluster, num_nodes, check_paths)
+
+
+def point_of(config: Config, base_name: str, cluster: ClusterConfig, num_nodes: int | None, check_paths: bool) -> Point:
+    """A composed run as it will be started on ``cluster``, checked. Raises UserError."""
     nodes = num_nodes or cluster.nodes or _nodes_of_layout(config, cluster)
     plan = make_plan(config, nodes * cluster.ranks_per_node, check_paths=check_paths)
     plan.require_complete()

@@ -36,11 +36,19 @@ def run_slurm(args: argparse.Namespace) -> int:
     if args.sweep and cluster.restart.chain > 1:
         raise UserError("--sweep: a chain of arrays is not possible; set cluster.restart.chain=1")
     points = make_points(of_run, args.sweep, cluster, args.nodes, args.config_dir, not args.skip_paths)
-    problems = _unreachable(points, cluster, not args.skip_paths)
+    return submit_points(points, name, cluster, _command(args), args.dry_run, not args.skip_paths)
+
+
+def submit_points(
+    points: Sequence[Point], name: str, cluster: ClusterConfig, command: str, dry: bool = False,
+    check_paths: bool = True,
+) -> int:  # fmt: skip
+    """Check what the nodes will see, then submit all points as one job, or only show it. Raises UserError."""
+    problems = _unreachable(points, cluster, check_paths)
     if problems:
         raise UserError(*problems)
-    job = make_job(points, name, cluster, _command(args))
-    if args.dry_run:
+    job = make_job(points, name, cluster, command)
+    if dry:
         return dry_run(job)
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; run this where Slurm's commands are, or add --dry-run to see the script")

@@ -1,0 +1,28 @@
+"""The runs of a comparison as one Slurm job array, through ``hymba launch slurm``'s machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hymba_train.compare.pool import is_finished
+from hymba_train.compare.study import Study
+from hymba_train.errors import UserError
+
+
+def submit_study(study: Study, clusters: Sequence[str], config_dir: str | None) -> int:
+    """Submit every run that has not finished; returns the exit code. Raises UserError."""
+    from launch.cluster_files import load_cluster
+    from launch.points import point_of
+    from launch.slurm import submit_points
+
+    name, cluster = load_cluster(clusters, config_dir)
+    if cluster.restart.chain > 1:
+        raise UserError("cluster.restart.chain: a chain of arrays is not possible; set cluster.restart.chain=1")
+    runs = [run for run in study.runs if not is_finished(run)]
+    if not runs:
+        print("all runs have finished: leave cluster out, or give --report, for the table")
+        return 0
+    points = [point_of(run.config, study.name, cluster, None, check_paths=True) for run in runs]
+    code = submit_points(points, name, cluster, f"hymba compare {study.name}")
+    print("  table and plots   the same command with --report instead of the cluster")
+    return code
