@@ -13,13 +13,14 @@ from hymba_train.callbacks.curve import LossCurve
 from hymba_train.callbacks.evaluation import Evaluation
 from hymba_train.callbacks.export import Export
 from hymba_train.callbacks.garbage import CollectGarbage
-from hymba_train.callbacks.jsonl import JsonLines
+from hymba_train.callbacks.jsonl import JsonLines, read_events
 from hymba_train.callbacks.never_fatal import NeverFatal
 from hymba_train.callbacks.profile import Profile
 from hymba_train.callbacks.progress import Progress
 from hymba_train.callbacks.stop_file import StopOnRequest
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB
+from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
 from hymba_train.guards.progress import Starts
 
@@ -45,9 +46,11 @@ def build_callbacks(
     if c.enabled:  # before the evaluation, which takes long and may be cut off
         callbacks.append(Checkpointing(writer, c.save_interval))
     if evaluate:
-        callbacks.append(Evaluation(evaluate, log.eval_interval))
+        missing = _missing(directory / METRICS, "validation")
+        callbacks.append(Evaluation(evaluate, log.eval_interval, is_missing=missing))
     if recall:
-        callbacks.append(Evaluation(recall, config.evaluation.recall_interval, "on_recall_end"))
+        missing = _missing(directory / METRICS, "recall")
+        callbacks.append(Evaluation(recall, config.evaluation.recall_interval, "on_recall_end", missing))
     if c.enabled and c.export_interval is not None and runtime.rank == 0:
         exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root, touch=touch)
         callbacks.append(NeverFatal(exports))
@@ -58,6 +61,15 @@ def build_callbacks(
     if runtime.is_logging_rank:
         callbacks += [NeverFatal(callback) for callback in _loggers(config, directory, runtime, steps, peak)]
     return callbacks
+
+
+def _missing(metrics: Path, event: str) -> Callable[[int], bool]:
+    """Whether metrics.jsonl lacks an event at a step of a run that has trained; the same answer on all ranks."""
+
+    def missing(step: int) -> bool:
+        return step > 0 and on_rank_0(lambda: all(line["step"] != step for line in read_events(metrics, event)))
+
+    return missing
 
 
 def _loggers(config: Config, directory: Path, runtime, steps, peak) -> list[Callback]:

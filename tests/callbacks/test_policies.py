@@ -178,6 +178,17 @@ def test_nothing_trained_is_not_evaluated(loop_of):
     loop.end()
 
 
+def test_an_evaluation_that_a_dead_process_owes_is_made_up_for(loop_of):
+    """It died between the last checkpoint and the end of the evaluation: the next process has nothing to train."""
+    asked = []
+    missing = Evaluation(lambda: {"task": {}}, 0, "on_recall_end", lambda step: asked.append(step) or True)
+    loop = loop_of(missing, Evaluation(lambda: pytest.fail("it is there"), 0, is_missing=lambda step: False))
+    loop.state.step = 7
+    loop.start()
+    loop.end()
+    assert ("on_recall_end", {"task": {}}) in loop.emitted and asked == [7]
+
+
 def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
     class Broken(Callback):
         calls, closed = 0, 0

@@ -26,6 +26,13 @@ def test_equals_single_process(pair):
     assert parallel["held_out"] == pytest.approx(single["held_out"], rel=1e-5)
 
 
+def test_recall_tasks_score_as_in_a_single_process(pair):
+    """Answers, hits, tokens and losses of every bucket: neither rows that fill up nor shares of ranks count."""
+    single, parallel = pair
+    assert parallel["recall"] == pytest.approx(single["recall"], rel=1e-5)
+    assert single["recall"][:3:2] == [30, 30] and single["recall"][1] > 0, "some answers are hit"
+
+
 def test_padding_is_zero_and_copies_are_equal(pair):
     assert pair[1]["faults"] == []
 

@@ -9,9 +9,13 @@ import sys
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from hymba_train.evaluation.in_training import recall_sums
+from hymba_train.evaluation.scoring import Task, batches
+from hymba_train.evaluation.symbols import Symbols
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import create_groups, destroy_groups
 from hymba_train.parallel.device import activate
@@ -40,6 +44,18 @@ def batches_of_step(step: int, layout: Layout, vocab_size: int, rank: int, size:
     return [{k: None if v is None else v[s : s + size_of] for k, v in batch.items()} for s in starts]
 
 
+def recall_of(stepper: Stepper, vocab_size: int, layout: Layout, rank: int, size: int) -> list[float]:
+    """Sums of two recall tasks, flat. Training saw the last 16 tokens alone: some answers are hit."""
+    ids = np.arange(vocab_size)
+    symbols = Symbols(ids[10:-16], ids[-16:], 1, 2, 3, 4, eod=0)
+    tasks = [Task("copy", "selective_copy", 25, 6, 5, 1, symbols), Task("needle", "needle", 46, 2, 7, 1, symbols)]
+    found = []
+    for task in tasks:
+        batches_of_rank = batches(task, layout.micro_batch_size, rank, size)
+        found += [x for row in recall_sums(stepper, batches_of_rank, task.num_buckets) for x in row]
+    return found
+
+
 def chunk_ranges(config, layout: Layout) -> list[range]:
     num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     even = [config.model.num_layers // num_chunks] * num_chunks
@@ -64,9 +80,17 @@ def train(model_name: str, layout: Layout) -> dict:
         losses.append(result.loss)
         norms.append(result.grad_norm)
     held_out = stepper.evaluate(batches_of_step(99, layout, config.model.vocab_size, rank, size))
+    recall = recall_of(stepper, config.model.vocab_size, layout, rank, size)
     parameters, faults = gather_parameters(models, chunks, runtime)
     destroy_groups()
-    return {"losses": losses, "norms": norms, "held_out": held_out, "parameters": parameters, "faults": faults}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "held_out": held_out,
+        "recall": recall,
+        "parameters": parameters,
+        "faults": faults,
+    }
 
 
 def gather_parameters(models, chunks, runtime) -> tuple[dict[str, torch.Tensor], list[str]]:
