@@ -5,6 +5,7 @@ The parent imports nothing heavy: it names :func:`train_run`, and Python's fork 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -12,11 +13,15 @@ import sys
 from pathlib import Path
 
 PRELOAD = ("hymba_train.cli", "hymba_train.plan", "hymba_train.train.main")
-"""Modules that the fork server imports once. None of them may touch a GPU: what forks would inherit it broken."""
+"""Modules that the fork server imports once. None of them may touch a GPU, which forks would inherit broken."""
+CUDA_ERROR_NOT_INITIALIZED = 3  # what the driver answers a fork of a process that uses it
 
 
-def train_run(resolved: str, log: str) -> None:
-    """``hymba train --frozen RESOLVED`` with its output in ``log``; exits with its code. Called in a fresh process."""
+def train_run(resolved: str, log: str, fresh: bool) -> None:
+    """``hymba train --frozen RESOLVED`` with its output in ``log``; exits with its code. For a process of its own.
+
+    ``fresh``: in a fresh interpreter. So it is done as well where the fork could not use the GPU.
+    """
     from hymba_train.checkpoint.children import stop_when_parent_dies
 
     stop_when_parent_dies()
@@ -27,7 +32,7 @@ def train_run(resolved: str, log: str) -> None:
     os.close(out)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     arguments = ["train", "--frozen", resolved]
-    if "torch" in sys.modules and _gpu_was_touched():
+    if fresh or _gpu_is_spoilt():
         os.execv(sys.executable, [sys.executable, "-m", "hymba_train", *arguments])
     from hymba_train.cli import main
 
@@ -38,11 +43,14 @@ def train_run(resolved: str, log: str) -> None:
     os._exit(code)  # without the clean-up of a server's fork
 
 
-def _gpu_was_touched() -> bool:
-    """Whether CUDA was initialised before the fork, in spite of PRELOAD: then only a fresh interpreter can use it."""
-    import torch
-
-    return torch.cuda._is_in_bad_fork()
+def _gpu_is_spoilt() -> bool:
+    """Whether the fork server has initialised the CUDA driver, in spite of PRELOAD: its forks can never use it."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda._is_in_bad_fork():
+        return True
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == CUDA_ERROR_NOT_INITIALIZED
+    except OSError:  # no driver, no GPU
+        return False
 
 
 def last_line(log: Path) -> str:

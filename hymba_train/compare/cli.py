@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         return submit_study(study, clusters, args.config_dir)
     failures: dict[str, str] = {}
     if not args.report:
-        failures = Pool(args.jobs, clock, lambda line: _say(clock, line)).train(study.runs)
+        failures = Pool(args.jobs, clock, lambda line: _say(clock, line), args.fresh).train(study.runs)
     return report(study, failures, args.jobs)
 
 
@@ -116,6 +116,7 @@ def _parser() -> Parser:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="save, stop and report within this time")
     parser.add_argument("--any-size", action="store_true", help="let parameter counts differ by more than 3 %%")
+    parser.add_argument("--fresh", action="store_true", help="an interpreter for each run, no forks of a warm one")
     parser.add_argument("--config-dir", metavar="DIR", help="directory with more recipes")
     parser.add_argument("--dry-run", action="store_true", help="compose and check, print what would be trained")
     parser.add_argument("--report", action="store_true", help="train nothing; table and plots of what is there")

@@ -58,10 +58,10 @@ def is_finished(run: Run) -> bool:
 
 
 class Pool:
-    """``say`` gets a line for everything that happens."""
+    """``say`` gets a line for everything that happens. ``fresh``: no fork server, an interpreter for each run."""
 
-    def __init__(self, num_jobs: int, clock: Clock, say: Callable[[str], None]) -> None:
-        self.num_jobs, self.clock, self.say = num_jobs, clock, say
+    def __init__(self, num_jobs: int, clock: Clock, say: Callable[[str], None], fresh: bool = False) -> None:
+        self.num_jobs, self.clock, self.say, self.fresh = num_jobs, clock, say, fresh
         self.failures: dict[str, str] = {}
         self._stopping = ""
         self._running: dict[Run, BaseProcess] = {}
@@ -76,7 +76,7 @@ class Pool:
         if not waiting:
             return self.failures
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+        context.set_forkserver_preload([] if self.fresh else list(PRELOAD))
         # Asking CUDA how many GPUs there are would spoil it for forks; NVML tells as well.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_jobs)))
@@ -108,7 +108,8 @@ class Pool:
                 self._failed(run, str(error))
                 continue
             clear(run.directory)
-            self._running[run] = context.Process(target=train_run, args=(str(resolved), str(run.directory / LOG)))
+            arguments = (str(resolved), str(run.directory / LOG), self.fresh)
+            self._running[run] = context.Process(target=train_run, args=arguments)
             self._running[run].start()
             self.say(f"{run.name}: started, {_where(run)}")
 
