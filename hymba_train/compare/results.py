@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hymba_train.compare.study import Run, Study, flops_at, num_parameters
-from hymba_train.describe import resolve_stack
-from hymba_train.plan.sizes import inference_cache
+from hymba_train.describe.cache import cache_bytes
 from hymba_train.runs.metrics import counting, read_lines, useful_seconds
 from hymba_train.runs.summary import METRICS, state_of
 
@@ -64,7 +63,7 @@ class MemberResult:
 
     name: str
     num_parameters: int
-    cache_bytes: int  # of one sequence of CACHE_TOKENS, plan.sizes.inference_cache
+    cache_bytes: int  # of one sequence of CACHE_TOKENS: the true bytes, describe.cache
     tokens: int  # of the whole training
     flops: float
     runs: tuple[RunResult, ...]
@@ -83,7 +82,7 @@ def read_results(study: Study, failures: dict[str, str], now: float) -> list[Mem
     return [
         MemberResult(
             member, num_parameters(config := study.config(member)),
-            inference_cache(config.model, resolve_stack(config.model), CACHE_TOKENS).total_bytes,
+            cache_bytes(config.model, CACHE_TOKENS).total_bytes,
             sum(phase.tokens for phase in config.data.phases.values()), flops_at(config, 10**18),
             tuple(read_run(run, failures.get(run.name), now) for run in study.of(member)),
         )

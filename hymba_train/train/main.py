@@ -102,7 +102,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     if data.validation_domains:
         evaluate = make_evaluate(data, stepper, runtime, lambda: phases[state.phase], fp8)
     if config.evaluation.recall:
-        recall = make_recall(config, stepper, runtime, lambda: phases[state.phase], fp8)
+        recall = alike(lambda: make_recall(config, stepper, runtime, lambda: phases[state.phase], fp8))
     touch = watchdog.touch if watchdog else lambda: None
     callbacks = guards.callbacks + alike(
         lambda: build_callbacks(config, directory, runtime, plan.steps, meter.peak, writer, evaluate, touch, recall)
