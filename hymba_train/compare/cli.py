@@ -32,8 +32,11 @@ def main(argv: Sequence[str]) -> int:
     budgets = [text.partition("=")[2] for text in overrides if text.startswith("budget=")]
     clusters = [text for text in overrides if text.startswith(("cluster=", "cluster."))]
     overrides = [text for text in overrides if not text.startswith("budget=") and text not in clusters]
-    if not any(text.startswith("experiment=") for text in overrides):
+    experiments = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
+    if not experiments:
         overrides.insert(0, f"experiment={EXPERIMENT}")
+    if not any(text.startswith("run.name=") for text in overrides):  # an experiment may put the model's name into it
+        overrides.append(f"run.name={(experiments or [EXPERIMENT])[-1]}")
     for flag, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
         if value < 1:
             raise UserError(f"{flag} {value}: give at least 1")

@@ -63,7 +63,7 @@ class MemberResult:
 
     name: str
     num_parameters: int
-    cache_bytes: int  # of one sequence of CACHE_TOKENS, describe.cache_bytes
+    cache_bytes: int  # of one sequence of CACHE_TOKENS: the true bytes, describe.cache
     tokens: int  # of the whole training
     flops: float
     runs: tuple[RunResult, ...]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.data import TrainingData, validation_batches
 from hymba_train.data.build import load_tokenizer
 from hymba_train.evaluation.scoring import NUM_SUMS, RecallBatch, Task, batches, make_tasks, score, scores_of
 from hymba_train.evaluation.symbols import choose_symbols
-from hymba_train.train.step import Stepper
+from hymba_train.train.step import MicroBatch, Stepper
 
 Losses = dict[str, float]
 Scores = dict[str, dict[str, Any]]
@@ -70,8 +75,26 @@ def rows_of(length: int, phase: PhaseConfig) -> int:
 
 def recall_sums(stepper: Stepper, found: Sequence[RecallBatch], buckets: int) -> list[list[float]]:
     """:func:`score` of all ranks' batches together, on every rank."""
+    runtime = stepper.runtime
+    outputs = stepper.look([batch.tensors() for batch in found], Recall(buckets))
+    sums = torch.zeros(buckets, NUM_SUMS, dtype=torch.float64, device=runtime.device)
+    if runtime.is_last_stage and runtime.tensor_rank == 0:  # all ranks of a stage have the whole logits
+        sums += sum(output["sums"] for output in outputs).to(runtime.device)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
-    def measure(micro_batch: dict, logits):
-        return score(logits, RecallBatch(**micro_batch), buckets)
 
-    return stepper.measure([batch.tensors() for batch in found], measure, (buckets, NUM_SUMS)).tolist()
+@dataclass(frozen=True)
+class Recall:
+    """A :class:`hymba_train.train.step.Objective` that only looks: without labels the model's output are logits."""
+
+    buckets: int
+    metrics: tuple[str, ...] = ()
+
+    def inputs(self, batch: MicroBatch) -> MicroBatch:
+        return {"tokens": batch["tokens"]}
+
+    def loss(self, batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``losses`` are logits [B, S, V] here."""
+        nothing = losses.new_zeros(())
+        return nothing, nothing.int(), {"sums": score(losses, RecallBatch(**batch), self.buckets)}

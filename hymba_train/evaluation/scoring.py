@@ -49,11 +49,12 @@ def make_tasks(evaluation: EvaluationConfig, symbols: Symbols) -> list[Task]:
 
 @dataclass(frozen=True)
 class RecallBatch:
-    """int64 tensors. A row is a sample without its last token; padding rows have no label."""
+    """int64 tensors. A row is a whole sample (rows of other widths than training's are slower); padding rows have no
+    label."""
 
-    tokens: Tensor  # [B, length - 1]
-    labels: Tensor  # [B, length - 1], IGNORED_LABEL where no answer is asked for
-    answers: Tensor  # [B, length - 1], number of the answer within the row
+    tokens: Tensor  # [B, length]
+    labels: Tensor  # [B, length], the next token; IGNORED_LABEL where no answer is asked for
+    answers: Tensor  # [B, length], number of the answer that the label belongs to
     buckets: Tensor  # [B]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,13 +84,13 @@ def _batch(task: Task, indices: range) -> RecallBatch:
         for i, s in zip(indices, samples, strict=True)
     ]
     tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
-    answers = torch.from_numpy(np.stack([s.answers for s in samples]))[:, 1:]
-    labels = tokens[:, 1:].masked_fill(answers < 0, IGNORED_LABEL)
-    return RecallBatch(tokens[:, :-1].contiguous(), labels, answers, torch.tensor([s.bucket for s in samples]))
+    answers = torch.from_numpy(np.stack([s.answers for s in samples])).roll(-1, dims=1)  # no sample begins with one
+    labels = tokens.roll(-1, dims=1).masked_fill(answers < 0, IGNORED_LABEL)
+    return RecallBatch(tokens, labels, answers, torch.tensor([s.bucket for s in samples]))
 
 
 def score(logits: Tensor, batch: RecallBatch, buckets: int) -> Tensor:
-    """Sums float64 [buckets, NUM_SUMS], on the CPU, of logits [B, length - 1, V].
+    """Sums float64 [buckets, NUM_SUMS], on the CPU, of logits [B, length, V].
 
     An answer is right if each of its tokens has the highest logit of all, alone: what greedy decoding would say. A tie
     is a miss, on every device.

@@ -5,7 +5,7 @@ import re
 # Where the innermost frame of a rank that waits for others, or for its device, is. In our step it is the line that
 # reads the device's results; Megatron-Core's modules wait for what they have sent or asked for.
 _INNERMOST = (
-    re.compile(r'hymba_train/train/step\.py", line \d+ in (wait|exchange|micro_batch_losses|evaluate|measure)$'),
+    re.compile(r'hymba_train/train/step\.py", line \d+ in (wait|exchange|micro_batch_losses|evaluate)$'),
     # Between steps: the agreement about a save, or the writer itself; the comparison of replicas.
     re.compile(r'hymba_train/checkpoint/save\.py", line \d+ in (_sums|_count_bytes|_finish)$'),
     re.compile(r'hymba_train/guards/drift\.py", line \d+ in (_differ|check)$'),

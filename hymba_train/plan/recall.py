@@ -13,6 +13,7 @@ SENTENCE_TOKENS = 16
 NUM_DEPTHS = 10
 NUM_MARKS = 4
 """Separators that the tasks need: between key and value, after a value, before a question, and the blank."""
+FP8_MULTIPLE = 16
 KINDS = ("mqar", "phonebook", "needle", "selective_copy")
 
 
@@ -68,6 +69,11 @@ def check_recall(config: Config) -> list[str]:
             "value, before a question, blank), or []"
         )
     for name, task in evaluation.recall.items():
+        if config.precision.fp8 and task.length % FP8_MULTIPLE:
+            problems.append(
+                f"evaluation.recall.{name}.length={task.length} is no multiple of {FP8_MULTIPLE}, which precision.fp8 "
+                f"asks of rows; set it to {task.length // FP8_MULTIPLE * FP8_MULTIPLE + FP8_MULTIPLE}"
+            )
         problems += _check_task(f"evaluation.recall.{name}", task, evaluation.recall_symbols)
     return problems
 

@@ -218,25 +218,6 @@ class Stepper:
         with self._evaluating():
             return self._run(self._fill_last_group(micro_batches), True, partial(forward_step, objective=objective))
 
-    def measure(
-        self, micro_batches: list[MicroBatch], of_logits: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
-        shape: tuple[int, ...],
-    ) -> torch.Tensor:  # fmt: skip
-        """``of_logits`` (micro-batch, logits [B, S, V]) -> float64 ``shape``, summed over all micro-batches and ranks.
-
-        The model is given a micro-batch's tokens alone; the rest of it is for ``of_logits``. Every rank calls it with
-        as many, of the same shape. No gradients, no update.
-        """
-        missing = -len(micro_batches) % self.runtime.pipeline_size if len(self.chunks) > 1 else 0
-        with self._evaluating():
-            filled = [*micro_batches, *[micro_batches[-1]] * missing]
-            outputs = self._run(filled, True, partial(logits_step, of_logits))
-        sums = torch.zeros(shape, dtype=torch.float64, device=self.runtime.device)
-        if self._has_loss:
-            sums += torch.stack([output["sums"] for output in outputs[: len(micro_batches)]]).sum(0).to(sums.device)
-        dist.all_reduce(sums)
-        return sums
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Inside, the model is in evaluation mode with its updated weights; nothing is left behind."""
@@ -354,16 +335,3 @@ def sum_of_losses(
     loss_sum = losses.sum()
     num_tokens = (labels != -100).sum().int()
     return loss_sum, num_tokens, {"loss_sum": loss_sum.detach(), "num_tokens": num_tokens.clone()}
-
-
-def logits_step(
-    of_logits: Callable[[MicroBatch, torch.Tensor], torch.Tensor], micro_batches: Iterator[MicroBatch], chunk
-) -> tuple[torch.Tensor, Any]:
-    """A forward_step_func whose "loss" is a measurement of the logits."""
-    batch = next(micro_batches)
-
-    def measured(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        nothing = logits.new_zeros(())
-        return nothing, nothing.int(), {"sums": of_logits(batch, logits)}
-
-    return chunk(batch["tokens"]), measured

@@ -20,7 +20,7 @@ defaults:
   - override /precision: float32
   - override /schedule: cosine
   - _self_
-run: {name: study, directory: PATH/runs, device: cpu}
+run: {name: "study_${model.name}", directory: PATH/runs, device: cpu}
 model:
   {num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, num_query_groups: 2, vocab_size: 96,
    global_layers: [0], kv_groups: [], window_size: 8, num_meta_tokens: 4, mamba_state_dim: 4, mamba_dt_rank: 4,

@@ -24,8 +24,8 @@ TWO = ["attention=model.layer_pattern=[attention]", "ssm=model.layer_pattern=[ss
 def study_of(path, *members: str, budget: str | None = None, any_size=True, num_seeds=2, overrides=()):
     _, experiment, _, config_dir, _ = arguments(path)
     return make_study(
-        choose_members("custom", None, "20m", members or TWO), [experiment, *overrides], num_seeds=num_seeds,
-        budget=parse_budget(budget) if budget else None, config_dir=config_dir, any_size=any_size,
+        choose_members("custom", None, "20m", members or TWO), [experiment, "run.name=study", *overrides],
+        num_seeds=num_seeds, budget=parse_budget(budget) if budget else None, config_dir=config_dir, any_size=any_size,
     )  # fmt: skip
 
 

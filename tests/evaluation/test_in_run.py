@@ -100,6 +100,7 @@ def test_layouts_find_the_same(directory):
         ("evaluation.recall.a={kind:mqar,length:9999,items:600}", "at most 512"),
         ("evaluation.recall.a={kind:mqar}", "evaluation.recall.a.length: to be given"),
         ("evaluation.recall.a={kind:mqer,length:64}", "did you mean mqar"),
+        ("precision=fp8", "evaluation.recall.fine.length=200 is no multiple of 16, .* set it to 208"),
         ("evaluation.recall_separators=[1,2,3]", "give 4 different ids"),
         ("evaluation.recall_symbols=4095", "set it to at most 4092"),
     ],

@@ -63,7 +63,7 @@ def test_neither_batches_nor_ranks_nor_rows_that_fill_up_show(kind, ranks, size)
     torch.testing.assert_close(total(task, predict, size, ranks), expected)
     shapes = {b.tokens.shape for rank in range(ranks) for b in batches(task, size, rank, ranks)}
     counts = {len(batches(task, size, rank, ranks)) for rank in range(ranks)}
-    assert shapes == {(size, 128)} and len(counts) == 1, "collectives need as many of the same shape on every rank"
+    assert shapes == {(size, 129)} and len(counts) == 1, "collectives need as many of the same shape on every rank"
 
 
 def test_one_wrong_token_spoils_an_answer_of_four_and_no_other():
@@ -95,7 +95,7 @@ def test_labels_are_the_next_tokens_and_only_answers_have_one():
     (batch,) = batches(task, 3)
     for row in range(3):
         sample = draw(EVALUATION, 1, "needle", 129, 5, row, SYMBOLS)
-        assert batch.tokens[row].tolist() == sample.tokens[:-1].tolist() and batch.buckets[row] == row
+        assert batch.tokens[row].tolist() == sample.tokens.tolist() and batch.buckets[row] == row
         asked = batch.labels[row] != -100
-        assert asked.sum() == 4 and (batch.labels[row][asked].numpy() == sample.tokens[1:][asked.numpy()]).all()
+        assert asked.sum() == 4 and (batch.labels[row][asked].numpy() == sample.tokens[1:][asked[:-1].numpy()]).all()
     assert score(oracle(batch), batch, task.num_buckets).shape == (10, NUM_SUMS)
