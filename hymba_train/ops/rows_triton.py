@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,9 @@ def num_partials(num_rows: int) -> int:
 def partial_sums(num_rows: int, *sizes: int, like: Tensor) -> Tensor:
     """float32 [programs, *sizes]: one line a program, added up afterwards. No atomics: the same bits every time."""
     return torch.empty(num_partials(num_rows), *sizes, dtype=torch.float32, device=like.device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere (Triton's interpreter) an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -59,15 +59,19 @@ class PlainCudnn:
     not INTERPRET or importlib.util.find_spec("triton") is None, reason="needs triton and TRITON_INTERPRET=1"
 )
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("heads", "kv_index", "num_meta"), [(4, None, 5), (5, UNEVEN, 16), (4, None, 0)])
-def test_meta_keys_join_the_text(monkeypatch, heads, kv_index, num_meta, packed):
+@pytest.mark.parametrize(
+    ("heads", "kv_index", "num_meta", "programs", "rows"),
+    [(4, None, 5, 4, 16), (5, UNEVEN, 16, 6, 16), (4, None, 16, 500, 128), (4, None, 0, 4, 16)],
+)
+def test_meta_keys_join_the_text(monkeypatch, heads, kv_index, num_meta, programs, rows, packed):
+    """``programs`` in all: several items each, or one. 128 rows are more than a sequence has."""
     tensors = inputs(B=2, S=70, M=num_meta, H=heads, G=2, dk=16, dv=32, dtype=torch.float32)
     ids = segments(2, 70, every=20) if packed else None
     plain = PlainCudnn(ids)
     monkeypatch.setattr(module, "fused_forward", plain.forward)
     monkeypatch.setattr(module, "fused_backward", plain.backward)
-    monkeypatch.setattr(module, "BLOCKS", 2)
-    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(module, "ROWS", rows)
     kwargs = dict(window=9, scale=0.3, kv_index=kv_index, segment_ids=ids)
     wide = [x.detach().double().requires_grad_() for x in tensors]
     expected = outputs_and_gradients(attention, wide, **kwargs)
