@@ -81,7 +81,7 @@ class _ConvRows(torch.autograd.Function):
                     x.stride(0), d_out.stride(0), dx.stride(0),
                     CHUNK=BACKWARD_CHUNK, BC=BACKWARD_CHANNELS, num_warps=1, maxnreg=BACKWARD_REGISTERS,
                 )  # fmt: skip
-            conv_finish[(triton.cdiv(channels, FINISH_CHANNELS),)](
+            conv_finish[triton.cdiv(channels, FINISH_CHANNELS), 2 * WIDTH](
                 partial, d_weight, d_bias, dx, lines, ctx.num_meta, channels, dx.stride(0),
                 LINES=FINISH_LINES, BC=FINISH_CHANNELS, num_warps=4,
             )  # fmt: skip
