@@ -7,7 +7,7 @@ about 1000 tokens. Times are medians of CUDA graph replays with a cold L2. GB/s 
 an output written). Inputs that are slices of in_proj's output lie in rows as wide as that; ``in_proj's parts`` has them
 all at once, with their gradients in one tensor. ``--tune`` tries other block sizes after that, ``--fused-alone`` times
 nothing else. What does not fit into ``--seconds`` is left out, and said. Details go to $OUT/fused_gpu.json, if OUT is
-set.
+set. Single kernels: benchmarks/kernels_gpu.py.
 """
 
 from __future__ import annotations
@@ -159,12 +159,16 @@ def cases() -> list[Case]:
         (average_module, BACKWARD_KNOBS, [(8, 3, 1), (8, 2, 1), (8, 1, 1), (16, 3, 1), (16, 2, 1), (32, 2, 2)]),
     ]
     conv_knobs = [
-        (conv_module, tuple(f"{pass_}_{name}" for name in ("CHUNK", "CHANNELS", "REGISTERS")), tried)
-        for pass_, tried in (
-            ("FORWARD", [(64, 128, 128), (32, 128, 128), (64, 64, 64), (128, 64, 64)]),
-            ("BACKWARD", [(64, 128, 200), (64, 128, 168), (64, 64, 128), (128, 64, 128), (64, 64, 96)]),
-        )
-    ]
+        *(
+            (conv_module, tuple(f"{pass_}_{name}" for name in ("CHUNK", "CHANNELS", "WARPS", "REGISTERS")), tried)
+            for pass_, tried in (
+                ("FORWARD", [(64, 128, 1, 128), (64, 256, 2, 128), (64, 64, 1, 64), (128, 64, 1, 64)]),
+                ("BACKWARD", [(64, 128, 1, 200), (128, 128, 1, 200), (64, 256, 2, 200), (128, 256, 2, 200),
+                              (64, 256, 4, 128), (128, 256, 4, 128), (64, 64, 1, 128)]),
+            )
+        ),
+        (conv_module, ("FINISH_LINES", "FINISH_CHANNELS"), [(32, 32), (64, 32), (128, 32), (64, 64)]),
+    ]  # fmt: skip
     rope_knobs = [(rope_triton, ("ROWS", "VALUES_PER_THREAD"), [(2, 8), (1, 8), (4, 8), (2, 4)])]
     loss_knobs = [
         (loss_module, ("FORWARD_BLOCK", "FORWARD_WARPS"), list(tuned([2048, 4096, 8192], [4, 8, 16]))),

@@ -1,6 +1,6 @@
 """Triton kernels of the causal convolution on flat rows; launched by :mod:`hymba_train.ops.causal_conv_triton`.
 
-A program, one warp, walks over CHUNK rows of BC channels, four rows a round. What neighbouring rows share stays in
+A program, of one warp, walks over CHUNK rows of BC channels, four rows a round. What neighbouring rows share stays in
 registers, every value is loaded once, and a round's values are asked for one round ahead: the time of a round is that
 of its arithmetic, not of memory. Documents cost nothing where none starts: REACH says for each row how many of the
 inputs before it are of its own document, and only rounds with a row that reaches less than three look at it.
