@@ -7,7 +7,7 @@ about 1000 tokens. Times are medians of CUDA graph replays with a cold L2. GB/s 
 an output written). Inputs that are slices of in_proj's output lie in rows as wide as that; ``in_proj's parts`` has them
 all at once, with their gradients in one tensor. ``--tune`` tries other block sizes after that, ``--fused-alone`` times
 nothing else. What does not fit into ``--seconds`` is left out, and said. Details go to $OUT/fused_gpu.json, if OUT is
-set.
+set. Single kernels: benchmarks/kernels_gpu.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from hymba_train.ops import causal_conv_triton as conv_module
 from hymba_train.ops import cross_entropy_triton as loss_module
-from hymba_train.ops import rms_norm_triton, rope_triton, rows_triton, swiglu_triton
+from hymba_train.ops import normed_average_triton as average_module
+from hymba_train.ops import rms_norm_triton, rope_triton, swiglu_triton
 from hymba_train.ops.causal_conv import causal_conv_rows
 from hymba_train.ops.causal_conv_triton import causal_conv_rows_triton
 from hymba_train.ops.cross_entropy import linear_cross_entropy
@@ -46,6 +47,7 @@ PARTS = [1600, 320, 640, 3200, 3200]  # q, k, v, x, z
 GROUPS = [100, 16, 16]  # dt, B, C
 VOCAB, PADDED_VOCAB = 32001, 32128
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+BACKWARD_KNOBS = ("BACKWARD_VALUES", "BACKWARD_STAGES", "BACKWARD_PROGRAMS")
 GRAPH_WARM_UPS = 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cpu: with TRITON_INTERPRET=1, the check alone
 
@@ -151,14 +153,22 @@ def conv_inputs(rows: int, dtype: torch.dtype) -> list[Tensor]:
 def cases() -> list[Case]:
     b = 2  # bytes of a bf16 number
     tuned = itertools.product
-    norm_knobs = [(rows_triton, ("ROWS_PER_PROGRAM", "VALUES_PER_THREAD"), list(tuned([16, 32], [16, 32])))]
-    conv_knobs = [
-        (conv_module, tuple(f"{pass_}_{name}" for name in ("CHUNK", "CHANNELS", "REGISTERS")), tried)
-        for pass_, tried in (
-            ("FORWARD", [(64, 128, 128), (32, 128, 128), (64, 64, 64), (128, 64, 64)]),
-            ("BACKWARD", [(64, 128, 200), (64, 128, 168), (64, 64, 128), (128, 64, 128), (64, 64, 96)]),
-        )
+    norm_knobs = [(rms_norm_triton, BACKWARD_KNOBS, [(16, 3, 5), (16, 2, 6), (16, 1, 6), (32, 3, 6), (32, 1, 6)])]
+    average_knobs = [
+        (average_module, ("FORWARD_VALUES",), [(16,), (32,), (8,)]),
+        (average_module, BACKWARD_KNOBS, [(8, 3, 1), (8, 2, 1), (8, 1, 1), (16, 3, 1), (16, 2, 1), (32, 2, 2)]),
     ]
+    conv_knobs = [
+        *(
+            (conv_module, tuple(f"{pass_}_{name}" for name in ("CHUNK", "CHANNELS", "WARPS", "REGISTERS")), tried)
+            for pass_, tried in (
+                ("FORWARD", [(64, 128, 1, 128), (64, 256, 2, 128), (64, 64, 1, 64), (128, 64, 1, 64)]),
+                ("BACKWARD", [(64, 128, 1, 200), (128, 128, 1, 200), (64, 256, 2, 200), (128, 256, 2, 200),
+                              (64, 256, 4, 128), (128, 256, 4, 128), (64, 64, 1, 128)]),
+            )
+        ),
+        (conv_module, ("FINISH_LINES", "FINISH_CHANNELS"), [(32, 32), (64, 32), (128, 32), (64, 64)]),
+    ]  # fmt: skip
     rope_knobs = [(rope_triton, ("ROWS", "VALUES_PER_THREAD"), [(2, 8), (1, 8), (4, 8), (2, 4)])]
     loss_knobs = [
         (loss_module, ("FORWARD_BLOCK", "FORWARD_WARPS"), list(tuned([2048, 4096, 8192], [4, 8, 16]))),
@@ -178,7 +188,7 @@ def cases() -> list[Case]:
              (2 * 132 * b, 3 * 132 * b), frozenset({1, 2, 3})),
         Case("normed_average", lambda n, t: [randn(n, E), randn(n, E), randn(E), randn(E)],
              lambda *x: normed_average(*x, EPS, E), {"triton": lambda *x: normed_average_triton(*x, EPS, E)},
-             (3 * E * b, 5 * E * b), frozenset({2, 3}), knobs=norm_knobs),
+             (3 * E * b, 5 * E * b), frozenset({2, 3}), knobs=average_knobs),
         Case("normed_average, split", lambda n, t: [randn(n, E), randn(n, E), randn(E), randn(E)],
              lambda *x: normed_average(*x, EPS, E, lambda s: None),
              {"triton": lambda *x: normed_average_triton(*x, EPS, E, lambda s: None)},

@@ -189,7 +189,8 @@ def _attention_flex(x: Sizes) -> Iterator[SavedTensor]:
 
 
 def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
-    """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected."""
+    """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected. The output is
+    what comes behind it saves, unless padding heads are put behind its own."""
     groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
     yield SavedTensor("attention.q", x.H * x.dk, x.v)
     if x.heads.kv_index:
@@ -197,7 +198,10 @@ def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
     elif x.makes_kv:
         yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
     yield SavedTensor("attention.values", groups * x.dv, x.v)
-    yield SavedTensor("attention.out", x.H * x.dv, x.v)
+    behind = "out_proj.in"
+    if x.description.mixer == "hybrid":
+        behind = "concat.attention" if x.model.branch_fusion == "concat" else "average.attention"
+    yield SavedTensor(behind if x.H * x.dv == x.A else "attention.out", x.H * x.dv, x.v)
     yield SavedTensor("attention.log_sum", x.H, FLOAT32)
 
 

@@ -12,6 +12,7 @@ from hymba_train.describe import LayerDescription, ModelDims
 from hymba_train.describe.heads import heads_of_rank
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
+from hymba_train.ops.attention_rows import attention_rows
 
 
 class AttentionBranch(nn.Module):
@@ -36,15 +37,12 @@ class AttentionBranch(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
         """q [N, capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, capacity*dv]."""
         d, rows = self.dims, batch.rows
-        meta_q, text_q = rows.split(self.ops.rotate_heads(q, batch.cos, batch.sin, self.num_heads))
-        meta_k, text_k = rows.split(k.flatten(1).unflatten(-1, (-1, d.head_dim)))
-        meta_v, text_v = rows.split(v.flatten(1).unflatten(-1, (-1, d.value_head_dim)))
-        text, meta = self.ops.attention(
-            text_q, text_k, text_v, meta_q, meta_k, meta_v,
+        meta_q, text_q, _ = self.ops.rotate_heads(q, batch.cos, batch.sin, self.num_heads, rows.counts)
+        out = attention_rows(
+            self.ops.attention, meta_q, text_q, k.flatten(1), v.flatten(1), batch=rows.batch,
             window=self.window, scale=1 / math.sqrt(d.head_dim), kv_index=self.kv_index, segment_ids=batch.segment_ids,
             document_ends=batch.document_ends,
-        )  # fmt: skip
-        out = rows.join(meta, text).flatten(1).unsqueeze(1)
+        ).unsqueeze(1)  # fmt: skip
         padding = (self.head_capacity - self.num_heads) * d.value_head_dim
         return F.pad(out, (0, padding)) if padding else out  # F.pad by nothing copies
 

@@ -38,10 +38,14 @@ class TokenRows:
     seq: int  # S
     num_rows: int  # N
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Rows of meta tokens, of text, of padding."""
+        return self.num_meta, self.batch * self.seq, self.num_rows - self.num_meta - self.batch * self.seq
+
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[N, ...] -> meta [M, ...], text [B, S, ...] (views), whose gradients meet in one tensor, without a sum."""
-        num_text, flat = self.batch * self.seq, rows if rows.dim() == 2 else rows.flatten(1)
-        meta, text, _ = split_rows(flat, [self.num_meta, num_text, self.num_rows - self.num_meta - num_text])
+        meta, text, _ = split_rows(rows if rows.dim() == 2 else rows.flatten(1), self.counts)
         if rows.dim() > 2:
             meta, text = (part.unflatten(1, rows.shape[1:]) for part in (meta, text))
         return meta, view_with_slot(text, text.unflatten(0, (self.batch, self.seq)))
@@ -53,9 +57,8 @@ class TokenRows:
     def join(self, meta: Tensor, text: Tensor) -> Tensor:
         """meta [M, ...], text [B, S, ...] -> [N, ...]."""
         parts = [meta, text.flatten(0, 1)]
-        padding = self.num_rows - self.num_meta - self.batch * self.seq
-        if padding:
-            parts.append(text.new_zeros(padding, *text.shape[2:]))
+        if self.counts[2]:
+            parts.append(text.new_zeros(self.counts[2], *text.shape[2:]))
         return torch.cat(parts)
 
 

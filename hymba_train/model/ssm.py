@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
-from hymba_train.ops.gradient_slots import view_with_slot
 from hymba_train.ops.rms_norm import aligned
+from hymba_train.ops.selective_scan_rows import selective_scan_rows
 
 
 class Weights(nn.Module):
@@ -125,18 +125,8 @@ class SsmBranch(nn.Module):
         weight = self.dt_proj().weight
         if room[0] > self.dt_rank:
             weight = F.pad(weight, (0, room[0] - self.dt_rank))
-        y = self._scan(u, F.linear(dt, weight), B, C, z, batch)
-        return rows.join(*y).unsqueeze(1)
-
-    def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        rows = batch.rows
-        (mu, u), (mdt, dt), (mB, B), (mC, C), (mz, z) = (rows.split(t) for t in (u, dt, B, C, z))
-        mu, mdt, mB, mC, mz = (view_with_slot(t, t.unsqueeze(0)) for t in (mu, mdt, mB, mC, mz))
-        channel = (self.D, self.dt_bias)
-        meta, state = self.ops.selective_scan(
-            mu, mdt, self.A_log, mB, mC, *channel, mz, initial_state=None, segment_ids=None
-        )
-        text, _ = self.ops.selective_scan(
-            u, dt, self.A_log, B, C, *channel, z, initial_state=state[0], segment_ids=batch.segment_ids
-        )
-        return meta[0], text
+        y = selective_scan_rows(
+            self.ops.selective_scan, u, F.linear(dt, weight), self.A_log, B, C, self.D, self.dt_bias, z,
+            num_meta=rows.num_meta, batch=rows.batch, seq=rows.seq, segment_ids=batch.segment_ids,
+        )  # fmt: skip
+        return y.unsqueeze(1)

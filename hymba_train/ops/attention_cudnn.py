@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from hymba_train.ops import segments
+from hymba_train.ops.rows_triton import multiprocessors
 
 ROWS = 64
-"""Query rows of a block in the kernels of the meta prefix."""
-BLOCKS = 8
-"""Blocks of a program in the backward kernel: fewer partial sums, fewer programs."""
-WARPS = 8
-"""Warps of a program in the backward kernel; the forward one has half as many."""
+"""Query rows of an item in the kernels of the meta prefix."""
+MERGE_WARPS, MERGE_STAGES, MERGE_PROGRAMS = 4, 2, 2
+BACKWARD_WARPS, BACKWARD_STAGES, BACKWARD_PROGRAMS = 8, 3, 1
+"""Warps of a program, items whose loads are under way, and programs a multiprocessor has room for: the grid is one
+wave, in which every program has as many items as the others."""
 
 
 def attention_cudnn(
@@ -127,17 +128,22 @@ class MetaLaunch:
         strides = tuple(lse.stride()[:3]) if lse.ndim == 4 else (seq * heads, 1, heads)
         return cls(batch * seq, seq, heads, groups, dk, dv, num_meta, scale, strides)
 
-    @property
-    def _sizes(self) -> tuple:
-        share = self.heads // self.groups
+    def _grid(self, programs: int, device: torch.device) -> tuple[int, int]:
+        """(strips, items of a program): strips for every KV head fill ``programs`` a multiprocessor."""
+        items = -(-self.num_rows // ROWS) * (self.heads // self.groups)
+        each = -(-items // max(1, programs * multiprocessors(device) // self.groups))
+        return -(-items // each), each
+
+    def _arguments(self, items: int) -> tuple:
         return (
-            self.num_rows, self.num_meta, self.seq, self.scale, self.heads * self.dk, self.heads, share,
-            *self.lse_strides,
+            self.num_rows, self.num_meta, self.seq, self.scale, self.heads * self.dk, self.heads,
+            self.heads // self.groups, items, *self.lse_strides,
         )  # fmt: skip
 
     @property
-    def _meta_tile(self) -> int:
-        return max(16, 1 << (self.num_meta - 1).bit_length())
+    def _constants(self) -> dict:
+        meta = max(16, 1 << (self.num_meta - 1).bit_length())
+        return dict(DK=self.dk, DV=self.dv, ROWS=ROWS, META=meta, LONG=self.seq >= ROWS)
 
     def merge(
         self, q: Tensor, meta_k: Tensor, meta_v: Tensor, text: Tensor, text_lse: Tensor, out: Tensor, lse: Tensor
@@ -145,9 +151,10 @@ class MetaLaunch:
         """out, lse := attention over text and meta keys, from attention over the text."""
         from hymba_train.ops.attention_meta_kernels import merge_meta
 
-        merge_meta[-(-self.num_rows // ROWS), self.heads](
-            q, meta_k, meta_v, text, text_lse, out, lse, *self._sizes,
-            DK=self.dk, DV=self.dv, ROWS=ROWS, META=self._meta_tile, num_warps=WARPS // 2,
+        strips, items = self._grid(MERGE_PROGRAMS, q.device)
+        merge_meta[strips, self.groups](
+            q, meta_k, meta_v, text, text_lse, out, lse, *self._arguments(items), **self._constants,
+            STAGES=MERGE_STAGES, num_warps=MERGE_WARPS,
         )  # fmt: skip
 
     def backward(
@@ -156,21 +163,14 @@ class MetaLaunch:
         """(d_meta_k, d_meta_v); adds the meta keys' part to d_q in place. Deterministic."""
         from hymba_train.ops.attention_meta_kernels import meta_backward
 
-        strips, tile = -(-self.num_rows // (ROWS * BLOCKS)), self._meta_tile
-        parts = [
-            torch.empty(strips, self.heads, tile, width, dtype=torch.float32, device=q.device)
-            for width in (self.dk, self.dv)
-        ]
-        meta_backward[strips, self.heads](
-            q, meta_k, meta_v, out, d_out, lse, d_q, *parts, *self._sizes,
-            DK=self.dk, DV=self.dv, ROWS=ROWS, META=tile, BLOCKS=BLOCKS, num_warps=WARPS,
+        strips, items = self._grid(BACKWARD_PROGRAMS, q.device)
+        shape = (strips, self.num_meta, self.groups, self.dk + self.dv)
+        partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+        meta_backward[strips, self.groups](
+            q, meta_k, meta_v, out, d_out, lse, d_q, partial, *self._arguments(items), **self._constants,
+            STAGES=BACKWARD_STAGES, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
-        share = self.heads // self.groups
-        d_k, d_v = (
-            p.unflatten(1, (self.groups, share)).sum((0, 2))[:, : self.num_meta].transpose(0, 1).to(q.dtype)
-            for p in parts
-        )
-        return d_k, d_v
+        return tuple(x.to(q.dtype) for x in partial.sum(0).split((self.dk, self.dv), -1))
 
 
 def fused_forward(

@@ -1,6 +1,6 @@
 """Triton kernels of the causal convolution on flat rows; launched by :mod:`hymba_train.ops.causal_conv_triton`.
 
-A program, one warp, walks over CHUNK rows of BC channels, four rows a round. What neighbouring rows share stays in
+A program, of one warp, walks over CHUNK rows of BC channels, four rows a round. What neighbouring rows share stays in
 registers, every value is loaded once, and a round's values are asked for one round ahead: the time of a round is that
 of its arithmetic, not of memory. Documents cost nothing where none starts: REACH says for each row how many of the
 inputs before it are of its own document, and only rounds with a row that reaches less than three look at it.
@@ -293,22 +293,21 @@ def conv_backward(
 
 @triton.jit
 def conv_finish(PARTIAL, DW, DBIAS, DX, lines, num_meta, C, stride_d, LINES: tl.constexpr, BC: tl.constexpr):
-    """Adds up the chunks' lines: into DW [C, 4], DBIAS [C], and onto DX of the last three meta rows."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    """Adds up the chunks' lines of one part: into DW [C, 4], DBIAS [C], and onto DX of the last three meta rows."""
+    c, part = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
     inside = c < C
-    for part in tl.static_range(8):
-        total = tl.zeros([BC], tl.float32)
-        for first in range(0, lines, LINES):
-            line = first + tl.arange(0, LINES)[:, None]
-            at = PARTIAL + (line.to(tl.int64) * 8 + part) * C + c[None, :]
-            total += tl.sum(tl.load(at, mask=(line < lines) & inside[None, :], other=0.0), 0)
-        if part < 4:
-            tl.store(DW + 4 * c + part, total.to(DW.dtype.element_ty), mask=inside)
-        elif part == 4:
-            tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=inside)
-        else:
-            row = num_meta - (part - 4)
-            ok = inside & (row >= 0)
-            place = DX + row * stride_d + c
-            d = tl.load(place, mask=ok, other=0.0).to(tl.float32) + total
-            tl.store(place, d.to(DX.dtype.element_ty), mask=ok)
+    total = tl.zeros([BC], tl.float32)
+    for first in range(0, lines, LINES):
+        line = first + tl.arange(0, LINES)[:, None]
+        at = PARTIAL + (line.to(tl.int64) * 8 + part) * C + c[None, :]
+        total += tl.sum(tl.load(at, mask=(line < lines) & inside[None, :], other=0.0), 0)
+    if part < 4:
+        tl.store(DW + 4 * c + part, total.to(DW.dtype.element_ty), mask=inside)
+    elif part == 4:
+        tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=inside)
+    else:
+        row = num_meta - (part - 4)
+        ok = inside & (row >= 0)
+        place = DX + row * stride_d + c
+        d = tl.load(place, mask=ok, other=0.0).to(tl.float32) + total
+        tl.store(place, d.to(DX.dtype.element_ty), mask=ok)

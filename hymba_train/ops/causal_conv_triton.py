@@ -16,12 +16,12 @@ from hymba_train.ops.gradient_slots import empty_gradient, slot_of
 from hymba_train.ops.segments import rows_reach
 
 WIDTH = 4
-FORWARD_CHUNK, FORWARD_CHANNELS, FORWARD_REGISTERS = 64, 128, 128
-"""Rows (a multiple of 4) and channels of a program, which is one warp, and the most registers of a thread.
+FORWARD_CHUNK, FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_REGISTERS = 64, 128, 1, 128
+"""Rows (a multiple of 4), channels and warps of a program, and the most registers of a thread.
 
 Four bf16 channels a thread load 8 bytes, 256 a warp; eight would need more registers than there are.
 """
-BACKWARD_CHUNK, BACKWARD_CHANNELS, BACKWARD_REGISTERS = 64, 128, 200
+BACKWARD_CHUNK, BACKWARD_CHANNELS, BACKWARD_WARPS, BACKWARD_REGISTERS = 64, 128, 1, 200
 FINISH_LINES, FINISH_CHANNELS = 32, 32
 """Chunks that a step of the last sum reads, and channels of a program."""
 
@@ -58,7 +58,7 @@ class _ConvRows(torch.autograd.Function):
             with torch.cuda.device_of(x):
                 conv_forward[triton.cdiv(channels, FORWARD_CHANNELS), triton.cdiv(n, FORWARD_CHUNK)](
                     x, weight, bias, reach, out, n, num_meta, channels, x.stride(0), out.stride(0),
-                    CHUNK=FORWARD_CHUNK, BC=FORWARD_CHANNELS, num_warps=1, maxnreg=FORWARD_REGISTERS,
+                    CHUNK=FORWARD_CHUNK, BC=FORWARD_CHANNELS, num_warps=FORWARD_WARPS, maxnreg=FORWARD_REGISTERS,
                 )  # fmt: skip
         return out
 
@@ -79,9 +79,9 @@ class _ConvRows(torch.autograd.Function):
                 conv_backward[triton.cdiv(channels, BACKWARD_CHANNELS), lines](
                     x, weight, bias, reach, d_out, dx, partial, n, ctx.num_meta, channels,
                     x.stride(0), d_out.stride(0), dx.stride(0),
-                    CHUNK=BACKWARD_CHUNK, BC=BACKWARD_CHANNELS, num_warps=1, maxnreg=BACKWARD_REGISTERS,
+                    CHUNK=BACKWARD_CHUNK, BC=BACKWARD_CHANNELS, num_warps=BACKWARD_WARPS, maxnreg=BACKWARD_REGISTERS,
                 )  # fmt: skip
-            conv_finish[(triton.cdiv(channels, FINISH_CHANNELS),)](
+            conv_finish[triton.cdiv(channels, FINISH_CHANNELS), 2 * WIDTH](
                 partial, d_weight, d_bias, dx, lines, ctx.num_meta, channels, dx.stride(0),
                 LINES=FINISH_LINES, BC=FINISH_CHANNELS, num_warps=4,
             )  # fmt: skip

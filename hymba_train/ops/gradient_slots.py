@@ -80,6 +80,11 @@ def slot_of(x: Tensor) -> GradientSlot | None:
     return getattr(x, "_gradient_slot", None)
 
 
+def new_slot(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> GradientSlot:
+    """A slot that is the whole of a gradient [N, W]."""
+    return GradientSlot(_Buffer(tuple(shape), dtype, device), (0, shape[0]), (0, shape[1]))
+
+
 def view_with_slot(part: Tensor, view: Tensor) -> Tensor:
     """``view``, a view of all of ``part`` with the same columns, with part's slot: it is used in part's place."""
     view._gradient_slot = slot_of(part)
@@ -108,7 +113,7 @@ def _split(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     if x.dim() != 2 or sum(sizes) != x.shape[dim]:
         raise ValueError(f"{list(sizes)} do not add up to axis {dim} of a matrix {list(x.shape)}")
     parent = slot_of(x)
-    whole = parent or GradientSlot(_Buffer(tuple(x.shape), x.dtype, x.device), (0, x.shape[0]), (0, x.shape[1]))
+    whole = parent or new_slot(x.shape, x.dtype, x.device)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     slots = [whole.part(dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
     parts = _Split.apply(x, tuple(sizes), dim, whole, slots, parent is None)

@@ -12,9 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba_train.ops import rows_triton
 from hymba_train.ops.gradient_slots import empty_gradient, slot_of
-from hymba_train.ops.rows_triton import as_rows, block_of, num_partials, partial_sums, warps_of
+from hymba_train.ops.rows_triton import as_rows, block_of, share_rows, warps_of
+
+FORWARD_VALUES = 16
+"""Columns of a row that a thread holds."""
+BACKWARD_VALUES, BACKWARD_STAGES, BACKWARD_PROGRAMS = 8, 3, 1
+"""Columns a thread, rows under way (the loads of the next ones go on while a row is added up), and programs a
+multiprocessor has room for."""
 
 
 def normed_average_triton(
@@ -36,19 +41,19 @@ class _NormedAverage(torch.autograd.Function):
     def forward(ctx, attention, ssm, wa, ws, eps, true_width, all_reduce, slots):
         a, s, wa, ws = as_rows(attention), as_rows(ssm), wa.contiguous(), ws.contiguous()
         n, width = a.shape
-        ctx.constants = dict(WIDTH=width, BLOCK=block_of(width, "normed_average"))
-        ctx.constants["num_warps"] = warps_of(ctx.constants["BLOCK"])
+        ctx.block = block_of(width, "normed_average")
+        constants = dict(WIDTH=width, BLOCK=ctx.block, num_warps=warps_of(ctx.block, FORWARD_VALUES))
         out = torch.empty(n, width, dtype=a.dtype, device=a.device)
         sums = torch.empty(n, 2, dtype=torch.float32, device=a.device)
         strides = (a.stride(0), s.stride(0))
         with torch.cuda.device_of(a):
             if all_reduce is not None:
                 if n:
-                    average_sums[(n,)](a, s, sums, *strides, **ctx.constants)
+                    average_sums[(n,)](a, s, sums, *strides, **constants)
                 all_reduce(sums)
             if n:
                 average_forward[(n,)](
-                    a, s, wa, ws, sums, out, *strides, eps, true_width, **ctx.constants, GIVEN=all_reduce is not None
+                    a, s, wa, ws, sums, out, *strides, eps, true_width, **constants, GIVEN=all_reduce is not None
                 )
         ctx.save_for_backward(a, s, wa, ws, sums)
         ctx.eps, ctx.true_width, ctx.all_reduce, ctx.slots, ctx.shape = (
@@ -62,19 +67,21 @@ class _NormedAverage(torch.autograd.Function):
         a, s, wa, ws, sums = ctx.saved_tensors
         (n, width), d_out = a.shape, as_rows(d_out)
         da, ds = empty_gradient(ctx.slots[0], a), empty_gradient(ctx.slots[1], s)
-        partial = partial_sums(n, 2, width, like=a)
+        programs, each = share_rows(n, BACKWARD_PROGRAMS, a.device)
+        partial = torch.empty(programs, 2, width, dtype=torch.float32, device=a.device)
         dots = torch.empty_like(sums)
         strides = (a.stride(0), s.stride(0), d_out.stride(0))
+        constants = dict(WIDTH=width, BLOCK=ctx.block, num_warps=warps_of(ctx.block, BACKWARD_VALUES))
         with torch.cuda.device_of(a):
             if ctx.all_reduce is not None:
                 if n:
-                    average_dots[(n,)](a, s, wa, ws, d_out, dots, *strides, **ctx.constants)
+                    average_dots[(n,)](a, s, wa, ws, d_out, dots, *strides, **constants)
                 ctx.all_reduce(dots)
             if n:
-                average_backward[(num_partials(n),)](
+                average_backward[(programs,)](
                     a, s, wa, ws, sums, dots, d_out, da, ds, partial, *strides, da.stride(0), ds.stride(0),
-                    n, ctx.eps, ctx.true_width,
-                    **ctx.constants, GIVEN=ctx.all_reduce is not None, ROWS=rows_triton.ROWS_PER_PROGRAM,
+                    n, each, ctx.eps, ctx.true_width,
+                    **constants, GIVEN=ctx.all_reduce is not None, STAGES=BACKWARD_STAGES,
                 )  # fmt: skip
         d_weights = partial.sum(0)
         gradients = (da.view(ctx.shape), ds.view(ctx.shape), d_weights[0].to(wa.dtype), d_weights[1].to(ws.dtype))
@@ -134,30 +141,30 @@ def average_dots(A, S, WA, WS, DOUT, DOTS, stride_a, stride_s, stride_o, WIDTH: 
 @triton.jit
 def average_backward(
     A, S, WA, WS, SUMS, DOTS, DOUT, DA, DS, PARTIAL, stride_a, stride_s, stride_o, stride_da, stride_ds,
-    num_rows, eps, true_width,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
+    num_rows, each, eps, true_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = r (dy w / 2) - x r^3 dot / E, r = 1 / root mean square; a program adds up dy n / 2 over ROWS rows."""
-    first, c = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, BLOCK)
+    """dx = r (dy w / 2) - x r^3 dot / E, r = 1 / root mean square; a program adds up dy n / 2 over ``each`` rows."""
+    first, c = tl.program_id(0).to(tl.int64) * each, tl.arange(0, BLOCK)
     ok = c < WIDTH
-    wa, ws = _weight(WA, c, ok, A), _weight(WS, c, ok, A)
+    wa, ws = 0.5 * _weight(WA, c, ok, A), 0.5 * _weight(WS, c, ok, A)
     dwa, dws = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for row in range(first, tl.minimum(first + ROWS, num_rows)):
+    for row in tl.range(first, tl.minimum(first + each, num_rows), num_stages=STAGES):
         a, s = _row(A, row, stride_a, c, ok), _row(S, row, stride_s, c, ok)
-        half = 0.5 * _row(DOUT, row, stride_o, c, ok)
+        d_out = _row(DOUT, row, stride_o, c, ok)
         ra = 1.0 / tl.sqrt(tl.load(SUMS + 2 * row) / true_width + eps)
         rs = 1.0 / tl.sqrt(tl.load(SUMS + 2 * row + 1) / true_width + eps)
         if GIVEN:
             dot_a, dot_s = tl.load(DOTS + 2 * row), tl.load(DOTS + 2 * row + 1)
         else:
-            dot_a, dot_s = tl.sum(half * wa * a, 0), tl.sum(half * ws * s, 0)
+            dot_a, dot_s = tl.sum(d_out * wa * a, 0), tl.sum(d_out * ws * s, 0)
         na, ns = a * ra, s * rs
-        da = ra * (half * wa - na * (ra * dot_a / true_width))
-        ds = rs * (half * ws - ns * (rs * dot_s / true_width))
-        dwa += half * na.to(A.dtype.element_ty).to(tl.float32)
-        dws += half * ns.to(A.dtype.element_ty).to(tl.float32)
+        da = d_out * wa * ra - na * (ra * ra * dot_a / true_width)
+        ds = d_out * ws * rs - ns * (rs * rs * dot_s / true_width)
+        dwa += d_out * na.to(A.dtype.element_ty).to(tl.float32)
+        dws += d_out * ns.to(A.dtype.element_ty).to(tl.float32)
         tl.store(DA + row * stride_da + c, da.to(DA.dtype.element_ty), mask=ok)
         tl.store(DS + row * stride_ds + c, ds.to(DS.dtype.element_ty), mask=ok)
     place = PARTIAL + tl.program_id(0) * (2 * WIDTH) + c
-    tl.store(place, dwa, mask=ok)
-    tl.store(place + WIDTH, dws, mask=ok)
+    tl.store(place, 0.5 * dwa, mask=ok)
+    tl.store(place + WIDTH, 0.5 * dws, mask=ok)

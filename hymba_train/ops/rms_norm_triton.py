@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba_train.ops import rows_triton
 from hymba_train.ops.gradient_slots import GradientSlot, empty_gradient, slot_of
-from hymba_train.ops.rows_triton import as_rows, block_of, num_partials, partial_sums, warps_of
+from hymba_train.ops.rows_triton import as_rows, block_of, share_rows, warps_of
+
+BACKWARD_VALUES, BACKWARD_STAGES, BACKWARD_PROGRAMS = 16, 3, 5
+"""Columns a thread, rows under way, and programs a multiprocessor has room for."""
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,15 +90,16 @@ def _gradients(
     n, width = rows.shape
     d_out = as_rows(d_out)
     other = d_out if d_total is None else as_rows(d_total)
-    dx, partial = empty_gradient(slot, rows), partial_sums(n, width, like=rows)
+    programs, each = share_rows(n, BACKWARD_PROGRAMS, rows.device)
+    dx, partial = empty_gradient(slot, rows), torch.empty(programs, width, dtype=torch.float32, device=rows.device)
     block = block_of(width, "rms_norm")
     if n:
         with torch.cuda.device_of(rows):
-            norm_backward[(num_partials(n),)](
+            norm_backward[(programs,)](
                 rows, weight.contiguous(), scale, other, d_out, dx, partial,
-                rows.stride(0), other.stride(0), d_out.stride(0), dx.stride(0), n,
-                WIDTH=width, BLOCK=block, ADD=d_total is not None, ROWS=rows_triton.ROWS_PER_PROGRAM,
-                num_warps=warps_of(block),
+                rows.stride(0), other.stride(0), d_out.stride(0), dx.stride(0), n, each,
+                WIDTH=width, BLOCK=block, ADD=d_total is not None, STAGES=BACKWARD_STAGES,
+                num_warps=warps_of(block, BACKWARD_VALUES),
             )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -124,16 +127,16 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    X, W, SCALE, DTOTAL, DOUT, DX, PARTIAL, stride_x, stride_t, stride_o, stride_d, num_rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+    X, W, SCALE, DTOTAL, DOUT, DX, PARTIAL, stride_x, stride_t, stride_o, stride_d, num_rows, each,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale (w dy - n mean(w dy n)) with n = scale x; a program adds up dy n over ROWS rows."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    """dx = scale (w dy - n mean(w dy n)) with n = scale x; a program adds up dy n over ``each`` rows."""
+    first = tl.program_id(0).to(tl.int64) * each
     c = tl.arange(0, BLOCK)
     ok = c < WIDTH
     w = tl.load(W + c, mask=ok, other=0.0).to(X.dtype.element_ty).to(tl.float32)
     d_weight = tl.zeros([BLOCK], tl.float32)
-    for row in range(first, tl.minimum(first + ROWS, num_rows)):
+    for row in tl.range(first, tl.minimum(first + each, num_rows), num_stages=STAGES):
         scale = tl.load(SCALE + row)
         x = tl.load(X + row * stride_x + c, mask=ok, other=0.0).to(tl.float32)
         d_out = tl.load(DOUT + row * stride_o + c, mask=ok, other=0.0).to(tl.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+def rotate_heads(
+    x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, counts: Sequence[int] | None = None
+) -> Tensor | tuple[Tensor, ...]:
     """RoPE of the first num_heads heads in the columns of x [N, >= H*dk]: [N, H, dk], contiguous. Backend ``torch``.
 
     cos, sin: float32 [N, dk / 2] (:func:`rope_tables`). x may be a slice of wider rows; columns past the last head are
-    those of padding heads.
+    those of padding heads. With ``counts``, which add up to N, so many rows each, one after another.
     """
-    return apply_rope(x[:, : num_heads * 2 * cos.shape[-1]].unflatten(-1, (num_heads, -1)), cos, sin)
+    out = apply_rope(x[:, : num_heads * 2 * cos.shape[-1]].unflatten(-1, (num_heads, -1)), cos, sin)
+    return out if counts is None else out.split(counts)

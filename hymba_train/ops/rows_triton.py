@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hymba_train.errors import UserError
 
-ROWS_PER_PROGRAM = 16
-"""Rows that one program of a backward kernel adds up into its line of a weight's gradient."""
+LEAST_ROWS = 16
+"""Rows at least that a program of a backward kernel adds up into its line of a weight's gradient."""
 VALUES_PER_THREAD = 32
 """Columns of a row that a thread holds, where a program holds a whole row."""
 
@@ -26,15 +28,23 @@ def block_of(width: int, op: str) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def warps_of(block: int) -> int:
+def warps_of(block: int, values_per_thread: int = VALUES_PER_THREAD) -> int:
     """Warps of a program with ``block`` columns."""
-    return min(16, max(1, block // (32 * VALUES_PER_THREAD)))
+    return min(16, max(1, block // (32 * values_per_thread)))
 
 
-def num_partials(num_rows: int) -> int:
-    return -(-num_rows // ROWS_PER_PROGRAM)
+def share_rows(num_rows: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(programs, rows of each) of a backward kernel, ``programs`` a multiprocessor where there are rows for all: they
+    run at once and end together.
+
+    Each adds its rows up into a line of partial sums, and the lines are added up afterwards. No atomics: the same bits
+    every time.
+    """
+    each = max(LEAST_ROWS, -(-num_rows // (programs * multiprocessors(device))))
+    return -(-num_rows // each), each
 
 
-def partial_sums(num_rows: int, *sizes: int, like: Tensor) -> Tensor:
-    """float32 [programs, *sizes]: one line a program, added up afterwards. No atomics: the same bits every time."""
-    return torch.empty(num_partials(num_rows), *sizes, dtype=torch.float32, device=like.device)
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere (Triton's interpreter) an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

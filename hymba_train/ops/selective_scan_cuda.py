@@ -71,6 +71,11 @@ def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: i
     return Chunks(-(-num_tokens // TILE_TOKENS) * TILE_TOKENS, 1, False)
 
 
+def chunks_of(batch: int, num_tokens: int, u: Tensor) -> Chunks:
+    """For u's channels and device."""
+    return CHUNKS or choose_chunks(batch, num_tokens, u.shape[-1], _multiprocessors(u.device))
+
+
 def selective_scan_cuda(
     u: Tensor,
     dt: Tensor,
@@ -94,7 +99,7 @@ def selective_scan_cuda(
             f"selective_scan: backend 'cuda' has at most {MAX_STATES} as mamba_state_dim, not {A_log.shape[1]}; "
             "use 'triton' or 'torch'"
         )
-    batch, num_tokens, channels = u.shape
+    batch, num_tokens, _ = u.shape
     if initial_state is not None:
         initial_state = initial_state.float()
         if initial_state.dim() == 3 and initial_state.shape[0] != batch:
@@ -103,10 +108,10 @@ def selective_scan_cuda(
     if u.numel() == 0:
         first = u.new_zeros(()) if initial_state is None else initial_state
         return torch.zeros_like(u), first.float().expand(batch, *A_log.shape).clone()
-    chunks = CHUNKS or choose_chunks(batch, num_tokens, channels, _multiprocessors(u.device))
+    chunks = chunks_of(batch, num_tokens, u)
     x = _alike(u, dt, z)
     slots = tuple(slot_of(t) if t is given else None for t, given in zip(x, (u, dt, z), strict=True))
-    y, final = _CudaScan.apply(
+    y, final = CudaScan.apply(
         *x, *_alike(B, C), *(x.float().contiguous() for x in (A_log, D, dt_bias)), initial_state,
         None if segment_ids is None else segment_ids.long(), chunks, slots,
     )  # fmt: skip
@@ -131,14 +136,17 @@ class Params(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _CudaScan(torch.autograd.Function):
-    """u, dt, z of one dtype, B, C of one dtype; A_log, D, bias, initial ([C, N] or [B, C, N]) float32, contiguous."""
+class CudaScan(torch.autograd.Function):
+    """u, dt, z of one dtype, B, C of one dtype; A_log, D, bias, initial ([C, N] or [B, C, N]) float32, contiguous.
+    y: contiguous memory to write it to."""
 
     @staticmethod
-    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks, slots):
+    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks, slots, y=None):
         run = _Run(_kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
-        y = run.new("y", u.shape, u.dtype)
+        if y is None:
+            y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        run.set("y", y)
         final = run.new("final_state", (u.shape[0], *A_log.shape))
         checkpoints = before = None
         if any(ctx.needs_input_grad):

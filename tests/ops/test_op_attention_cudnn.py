@@ -8,7 +8,11 @@ import torch
 
 from hymba_train.ops import attention_cudnn as module
 from hymba_train.ops.attention import attention, visible_text
+from hymba_train.ops.attention_rows import attention_rows
+from hymba_train.ops.registry import BACKENDS, Choice
 from hymba_train.ops.segments import document_ends
+from tests.ops.fused import assert_close, random
+from tests.ops.fused import outputs_and_gradients as fused_outputs
 from tests.ops.test_op_attention import UNEVEN, inputs, outputs_and_gradients, segments
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,21 +63,52 @@ class PlainCudnn:
     not INTERPRET or importlib.util.find_spec("triton") is None, reason="needs triton and TRITON_INTERPRET=1"
 )
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("heads", "kv_index", "num_meta"), [(4, None, 5), (5, UNEVEN, 16), (4, None, 0)])
-def test_meta_keys_join_the_text(monkeypatch, heads, kv_index, num_meta, packed):
+@pytest.mark.parametrize(
+    ("heads", "kv_index", "num_meta", "programs", "rows"),
+    [(4, None, 5, 4, 16), (5, UNEVEN, 16, 6, 16), (4, None, 16, 500, 128), (4, None, 0, 4, 16)],
+)
+def test_meta_keys_join_the_text(monkeypatch, heads, kv_index, num_meta, programs, rows, packed):
+    """``programs`` in all: several items each, or one. 128 rows are more than a sequence has."""
     tensors = inputs(B=2, S=70, M=num_meta, H=heads, G=2, dk=16, dv=32, dtype=torch.float32)
     ids = segments(2, 70, every=20) if packed else None
     plain = PlainCudnn(ids)
     monkeypatch.setattr(module, "fused_forward", plain.forward)
     monkeypatch.setattr(module, "fused_backward", plain.backward)
-    monkeypatch.setattr(module, "BLOCKS", 2)
-    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(module, "ROWS", rows)
     kwargs = dict(window=9, scale=0.3, kv_index=kv_index, segment_ids=ids)
     wide = [x.detach().double().requires_grad_() for x in tensors]
     expected = outputs_and_gradients(attention, wide, **kwargs)
     found = outputs_and_gradients(module.attention_cudnn, tensors, **kwargs)
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.skipif(
+    not INTERPRET or importlib.util.find_spec("triton") is None, reason="needs triton and TRITON_INTERPRET=1"
+)
+@pytest.mark.parametrize(("kv_index", "padding", "packed"), [(None, 0, True), (UNEVEN, 3, False), (None, 3, False)])
+def test_rows_equal_their_parts(monkeypatch, kv_index, padding, packed):
+    """The function on flat rows against plain attention with rows split and joined: output and all gradients."""
+    B, S, M, G, dk, dv = 2, 24, 5, 2, 16, 32
+    heads, rows = 4 if kv_index is None else len(kv_index), M + B * S + padding
+    ids = segments(B, S, every=10) if packed else None
+    plain = PlainCudnn(ids)
+    monkeypatch.setattr(module, "fused_forward", plain.forward)
+    monkeypatch.setattr(module, "fused_backward", plain.backward)
+    monkeypatch.setattr(module, "ROWS", 16)
+    tensors = [random(M, heads, dk), random(B * S, heads, dk), random(rows, G * dk), random(rows, G * dv)]
+    kwargs = dict(batch=B, window=9, scale=0.3, kv_index=kv_index, segment_ids=ids)
+    expected, found = (
+        fused_outputs(lambda *t, name=name: attention_rows(chosen(name), *t, **kwargs), tensors, dtype, "cpu")
+        for name, dtype in (("torch", torch.float64), ("cudnn", torch.float32))
+    )
+    assert not found[0][M + B * S :].any()
+    assert_close(found, expected, 2e-5)
+
+
+def chosen(name):
+    return Choice(next(b for b in BACKENDS["attention"] if b.name == name), "cpu", "test")
 
 
 def test_ends_of_documents():

@@ -132,6 +132,26 @@ def test_rotate_heads(dtype, heads, columns):
     check(fused, plain, [random(rows, used + 11)], dtype)
 
 
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("columns", [0, 7])
+def test_rotated_rows_in_parts(used, columns):
+    """Parts of the rows; the gradient of one that nothing uses is zero."""
+    from hymba_train.ops.rope_triton import rotate_heads_triton
+
+    counts, heads, width = (3, 4, 2), 2, 16
+    cos, sin = rope_tables(torch.arange(9), width, 1e4)
+
+    def call(rotate, x):
+        part = split_columns(x, [5, heads * width + columns])[1]
+        parts = rotate(part, cos.to(x.device, x.dtype), sin.to(x.device, x.dtype), heads, counts)
+        return tuple(parts[i] for i in used)
+
+    check(
+        lambda x: call(rotate_heads_triton, x), lambda x: call(rotate_heads, x),
+        [random(9, 5 + heads * width + columns)], torch.float32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
 def test_weight_gradients_have_the_same_bits_every_time(rows):
     from hymba_train.ops.normed_average_triton import normed_average_triton

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from hymba_train.errors import UserError
-from hymba_train.ops import gradient_slots
+from hymba_train.ops import gradient_slots, registry
 from hymba_train.ops import selective_scan as plain
 from hymba_train.ops import selective_scan_cuda as scan
 from hymba_train.ops.gradient_slots import split_columns, split_rows, view_with_slot
-from hymba_train.ops.registry import select
+from hymba_train.ops.registry import Choice, select
+from hymba_train.ops.selective_scan_rows import selective_scan_rows
 from tests.ops.emulator import emulated, emulated_backend, needs_emulator
 from tests.ops.test_op_selective_scan import assert_close, cuda_backend, inputs, needs_cuda, outputs_and_gradients
 
@@ -137,6 +138,45 @@ def test_gradients_land_in_their_slots(backend, device):
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert copied and not any(copied)
+
+
+@needs_emulator
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_rows_equal_their_parts(packed, padding):
+    """The function on flat rows against the reference with rows split and joined: y and all gradients; z's lies in its
+    slot, nothing is copied there."""
+    M, batch, seq, channels, states = 4, 2, 21, 64, 16
+    rows, generator = M + batch * seq + padding, torch.Generator().manual_seed(5)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    leaves = [random(rows, channels), random(rows, channels), random(channels, states) * 0.1, random(rows, states),
+              random(rows, states), random(channels), random(channels) - 3, random(rows, 8 + channels)]  # fmt: skip
+    weight, ids = random(rows, channels), documents(batch, seq) if packed else None
+
+    def run(name, dtype):
+        given = [x.to(dtype).requires_grad_() for x in leaves]
+        z = split_columns(given[7] * 1.0, [8, channels])[1]
+        sizes = dict(num_meta=M, batch=batch, seq=seq, segment_ids=ids)
+        backend = next(b for b in registry.BACKENDS["selective_scan"] if b.name == name)
+        y = selective_scan_rows(Choice(backend, "cpu", "test"), *given[:7], z, **sizes)
+        return [x.double() for x in (y, *torch.autograd.grad(y, given, weight.to(dtype)))]
+
+    expected, copied = run("reference", torch.float64), []
+    is_same = lambda a, b: copied.append(not same(a, b)) or same(a, b)  # noqa: E731
+    kernels = mock.patch.object(scan, "_kernels", lambda x, bc, exact, device: emulated(x, bc, exact))
+    with mock.patch.object(gradient_slots, "_is_same_memory", is_same), kernels:
+        found = run("cuda", torch.float32)
+    assert not found[0][M + batch * seq :].any()
+    assert_close(found, expected, 1e-5)
+    assert len(copied) > 6
+    assert not any(copied)
+    with kernels, torch.no_grad():
+        given = [x.float() for x in (*leaves[:7], leaves[7][:, 8:])]
+        backend = next(b for b in registry.BACKENDS["selective_scan"] if b.name == "cuda")
+        y = selective_scan_rows(
+            Choice(backend, "cpu", "test"), *given, num_meta=M, batch=batch, seq=seq, segment_ids=ids
+        )
+    assert_close([y.double()], expected[:1], 1e-5)
 
 
 same = gradient_slots._is_same_memory
