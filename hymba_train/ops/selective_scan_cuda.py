@@ -20,23 +20,21 @@ from hymba_train.errors import UserError
 from hymba_train.ops.gradient_slots import GradientSlot, empty_gradient, slot_of
 from hymba_train.ops.nvrtc import Module
 
-TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS, LANE_THREADS = 16, 64, 16, 128, 64
+TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS = 16, 64, 16, 128
 PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
-LANES_SHARED, SCAN_BACKWARD_SHARED = 4096, 59904
-"""Shared memory of a block; checked against the layouts in ops/cuda when they are compiled."""
-LAUNCH = {
-    "scan_forward": (LANE_THREADS, LANES_SHARED),
-    "scan_chunk_states": (LANE_THREADS, LANES_SHARED),
-    "scan_chunk_gradients": (LANE_THREADS, LANES_SHARED),
-    "scan_backward": (THREADS, SCAN_BACKWARD_SHARED),
+FORWARD_SHARED = 29696
+BACKWARD_SHARED = {2: 74240, 4: 57856}
+"""Bytes of shared memory of a block, by window; checked against the layouts in ops/cuda when they are compiled."""
+BUILD = {
+    "FORWARD_BLOCKS": 4,
+    "FORWARD_UNROLL": 8,
+    "BACKWARD_BLOCKS": 3,
+    "BACKWARD_WINDOW": 2,
+    "HOLD_UNROLL": 7,
 }
-"""Threads and bytes of shared memory of a block; of other kernels (THREADS, 0)."""
-RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 2}
-"""Blocks a multiprocessor should hold: bounds the registers of a thread."""
-SOURCES = (
-    "scan_common.cuh", "scan_backward.cu", "scan_lanes.cuh", "scan_forward.cu", "scan_chunk_gradients.cu",
-    "scan_sums.cu",
-)  # fmt: skip
+"""Blocks that a multiprocessor should hold (bounds the registers of a thread), steps that the backward keeps in registers,
+and how far loops are unrolled."""
+SOURCES = ("scan_common.cuh", "scan_backward.cu", "scan_forward.cu", "scan_chunk_gradients.cu", "scan_sums.cu")
 
 
 @dataclass(frozen=True)
@@ -279,8 +277,7 @@ class _Run:
         self.launch(pass_name, self.chains * (PRIVATE_STATE // THREADS))
 
     def launch(self, name: str, blocks: int) -> None:
-        threads, shared = LAUNCH.get(name, (THREADS, 0))
-        self.kernels.launch(name, blocks, threads, shared, self.params)
+        self.kernels.launch(name, blocks, THREADS, shared_bytes().get(name, 0), self.params)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -300,24 +297,30 @@ def source() -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
+def shared_bytes() -> dict[str, int]:
+    """Shared memory of a block of each kernel that has any."""
+    over_time = dict.fromkeys(("scan_forward", "scan_chunk_states", "scan_chunk_gradients"), FORWARD_SHARED)
+    return over_time | {"scan_backward": BACKWARD_SHARED[BUILD["BACKWARD_WINDOW"]]}
+
+
 def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[str, int]:
     kind = {"X_BF16": x_dtype == torch.bfloat16, "BC_BF16": bc_dtype == torch.bfloat16, "EXACT": exact}
-    return (
-        {k: int(v) for k, v in kind.items()}
-        | RESIDENT_BLOCKS
-        | {name: globals()[name] for name in ("LANE_THREADS", "LANES_SHARED", "SCAN_BACKWARD_SHARED")}
-    )
+    build = dict(BUILD)
+    if x_dtype == torch.float32:  # inputs take twice the registers
+        build["BACKWARD_BLOCKS"] = min(build["BACKWARD_BLOCKS"], 2)
+    shared = {f"{name.upper()}_SHARED": size for name, size in shared_bytes().items() if "chunk" not in name}
+    return {k: int(v) for k, v in kind.items()} | build | shared
 
 
 def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device: torch.device) -> Module:
     if device.type != "cuda":
         raise UserError(f"selective_scan: backend 'cuda' runs on cuda, not on {device.type}; use 'torch'")
-    return _compiled(x_dtype, bc_dtype, exact, device.index, tuple(RESIDENT_BLOCKS.values()))
+    return _compiled(x_dtype, bc_dtype, exact, device.index, tuple(BUILD.values()))
 
 
 @functools.cache
 def _compiled(
-    x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, resident: tuple[int, ...]
+    x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, build: tuple[int, ...]
 ) -> Module:
     return Module(source(), defines(x_dtype, bc_dtype, exact), device_index)
 
