@@ -28,14 +28,11 @@ class Module:
 
     def __init__(self, source: str, defines: dict[str, int], device_index: int) -> None:
         self.device_index = device_index
-        major, minor = torch.cuda.get_device_capability(device_index)
-        # 'a' unlocks what this chip alone has; there is no such target before 9.0.
-        target = f"sm_{major}{minor}" + ("a" if (major, minor) >= (9, 0) else "")
-        options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+        options = compiler_options(torch.cuda.get_device_capability(device_index), defines)
         from cuda.bindings import driver
 
         self._driver = driver
-        cubin = _cached_cubin(source, options)
+        cubin = cached_cubin(source, options)
         torch.cuda.init()
         (device,) = _checked(driver.cuDeviceGet(device_index))
         (self._context,) = _checked(driver.cuDevicePrimaryCtxRetain(device))  # PyTorch's own
@@ -110,7 +107,14 @@ def compile_cubin(source: str, options: list[str]) -> bytes:
     return cubin
 
 
-def _cached_cubin(source: str, options: list[str]) -> bytes:
+def compiler_options(capability: tuple[int, int], defines: dict[str, int]) -> list[str]:
+    # 'a' unlocks what this chip alone has; there is no such target before 9.0.
+    target = "sm_{}{}".format(*capability) + ("a" if capability >= (9, 0) else "")
+    return [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+
+
+def cached_cubin(source: str, options: list[str]) -> bytes:
+    """:func:`compile_cubin`, or what it made before on this machine."""
     key = hashlib.sha256(repr((source, options, _compiler_version())).encode()).hexdigest()
     path = _cache_directory() / f"{key}.cubin"
     if path.exists():

@@ -32,8 +32,8 @@ BUILD = {
     "BACKWARD_WINDOW": 2,
     "HOLD_UNROLL": 7,
 }
-"""Blocks that a multiprocessor should hold (bounds the registers of a thread), steps that the backward keeps in registers,
-and how far loops are unrolled."""
+"""Blocks that a multiprocessor should hold (bounds the registers of a thread), steps that the backward keeps in
+registers, and how far loops are unrolled."""
 SOURCES = ("scan_common.cuh", "scan_backward.cu", "scan_forward.cu", "scan_chunk_gradients.cu", "scan_sums.cu")
 
 
@@ -47,21 +47,22 @@ class Chunks:
     chained: bool
 
 
-CHAIN_TOKENS = 256
+CHAIN_TOKENS = {"forward": 256, "backward": 128}
 """Tokens of a chained chunk: short enough that multiprocessors finish together."""
-PARALLEL_BLOCKS = 4
-"""Blocks a multiprocessor wanted when chunks run side by side."""
-
-
+PARALLEL_BLOCKS, MIN_PARALLEL_TOKENS = 4, 256
+"""Blocks a multiprocessor wanted when chunks run side by side; rows not longer than this are not cut for it."""
 CHUNKS: Chunks | None = None
 """Overrides choose_chunks, for tests and measurements."""
 
 
-def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: int) -> Chunks:
+def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: int, chain_tokens: int) -> Chunks:
+    if CHUNKS:
+        return CHUNKS
     chains = batch * -(-channels // BLOCK_CHANNELS)
-    if num_tokens > CHAIN_TOKENS:
-        if chains >= multiprocessors:
-            return Chunks(CHAIN_TOKENS, -(-num_tokens // CHAIN_TOKENS), True)
+    if chains >= multiprocessors:
+        if num_tokens > chain_tokens:
+            return Chunks(chain_tokens, -(-num_tokens // chain_tokens), True)
+    elif num_tokens > MIN_PARALLEL_TOKENS:
         count = PARALLEL_BLOCKS * multiprocessors // chains
         tokens = max(-(-num_tokens // (count * TILE_TOKENS)), 4) * TILE_TOKENS
         if tokens < num_tokens:
@@ -92,7 +93,7 @@ def selective_scan_cuda(
             f"selective_scan: backend 'cuda' has at most {MAX_STATES} as mamba_state_dim, not {A_log.shape[1]}; "
             "use 'triton' or 'torch'"
         )
-    batch, num_tokens, channels = u.shape
+    batch = u.shape[0]
     if initial_state is not None:
         initial_state = initial_state.float()
         if initial_state.dim() == 3 and initial_state.shape[0] != batch:
@@ -101,12 +102,11 @@ def selective_scan_cuda(
     if u.numel() == 0:
         first = u.new_zeros(()) if initial_state is None else initial_state
         return torch.zeros_like(u), first.float().expand(batch, *A_log.shape).clone()
-    chunks = CHUNKS or choose_chunks(batch, num_tokens, channels, _multiprocessors(u.device))
     x = _alike(u, dt, z)
     slots = tuple(slot_of(t) if t is given else None for t, given in zip(x, (u, dt, z), strict=True))
     y, final = _CudaScan.apply(
         *x, *_alike(B, C), *(x.float().contiguous() for x in (A_log, D, dt_bias)), initial_state,
-        None if segment_ids is None else segment_ids.long(), chunks, slots,
+        None if segment_ids is None else segment_ids.long(), torch.is_grad_enabled(), slots,
     )  # fmt: skip
     return y.to(u.dtype), final
 
@@ -133,21 +133,21 @@ class _CudaScan(torch.autograd.Function):
     """u, dt, z of one dtype, B, C of one dtype; A_log, D, bias, initial ([C, N] or [B, C, N]) float32, contiguous."""
 
     @staticmethod
-    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks, slots):
-        run = _Run(_kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
+    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, grad_enabled, slots):
+        run = _Run(_kernels, "forward", u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         y = run.new("y", u.shape, u.dtype)
         final = run.new("final_state", (u.shape[0], *A_log.shape))
         checkpoints = before = None
-        if any(ctx.needs_input_grad):
+        if grad_enabled and any(ctx.needs_input_grad):  # which says nothing of no_grad
             tiles = -(-u.shape[1] // TILE_TOKENS)
             checkpoints = run.new("checkpoints", (tiles, run.chains, PRIVATE_STATE))
             before = run.new("before", u.shape, u.dtype)
         run.between_chunks("scan_chunk_states", "scan_pass_states")
-        run.launch("scan_forward", run.chains * chunks.count)
+        run.launch("scan_forward", run.chains * run.chunks.count)
         if checkpoints is not None:
             ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before)
-            ctx.find_kernels, ctx.chunks, ctx.slots = _kernels, chunks, slots
+            ctx.find_kernels, ctx.slots = _kernels, slots
             ctx.set_materialize_grads(False)
         return y, final
 
@@ -155,9 +155,9 @@ class _CudaScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, d_final):
         u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before = ctx.saved_tensors
-        chunks = ctx.chunks
         dy = torch.zeros_like(u) if dy is None else dy
-        run = _Run(ctx.find_kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run = _Run(ctx.find_kernels, "backward", u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        chunks = run.chunks
         run.set_start(initial, segment_ids)
         run.set("checkpoints", checkpoints)
         run.set("before", before)
@@ -188,9 +188,10 @@ class _CudaScan(torch.autograd.Function):
 class _Run:
     """Parameters of the kernels of one forward or backward, and the tensors they point to."""
 
-    def __init__(self, find: Callable[..., Module], chunks: Chunks, **tensors: Tensor) -> None:
+    def __init__(self, find: Callable[..., Module], way: str, **tensors: Tensor) -> None:
         u, A_log = tensors["u"], tensors["A_log"]
-        self.device, self.chunks = u.device, chunks
+        self.device = u.device
+        self.chunks = chunks = choose_chunks(*u.shape, _multiprocessors(u.device), CHAIN_TOKENS[way])
         self.params, self.tensors = Params(), []
         p = self.params
         (p.batch, p.tokens, p.channels), p.states = u.shape, A_log.shape[1]
