@@ -1,8 +1,8 @@
 // Selective scan, backward: scan_backward.
 //
 // Tiles of 16 steps, last first. Per tile: the states before every window of WINDOW steps are computed anew from the
-// checkpoint (hold); then, last window first, the decays a and a h_{t-1} of its steps go to registers and the gradient g
-// to the state runs back over them. After 4 steps (a quad) each lane finishes one token of its two channels.
+// checkpoint (hold); then, last window first, the decays a and a h_{t-1} of its steps go to registers and the gradient
+// g to the state runs back over them. After 4 steps (a quad) each lane finishes one token of its two channels.
 // A warp's 16 channels are its own throughout; its warps share B, C and the sums over channels.
 
 constexpr int WINDOW = BACKWARD_WINDOW, WINDOWS = TILE / WINDOW;
@@ -16,6 +16,8 @@ struct BackwardShared {
   float* hold;     // [window][c][thread] float4: states before each window
   float* sums;     // [step of the quad][thread] {g B of channel 0, 1, q a2 of channel 0, 1}: sums over a lane's states
   float* parts;    // [warp, half][token][36]: partial dB, dC
+  float* pairs;    // [pair] float4 {bias 0, 1, D 0, 1}
+  float* d_skip;   // [thread] float2: sums of the gradients to D over the thread's items
   DEVICE explicit BackwardShared(float* base) {
     records = base;
     dy = records + TILE * PAIRS * 4;
@@ -24,8 +26,11 @@ struct BackwardShared {
     hold = bc + TILE * 32;
     sums = hold + (WINDOWS - 1) * 1024;
     parts = sums + QUAD * 512;
+    pairs = parts + SLOTS * PART_SLOT;
+    d_skip = pairs + PAIRS * 4;
   }
-  static constexpr int FLOATS = TILE * (PAIRS * 8 + 32) + (WINDOWS - 1) * 1024 + QUAD * 512 + SLOTS * PART_SLOT;
+  static constexpr int ITEMS = TILE * (PAIRS * 8 + 32) + PAIRS * 4 + 256;
+  static constexpr int FLOATS = ITEMS + (WINDOWS - 1) * 1024 + QUAD * 512 + SLOTS * PART_SLOT;
 };
 static_assert(BackwardShared::FLOATS * 4 == SCAN_BACKWARD_SHARED, "shared memory of scan_backward");
 
@@ -60,21 +65,21 @@ struct OuterSums {
 template <bool RESET>
 DEVICE void backward_window(const Params& p, const Place& at, const BackwardShared& shared, int base, int offset,
                             unsigned starts, float (&h)[8], BackwardState& state, OuterSums& outer) {
-  float a[WINDOW][8], kept[WINDOW][8], delta[WINDOW][4], B[WINDOW][4];
+  float a[WINDOW][8], kept[WINDOW][8], delta[4], B[4];
   float2 dy[WINDOW];
   const float* bc = shared.bc + base * 32 + at.sg * 4;
 #pragma unroll
   for (int t = 0; t < WINDOW; t++) {
     int step = offset + t, pair = (base + step) * PAIRS + at.pair;
     if (RESET && (starts >> (base + step) & 1)) load_state(p, at, row_initial(p, at), h);
-    unpack4(shared.records + pair * 4, delta[t]);
-    unpack4(bc + step * 32, B[t]);
+    unpack4(shared.records + pair * 4, delta);
+    unpack4(bc + step * 32, B);
     dy[t] = *(const float2*)(shared.dy + pair * 2);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      a[t][i] = ex2(delta[t][i / 4] * state.a2[i]);
+      a[t][i] = ex2(delta[i / 4] * state.a2[i]);
       kept[t][i] = a[t][i] * h[i];
-      h[i] = fmaf(B[t][i % 4], delta[t][2 + i / 4], kept[t][i]);
+      h[i] = fmaf(B[i % 4], delta[2 + i / 4], kept[t][i]);
     }
     add_outer(outer.dC, h, at.sg == step ? dy[t].x : 0.f, at.sg == step ? dy[t].y : 0.f);
   }
@@ -83,17 +88,19 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
     int step = offset + t;
     float C[4], sb[2] = {0.f, 0.f}, sa[2] = {0.f, 0.f};
     unpack4(bc + step * 32 + 16, C);
+    unpack4(bc + step * 32, B);  // again: to keep them would take registers that are not there
+    unpack4(shared.records + ((base + step) * PAIRS + at.pair) * 4, delta);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       state.g[i] = fmaf(C[i % 4], i / 4 ? dy[t].y : dy[t].x, state.g[i]);
-      sb[i / 4] = fmaf(B[t][i % 4], state.g[i], sb[i / 4]);
+      sb[i / 4] = fmaf(B[i % 4], state.g[i], sb[i / 4]);
     }
-    add_outer(outer.dB, state.g, at.sg == step ? delta[t][2] : 0.f, at.sg == step ? delta[t][3] : 0.f);
+    add_outer(outer.dB, state.g, at.sg == step ? delta[2] : 0.f, at.sg == step ? delta[3] : 0.f);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float q = state.g[i] * kept[t][i];  // gradient to delta A
       state.g[i] *= a[t][i];
-      state.dA[i] = fmaf(delta[t][i / 4], q, state.dA[i]);
+      state.dA[i] = fmaf(delta[i / 4], q, state.dA[i]);
       sa[i / 4] = fmaf(state.a2[i], q, sa[i / 4]);
     }
     if (RESET && (starts >> (base + step) & 1)) {
@@ -163,26 +170,29 @@ struct BackwardItems {
   }
 };
 
-struct ChannelPair {  // of a lane's two channels; sums of its own tokens
-  float bias[2], skip[2], d_skip[2], d_bias[2];
+// What is needed once a tile or quad lies in shared memory, for want of registers: see pairs and d_skip.
+DEVICE void open_sums(const Params& p, const Place& at, const BackwardShared& shared) {
+  float bias[2], skip[2];
+  load_channels(p, at, p.bias, bias), load_channels(p, at, p.D, skip);
+  if (at.sg == 0) *(float4*)(shared.pairs + at.pair * 4) = make_float4(bias[0], bias[1], skip[0], skip[1]);
+  *(float2*)(shared.d_skip + threadIdx.x * 2) = make_float2(0.f, 0.f);
+  sync_warp();
+}
 
-  DEVICE void set(const Params& p, const Place& at) {
-    load_channels(p, at, p.bias, bias), load_channels(p, at, p.D, skip);
-    for (int c = 0; c < 2; c++) d_skip[c] = d_bias[c] = 0.f;
-  }
-  DEVICE void store(const Params& p, const Place& at) {
-    const long long to = (long long)(at.row * p.chunks + at.chunk) * p.channels + at.channel;
+DEVICE void close_sums(const Params& p, const Place& at, const BackwardShared& shared, const float (&d_bias)[2]) {
+  const long long to = (long long)(at.row * p.chunks + at.chunk) * p.channels + at.channel;
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-      float D = sum_tokens(d_skip[c]), b = sum_tokens(d_bias[c]);
-      if (at.sg == 0 && (EXACT || at.channel + c < p.channels)) p.part_D[to + c] = D, p.part_bias[to + c] = b;
-    }
+  for (int c = 0; c < 2; c++) {
+    float D = sum_tokens(shared.d_skip[threadIdx.x * 2 + c]), bias = sum_tokens(d_bias[c]);
+    if (at.sg == 0 && (EXACT || at.channel + c < p.channels)) p.part_D[to + c] = D, p.part_bias[to + c] = bias;
   }
-};
+}
 
 // Before the steps of a tile: what they need of each item goes to shared memory; dz is done.
 DEVICE void open_items(const Params& p, const Place& at, const BackwardShared& shared, int first,
-                       const BackwardItems& items, ChannelPair& pair) {
+                       const BackwardItems& items) {
+  float2 bias = *(const float2*)(shared.pairs + at.pair * 4);
+  float2 d_skip = *(const float2*)(shared.d_skip + threadIdx.x * 2);
   Element* out = (Element*)p.dz + ((long long)at.row * p.tokens + first + at.sg) * p.dz_token + at.channel;
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
@@ -192,14 +202,14 @@ DEVICE void open_items(const Params& p, const Place& at, const BackwardShared& s
     float dz[2];
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-      float x = (c ? dt.y : dt.x) + pair.bias[c], zc = c ? z.y : z.x, uc = c ? u.y : u.x, q;
+      float x = c ? dt.y + bias.y : dt.x + bias.x, zc = c ? z.y : z.x, uc = c ? u.y : u.x, q;
       float delta = softplus(x, q), inverse = reciprocal(1.f + q), gate = sigmoid(zc);
       float through = (c ? dy.y : dy.x) * gate, gated = through * zc;
       (c ? record.y : record.x) = delta, (c ? record.w : record.z) = delta * uc;
       (c ? to_sum.y : to_sum.x) = gated;
       (c ? slopes.y : slopes.x) = x < 0.f ? q * inverse : inverse;
       dz[c] = (through + fmaf(-gated, gate, gated)) * (c ? before.y : before.x);
-      pair.d_skip[c] = fmaf(gated, uc, pair.d_skip[c]);
+      (c ? d_skip.y : d_skip.x) = fmaf(gated, uc, c ? d_skip.y : d_skip.x);
     }
     int place = (i * QUAD + at.sg) * PAIRS + at.pair;
     *(float4*)(shared.records + place * 4) = record;
@@ -208,11 +218,12 @@ DEVICE void open_items(const Params& p, const Place& at, const BackwardShared& s
     if (first + i * QUAD + at.sg < at.last) store_pair(out, 0, at.channel, p.channels, pack(dz[0], dz[1]));
     out += QUAD * p.dz_token;
   }
+  *(float2*)(shared.d_skip + threadIdx.x * 2) = d_skip;
 }
 
 // After the steps of a quad: du and ddt of the lane's item.
 DEVICE void close_item(const Params& p, const Place& at, const BackwardShared& shared, int base, Pair raw_u,
-                       long long out, bool valid, ChannelPair& pair) {
+                       long long out, bool valid, float (&d_bias)[2]) {
   const int place = (base + at.sg) * PAIRS + at.pair;
   const float* from = shared.sums + (at.sg * 128 + at.warp * 32 + at.cg) * 4;
   float sum[4];
@@ -227,11 +238,12 @@ DEVICE void close_item(const Params& p, const Place& at, const BackwardShared& s
   float2 u = unpack(raw_u), to_sum = *(const float2*)(shared.dy + place * 2);
   float4 record = *(const float4*)(shared.records + place * 4);
   float2 slopes = *(const float2*)(shared.slope + place * 2);
+  float2 skip = *(const float2*)(shared.pairs + at.pair * 4 + 2);
   float r0 = fmaf(u.x, sum[0], LN2 * sum[2]) * slopes.x, r1 = fmaf(u.y, sum[1], LN2 * sum[3]) * slopes.y;
   if (!valid) return;
-  pair.d_bias[0] += r0, pair.d_bias[1] += r1;
+  d_bias[0] += r0, d_bias[1] += r1;
   store_pair(p.du, out, at.channel, p.channels,
-             pack(fmaf(pair.skip[0], to_sum.x, record.x * sum[0]), fmaf(pair.skip[1], to_sum.y, record.y * sum[1])));
+             pack(fmaf(skip.x, to_sum.x, record.x * sum[0]), fmaf(skip.y, to_sum.y, record.y * sum[1])));
   store_pair(p.ddt, out, at.channel, p.channels, pack(r0, r1));
 }
 
@@ -257,14 +269,14 @@ KERNEL(scan_backward) {
   BackwardState state;
   load_A(p, at, state.a2);
   for (int i = 0; i < 8; i++) state.dA[i] = 0.f;
-  ChannelPair pair;
-  pair.set(p, at);
+  float d_bias[2] = {0.f, 0.f};
   const long long state_size = (long long)p.channels * p.states;
   int first = at.first + (at.last - at.first - 1) / TILE * TILE;
   BackwardItems next;
   TileRows rows;
   next.load(p, at, first);
   rows.load(p, at, first);
+  open_sums(p, at, shared);
   await_neighbour(p, at);
   if (at.order) {
     load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), state.g);
@@ -275,7 +287,7 @@ KERNEL(scan_backward) {
   for (; first >= at.first; first -= TILE) {
     float h[8];
     load_private(p.checkpoints + at.carry(p, first / TILE), h);
-    open_items(p, at, shared, first, next, pair);
+    open_items(p, at, shared, first, next);
     Pair u[QUADS];  // u[QUADS - 1] is that of the quad at work
 #pragma unroll
     for (int i = 0; i < QUADS; i++) u[i] = next.u[i];
@@ -303,7 +315,7 @@ KERNEL(scan_backward) {
       sync_warp();
       int token = first + base + at.sg;
       long long out = ((long long)at.row * p.tokens + token) * p.channels + at.channel;
-      close_item(p, at, shared, base, u[QUADS - 1], out, token < at.last, pair);
+      close_item(p, at, shared, base, u[QUADS - 1], out, token < at.last, d_bias);
 #pragma unroll
       for (int i = QUADS - 1; i > 0; i--) u[i] = u[i - 1];
       sync_warp();
@@ -317,7 +329,7 @@ KERNEL(scan_backward) {
   }
   store_state(p, at, p.part_A + (at.row * p.chunks + at.chunk) * state_size, state.dA, false);
   if (at.chunk == 0 && p.d_initial) store_state(p, at, p.d_initial + at.row * state_size, state.g, false);
-  pair.store(p, at);
+  close_sums(p, at, shared, d_bias);
 }
 
 #undef MIN_BLOCKS

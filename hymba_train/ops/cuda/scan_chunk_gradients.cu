@@ -1,5 +1,5 @@
-// Selective scan: the gradient that each chunk's outputs send to the state before the chunk (carry), for chunks that run
-// at the same time. Compiled after scan_forward.cu, whose MIN_BLOCKS it shares.
+// Selective scan: the gradient that each chunk's outputs send to the state before the chunk (carry), for chunks that
+// run at the same time. Compiled after scan_forward.cu, whose MIN_BLOCKS it shares.
 
 struct GradientItems {
   Pair dt[QUADS], z[QUADS], dy[QUADS];

@@ -1,7 +1,7 @@
 // Selective scan, forward: scan_forward, and scan_chunk_states for chunks that run at the same time.
 //
-// Tiles of 16 steps. Per tile each lane brings its items' delta and delta u to shared memory, the steps leave each lane's
-// share of y there, and each lane finishes its items. Between warps go B and C only: one barrier a tile.
+// Tiles of 16 steps. Per tile each lane brings its items' delta and delta u to shared memory, the steps leave each
+// lane's share of y there, and each lane finishes its items. Between warps go B and C only: one barrier a tile.
 
 struct ForwardShared {
   float* records;  // [token][pair] {delta 0, delta 1, delta u 0, delta u 1}
