@@ -5,9 +5,9 @@ struct GradientItems {
   Pair dt[QUADS], z[QUADS], dy[QUADS];
 
   DEVICE void load(const Params& p, const Place& at, int first) {
-    load_items(p, at, first, p.dt, p.dt_row, p.dt_token, NO_TIME, dt);
-    load_items(p, at, first, p.z, p.z_row, p.z_token, ZERO, z);
-    load_items(p, at, first, p.dy, p.dy_row, p.dy_token, ZERO, dy);
+    load_items_at(p, at, first, p.dt, p.dt_row, p.dt_token, NO_TIME, dt);
+    load_items_at(p, at, first, p.z, p.z_row, p.z_token, ZERO, z);
+    load_items_at(p, at, first, p.dy, p.dy_row, p.dy_token, ZERO, dy);
   }
 };
 

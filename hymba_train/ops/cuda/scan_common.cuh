@@ -2,17 +2,19 @@
 //
 // Compiled at run time (selective_scan_cuda.py), with -D X_BF16=0|1 (type of u, dt, z, y and their gradients) and
 // -D BC_BF16=0|1 (type of B and C); otherwise float32. -D EXACT=1 leaves out the guards: 16 states, blocks of channels
-// without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++ for a warp
-// emulator on a CPU (tests/ops/scan_emulator.h), which supplies the primitives of the first section.
+// without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++
+// for a warp emulator on a CPU (tests/ops/emulator), which supplies the primitives of the first section.
 //
-// Layout of the passes over time. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
+// Layout of the passes over time. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states,
+// register [c][s]:
 //     sg = lane / 8: states 4 sg + s;    cg = lane % 8: channels 2 cg + c of the warp's 16.
-// Sums over states are then two shuffles (lanes 8 and 16 apart); sums over channels go to the tensor cores, because
-// (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
-// Work in pairs of channels of one token ("item"): sg = token % 4, the pair is the lane's own.
+// What needs no state is done once for two channels of a token ("item"), by the lane that has those channels and
+// sg = token % 4. It goes to the warp's other lanes, and their sums over states come back, through shared memory. Sums
+// over channels go to the tensor cores, because (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
 
 #ifndef SCAN_HOST
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name(const __grid_constant__ Params p)
+#define KERNEL(name) \
+  extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name(const __grid_constant__ Params p)
 #define DEVICE __device__ __forceinline__
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -112,9 +114,17 @@ DEVICE void store_pair(void* base, long long offset, int channel, int channels, 
 #endif
 }
 
-// log(1 + q) / q on [0, 1], relative error 2e-7: no logarithm of a number near 1, where small time steps would lose
-// their digits.
+// log(1 + q) / q on [0, 1]: no logarithm of a number near 1, where small time steps would lose their digits. Relative
+// error 2e-7; with bf16 time steps, which are rounded to 2e-3, 9e-6.
 DEVICE float log1p_over(float q) {
+#if X_BF16
+  float r = -2.386915170e-02f;
+  r = fmaf(r, q, 1.012222848e-01f);
+  r = fmaf(r, q, -2.100486899e-01f);
+  r = fmaf(r, q, 3.252066802e-01f);
+  r = fmaf(r, q, -4.993613647e-01f);
+  return fmaf(r, q, 9.999915982e-01f);
+#else
   float r = 5.232705735e-03f;
   r = fmaf(r, q, -2.950528450e-02f);
   r = fmaf(r, q, 7.822602987e-02f);
@@ -124,6 +134,7 @@ DEVICE float log1p_over(float q) {
   r = fmaf(r, q, 3.331909776e-01f);
   r = fmaf(r, q, -4.999949336e-01f);
   return fmaf(r, q, 9.999999404e-01f);
+#endif
 }
 
 DEVICE float softplus(float x, float& q) {  // q = exp(-|x|)
@@ -276,10 +287,14 @@ DEVICE void unpack4(const float* from, float (&to)[4]) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
-// The lane's items of the tile at token `first`: its two channels of tokens 4 i + sg. `otherwise`: of those not there.
-DEVICE void load_items(const Params& p, const Place& at, int first, const void* tensor, long long row_stride,
-                       long long token_stride, Element otherwise, Pair (&x)[QUADS]) {
-  const Element* from = (const Element*)tensor + at.row * row_stride + (first + at.sg) * token_stride + at.channel;
+// Where the lane's first item of the tile at token `first` lies.
+DEVICE const Element* item_place(const Place& at, int first, const void* tensor, long long row, long long token) {
+  return (const Element*)tensor + at.row * row + (first + at.sg) * token + at.channel;
+}
+
+// The lane's items of a tile: its two channels of tokens 4 i + sg. `otherwise`: of those not there.
+DEVICE void load_items(const Params& p, const Place& at, int first, const Element* from, long long token_stride,
+                       Element otherwise, Pair (&x)[QUADS]) {
 #pragma unroll
   for (int i = 0; i < QUADS; i++, from += QUAD * token_stride) {
     bool valid = first + i * QUAD + at.sg < at.last;
@@ -290,6 +305,11 @@ DEVICE void load_items(const Params& p, const Place& at, int first, const void* 
                          valid && at.channel + 1 < p.channels ? from[1] : otherwise);
 #endif
   }
+}
+
+DEVICE void load_items_at(const Params& p, const Place& at, int first, const void* tensor, long long row,
+                          long long token, Element otherwise, Pair (&x)[QUADS]) {
+  load_items(p, at, first, item_place(at, first, tensor, row, token), token, otherwise, x);
 }
 
 DEVICE void load_channels(const Params& p, const Place& at, const float* from, float (&x)[2]) {
@@ -316,7 +336,8 @@ struct TileRows {
 };
 
 // What a chunk that was run on its own adds, the sum of its delta, and whether a state passes through it.
-DEVICE void store_chunk(const Params& p, const Place& at, const float (&h)[8], const float (&total)[2], bool any_start) {
+DEVICE void store_chunk(const Params& p, const Place& at, const float (&h)[8], const float (&total)[2],
+                        bool any_start) {
   store_private(p.carry + at.carry(p, at.chunk), h);
   float x = sum_tokens(total[0]), y = sum_tokens(total[1]);
   float* to = p.sum_delta + ((long long)(at.chunk * p.batch + at.row) * p.blocks + at.block) * BLOCK_CHANNELS;

@@ -19,12 +19,21 @@ static_assert(ForwardShared::FLOATS * 4 == SCAN_FORWARD_SHARED, "shared memory o
 
 struct ForwardItems {
   Pair u[QUADS], dt[QUADS], z[QUADS];
+};
+struct ForwardStreams {  // `load` moves on to the next tile
+  const Element *u, *dt, *z;
 
+  DEVICE void set(const Params& p, const Place& at) {
+    u = item_place(at, at.first, p.u, p.u_row, p.u_token);
+    dt = item_place(at, at.first, p.dt, p.dt_row, p.dt_token);
+    z = item_place(at, at.first, p.z, p.z_row, p.z_token);
+  }
   template <bool OUTPUT>
-  DEVICE void load(const Params& p, const Place& at, int first) {
-    load_items(p, at, first, p.u, p.u_row, p.u_token, ZERO, u);
-    load_items(p, at, first, p.dt, p.dt_row, p.dt_token, NO_TIME, dt);
-    if (OUTPUT) load_items(p, at, first, p.z, p.z_row, p.z_token, ZERO, z);
+  DEVICE void load(const Params& p, const Place& at, int first, ForwardItems& items) {
+    load_items(p, at, first, u, p.u_token, ZERO, items.u);
+    load_items(p, at, first, dt, p.dt_token, NO_TIME, items.dt);
+    if (OUTPUT) load_items(p, at, first, z, p.z_token, ZERO, items.z);
+    u += TILE * p.u_token, dt += TILE * p.dt_token, z += TILE * p.z_token;
   }
 };
 
@@ -87,8 +96,10 @@ DEVICE void run_forward(const Params& p, float* memory) {
   load_A(p, at, a2);
   load_channels(p, at, p.bias, bias), load_channels(p, at, p.D, skip);
   ForwardItems next;
+  ForwardStreams streams;
   TileRows rows;
-  next.load<OUTPUT>(p, at, at.first);
+  streams.set(p, at);
+  streams.load<OUTPUT>(p, at, at.first, next);
   rows.load(p, at, at.first);
   if (OUTPUT) {
     await_neighbour(p, at);
@@ -113,7 +124,7 @@ DEVICE void run_forward(const Params& p, float* memory) {
     unsigned starts = vote(rows.start);
     sync_block();
     if (first + TILE < at.last) {
-      next.load<OUTPUT>(p, at, first + TILE);
+      streams.load<OUTPUT>(p, at, first + TILE, next);
       rows.load(p, at, first + TILE);
     }
     if (starts) {
