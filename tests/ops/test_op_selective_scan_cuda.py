@@ -157,6 +157,15 @@ def test_gradient_through_one_result_alone(backend, device, through):
 
 
 @over_devices
+def test_windows_of_four_steps(backend, device, monkeypatch):
+    monkeypatch.setitem(scan.BUILD, "BACKWARD_WINDOW", 4)
+    monkeypatch.setitem(scan.BUILD, "BACKWARD_BLOCKS", 2)
+    tensors, ids = inputs(B=2, S=70, C=67, N=16, state="rows"), documents(2, 70)
+    expected = outputs_and_gradients(plain.selective_scan_reference, tensors, ids)
+    assert_close(outputs_and_gradients(backend, tensors, ids, torch.float32, device), expected, 1e-5)
+
+
+@over_devices
 def test_two_runs_give_the_same_bits(backend, device, monkeypatch):
     monkeypatch.setattr(scan, "CHUNKS", scan.Chunks(32, 3, True))
     tensors, ids = inputs(B=2, S=70, C=67, N=16), documents(2, 70)
