@@ -79,10 +79,11 @@ class Module:
     def _function(self, name: str, shared_bytes: int):
         driver = self._driver
         (function,) = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
+        attributes = driver.CUfunction_attribute
         if shared_bytes > 48 * 1024:
-            attributes = driver.CUfunction_attribute
             most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
+        if shared_bytes > 16 * 1024:  # else several blocks may not find room beside a large L1 cache
             share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _checked(driver.cuFuncSetAttribute(function, share, 100))
         return function
