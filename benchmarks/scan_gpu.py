@@ -1,70 +1,114 @@
-"""Selective scan at Hymba's sizes on one GPU: every backend checked, then timed.
+"""Selective scan at Hymba's sizes on one GPU: every variant checked, then timed.
 
-``python -m benchmarks.scan_gpu [--out DIR] [--budget SECONDS] [--only NAME,...] [--more] [--once]``: 3,200 channels, 16
-states, bf16 activations that are slices of wider rows, B and C float32. Checks against float64 come first; then the
-median time of the forward and of forward + backward (CUDA events, inputs rotated so that none is still in the cache),
-the time of each kernel, and host time a call. Results go to DIR/scan_gpu.json; the table is printed last.
+``python -m benchmarks.scan_gpu [--out DIR] [--budget SECONDS] [--only NAME,...] [--before DIR] [--more] [--once]``:
+3,200 channels, 16 states, bf16 activations that are slices of wider rows, B and C float32. All kernels are compiled
+first, side by side. Checks against the reference come next; then the median time of the forward and of forward and
+backward (CUDA events, inputs rotated so that none is still in the cache), the time of each kernel, and host time.
+``--before``: the folder of an older selective_scan_cuda.py and its cuda/, timed beside. Results go to
+DIR/scan_gpu.json; the tables are printed last.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hymba_train.ops import nvrtc
 from hymba_train.ops import selective_scan as plain
 from hymba_train.ops import selective_scan_cuda as cuda_scan
 from hymba_train.ops.registry import BACKENDS
 
 CHANNELS, STATES = 3200, 16
-SIZES = [(4, 2048), (8, 2048), (2, 8192), (1, 128)]
+SIZES = [(4, 2048), (8, 2048), (12, 2048), (2, 8192)]
 RESULTS = ("y", "final", "u", "dt", "A_log", "B", "C", "D", "bias", "z", "initial")
 
 
 @dataclass
 class Variant:
-    """A backend under some settings. ``chunks``: of the cuda backend, by size; None: its own choice."""
+    """A backend under some settings: names of the cuda backend's module, BUILD's entries among them."""
 
     name: str
-    backend: str
+    backend: str = "cuda"
     settings: dict[str, Any] = field(default_factory=dict)
+    module: ModuleType = cuda_scan
     sizes: list[tuple[int, int]] | None = None
     more: bool = False  # only if asked for
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        saved = {k: getattr(cuda_scan, k) for k in self.settings}
-        for k, v in self.settings.items():
-            setattr(cuda_scan, k, v)
+        build = getattr(self.module, "BUILD", {})
+        settings = {k: v for k, v in self.settings.items() if k not in build}
+        saved, saved_build = {k: getattr(self.module, k) for k in settings}, dict(build)
+        for k, v in settings.items():
+            setattr(self.module, k, v)
+        build.update({k: v for k, v in self.settings.items() if k in build})
         try:
             yield
         finally:
             for k, v in saved.items():
-                setattr(cuda_scan, k, v)
+                setattr(self.module, k, v)
+            build.update(saved_build)
 
 
-def variants() -> list[Variant]:
-    resident = dict(cuda_scan.RESIDENT_BLOCKS)
-    square, long = [(4, 2048), (8, 2048)], [(2, 8192)]
+def variants(before: Path | None = None) -> list[Variant]:
+    """The backward's settings have nothing to do with the forward's: a variant changes both, to save time."""
+    chain, square = lambda f, b: {"CHAIN_TOKENS": {"forward": f, "backward": b}}, SIZES[:3]
     return [
-        Variant("cuda", "cuda"),
-        Variant("cuda forward 4", "cuda", {"RESIDENT_BLOCKS": resident | {"FORWARD_BLOCKS": 4}}, [*square, *long]),
-        Variant("cuda one chunk", "cuda", {"CHUNKS": cuda_scan.Chunks(2048, 1, False)}, square),
-        Variant("cuda parallel x6", "cuda", {"PARALLEL_BLOCKS": 6}, long),
+        Variant("cuda"),
+        Variant("F 5 blocks, B chain 256", settings=chain(256, 256) | {"FORWARD_BLOCKS": 5}),
+        Variant("F chain 128, B window 4", settings=chain(128, 128) | {"BACKWARD_WINDOW": 4, "BACKWARD_BLOCKS": 2}),
+        Variant("F 6 blocks, B 2 blocks", settings={"FORWARD_BLOCKS": 6, "BACKWARD_BLOCKS": 2}),
+        Variant("F unroll 16, B hold 1", settings={"FORWARD_UNROLL": 16, "HOLD_UNROLL": 1}),
+        Variant("F, B one chunk", settings={"CHUNKS": cuda_scan.Chunks(2048, 1, False)}, sizes=square),
+        *([Variant("before", module=_load(before))] if before else []),
         Variant("mamba_ssm", "mamba_ssm", more=True),
         Variant("triton", "triton", more=True),
     ]
+
+
+def _load(folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scan_before", folder / "selective_scan_cuda.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scan_before"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+BUILDS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+"""(dtype of the activations, exact) that the checks and timings need, B and C being float32."""
+
+
+def compile_all(chosen: list[Variant]) -> None:
+    """All kernels into the cache on disk, on as many cores as there are."""
+    capability = torch.cuda.get_device_capability()
+    jobs = {}
+    for v in chosen:
+        if v.backend != "cuda":
+            continue
+        with v.active():
+            source = v.module.source()
+            for x_dtype, exact in BUILDS[-1:] if v.settings else BUILDS:
+                options = nvrtc.compiler_options(capability, v.module.defines(x_dtype, torch.float32, exact))
+                jobs[source, tuple(options)] = (source, options)
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(nvrtc.cached_cubin, *zip(*jobs.values(), strict=True)))
 
 
 def make(batch: int, tokens: int, dtype: torch.dtype, seed: int, channels: int = CHANNELS) -> list[Tensor]:
@@ -91,6 +135,8 @@ def make_documents(batch: int, tokens: int) -> Tensor:
 
 
 def function(variant: Variant) -> Callable[..., tuple[Tensor, Tensor]]:
+    if variant.module is not cuda_scan:
+        return variant.module.selective_scan_cuda
     if variant.backend != "mamba_ssm":
         backend = next(b for b in BACKENDS["selective_scan"] if b.name == variant.backend)
         obstacles = backend.obstacles("cuda", (), torch.bfloat16)
@@ -220,10 +266,10 @@ def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: fl
 
     with variant.active():
         result = {"forward_ms": timed(forward, seconds), "both_ms": timed(both, seconds)}
-        result["host_us"] = host_time(both)
-        result["host_forward_us"] = host_time(forward)
         if deep:
             result["kernels_us"] = kernel_times(both)
+        else:
+            result["host_us"], result["host_forward_us"] = host_time(both), host_time(forward)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         held = forward(0)
@@ -246,8 +292,9 @@ def run_once(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--budget", type=float, default=45.0, help="seconds; what does not fit is left out and said")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds; what does not fit is left out and said")
+    parser.add_argument("--seconds", type=float, default=0.05, help="at least, of each timing")
+    parser.add_argument("--before", type=Path, help="folder of an older selective_scan_cuda.py")
     parser.add_argument("--only", default="", help="names of variants, comma-separated")
     parser.add_argument("--more", action="store_true", help="other backends too")
     parser.add_argument("--once", action="store_true", help="a few calls at 4 x 2048 and no timing: for a profiler")
@@ -258,67 +305,84 @@ def main() -> None:
     begin = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}", flush=True)
     report: dict[str, Any] = {"device": device, "torch": torch.__version__, "checks": {}, "times": []}
-    if args.only:
-        chosen = [v for v in variants() if v.name in args.only.split(",")]
-    else:
-        chosen = [v for v in variants() if args.more or not v.more]
-    good = {}
-    for v in chosen:
-        try:
-            for size, dtype, packed, limit in [
-                ((2, 300, 200), torch.float32, True, 2e-5),
-                ((3, 517, 131), torch.bfloat16, False, 1e-2),
-                ((2, 700, 64), torch.bfloat16, v.backend != "mamba_ssm", 1e-2),
-            ]:
-                errors = check(v, *size, dtype, packed and v.backend != "mamba_ssm")
-                good[v.name] = good.get(v.name, True) and all(e < limit for e in errors.values())  # NaN is not good
-                report["checks"].setdefault(v.name, []).append(errors)
-                worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else 1e9)
-                print(
-                    f"{v.name} {size}: worst {worst} {errors[worst]:.1e} {'ok' if good[v.name] else 'WRONG'}",
-                    flush=True,
-                )
-        except Exception as error:
-            print(f"{v.name}: left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    for size in (4, 2048), (2, 8192):  # the whole size once, in float32 against float32
-        if "cuda" in good:
-            errors = check(chosen[0], *size, CHANNELS, torch.bfloat16, True)
-            report["checks"][f"cuda {size}"] = errors
-            print(f"cuda {size}: " + " ".join(f"{k} {e:.0e}" for k, e in errors.items()), flush=True)
+    chosen = [
+        v for v in variants(args.before) if (v.name in args.only.split(",") if args.only else args.more or not v.more)
+    ]
+    compile_all(chosen)
+    print(f"{device}, torch {torch.__version__}; compiled after {time.perf_counter() - begin:.0f} s", flush=True)
+    good = check_all(chosen, report)
     for size in SIZES:
         for v in chosen:
             for packed in (False, True):
-                if v.name not in good or (v.sizes and size not in v.sizes) or (packed and v.backend == "mamba_ssm"):
-                    continue
-                if packed and v.name not in ("cuda", "triton"):
+                if v.name not in good or (v.sizes and size not in v.sizes) or (packed and v.name != "cuda"):
                     continue
                 if time.perf_counter() - begin > args.budget:
                     print(f"out of time: {v.name} {size} left out", flush=True)
                     continue
                 try:
-                    deep = not packed and v.backend == "cuda"
-                    result = measure(v, *size, packed, args.seconds, deep)
+                    result = measure(v, *size, packed, args.seconds, deep=not packed)
                 except Exception as error:
                     print(f"{v.name} {size}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                     continue
-                report["times"].append(
-                    {"variant": v.name, "size": size, "packed": packed, "ok": good[v.name], **result}
-                )
-                if deep:
-                    print(f"{v.name} {size} kernels, us: {result['kernels_us']}", flush=True)
-                torch.cuda.empty_cache()
+                finally:
+                    torch.cuda.empty_cache()
+                entry = {"variant": v.name, "size": size, "packed": packed, "ok": good[v.name], **result}
+                report["times"].append(entry)
+                print(f"{v.name} {size}: {result.get('kernels_us', '')}", flush=True)
     (Path(args.out) / "scan_gpu.json").write_text(json.dumps(report, indent=1))
-    print(f"\n{'B x S':>9} {'variant':<20} {'fwd ms':>8} {'f+b ms':>8} {'host us':>8} {'fwd only':>8} {'saved MiB':>9}")
-    for t in report["times"]:
-        name = t["variant"] + (" packed" if t["packed"] else "") + ("" if t["ok"] else " WRONG")
-        print(
-            f"{t['size'][0]:>3} x {t['size'][1]:<4} {name:<20} {t['forward_ms']:8.3f} {t['both_ms']:8.3f} "
-            f"{t['host_us']:8.0f} {t['host_forward_us']:8.0f} {t['saved_mib']:9.1f}"
-        )
+    print_tables(report)
     print(f"host us of an autograd function that does nothing, 9 inputs, forward + backward: {empty_host_time():.0f}")
     print(f"{device}; {time.perf_counter() - begin:.0f} s")
+
+
+CHECKS = [
+    ((2, 700, 64), torch.bfloat16, True, 1e-2),
+    ((3, 517, 131), torch.bfloat16, False, 1e-2),
+    ((2, 300, 200), torch.float32, True, 2e-5),
+]
+"""Size, type, documents, and how far a result may be off; variants of the default are held to the first and to 4 x 2048
+tokens of a model."""
+
+
+def check_all(chosen: list[Variant], report: dict[str, Any]) -> dict[str, bool]:
+    """Are all results of a variant right? Without those that could not run."""
+    good: dict[str, bool] = {}
+    for v in chosen:
+        cases = CHECKS[:1] if v.settings else CHECKS
+        if not (v.sizes or v.more):
+            cases = [*cases, ((4, 2048, CHANNELS), torch.bfloat16, not v.settings, 1e-2)]
+        for size, dtype, packed, limit in cases:
+            try:
+                errors = check(v, *size, dtype, packed and v.backend != "mamba_ssm")
+            except Exception as error:
+                print(f"{v.name}: left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                good.pop(v.name, None)
+                break
+            torch.cuda.empty_cache()
+            ok = all(e < limit for e in errors.values())  # NaN is not good
+            good[v.name] = good.get(v.name, True) and ok
+            report["checks"].setdefault(v.name, []).append(errors)
+            worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else 1e9)
+            print(f"{v.name} {size}: worst {worst} {errors[worst]:.1e} {'ok' if ok else 'WRONG'}", flush=True)
+    return good
+
+
+def print_tables(report: dict[str, Any]) -> None:
+    """Microseconds of the kernels of a forward and of a backward, and of the whole by events."""
+    print(f"\n{'B x S':>9} {'variant':<26} {'forward':>8} {'backward':>8} {'all fwd':>8} {'all bwd':>8} {'MiB':>6}")
+    for t in report["times"]:
+        name = t["variant"] + (" packed" if t["packed"] else "") + ("" if t["ok"] else " WRONG")
+        kernels = t.get("kernels_us", {})
+        forward, backward = (kernels.get(f"scan_{way}", float("nan")) for way in ("forward", "backward"))
+        all_forward, all_backward = 1e3 * t["forward_ms"], 1e3 * (t["both_ms"] - t["forward_ms"])
+        print(
+            f"{t['size'][0]:>3} x {t['size'][1]:<4} {name:<26} {forward:8.1f} {backward:8.1f} "
+            f"{all_forward:8.0f} {all_backward:8.0f} {t['saved_mib']:6.0f}"
+        )
+    for t in report["times"]:
+        if "host_us" in t:
+            print(f"host us at {t['size']}: forward {t['host_forward_us']:.0f}, and backward {t['host_us']:.0f}")
 
 
 if __name__ == "__main__":

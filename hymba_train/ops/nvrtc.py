@@ -28,14 +28,11 @@ class Module:
 
     def __init__(self, source: str, defines: dict[str, int], device_index: int) -> None:
         self.device_index = device_index
-        major, minor = torch.cuda.get_device_capability(device_index)
-        # 'a' unlocks what this chip alone has; there is no such target before 9.0.
-        target = f"sm_{major}{minor}" + ("a" if (major, minor) >= (9, 0) else "")
-        options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+        options = compiler_options(torch.cuda.get_device_capability(device_index), defines)
         from cuda.bindings import driver
 
         self._driver = driver
-        cubin = _cached_cubin(source, options)
+        cubin = cached_cubin(source, options)
         torch.cuda.init()
         (device,) = _checked(driver.cuDeviceGet(device_index))
         (self._context,) = _checked(driver.cuDevicePrimaryCtxRetain(device))  # PyTorch's own
@@ -82,10 +79,11 @@ class Module:
     def _function(self, name: str, shared_bytes: int):
         driver = self._driver
         (function,) = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
+        attributes = driver.CUfunction_attribute
         if shared_bytes > 48 * 1024:
-            attributes = driver.CUfunction_attribute
             most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
+        if shared_bytes > 16 * 1024:  # else several blocks may not find room beside a large L1 cache
             share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _checked(driver.cuFuncSetAttribute(function, share, 100))
         return function
@@ -110,7 +108,14 @@ def compile_cubin(source: str, options: list[str]) -> bytes:
     return cubin
 
 
-def _cached_cubin(source: str, options: list[str]) -> bytes:
+def compiler_options(capability: tuple[int, int], defines: dict[str, int]) -> list[str]:
+    # 'a' unlocks what this chip alone has; there is no such target before 9.0.
+    target = "sm_{}{}".format(*capability) + ("a" if capability >= (9, 0) else "")
+    return [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+
+
+def cached_cubin(source: str, options: list[str]) -> bytes:
+    """:func:`compile_cubin`, or what it made before on this machine."""
     key = hashlib.sha256(repr((source, options, _compiler_version())).encode()).hexdigest()
     path = _cache_directory() / f"{key}.cubin"
     if path.exists():

@@ -20,23 +20,21 @@ from hymba_train.errors import UserError
 from hymba_train.ops.gradient_slots import GradientSlot, empty_gradient, slot_of
 from hymba_train.ops.nvrtc import Module
 
-TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS, LANE_THREADS = 16, 64, 16, 128, 64
+TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS = 16, 64, 16, 128
 PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
-LANES_SHARED, SCAN_BACKWARD_SHARED = 4096, 59904
-"""Shared memory of a block; checked against the layouts in ops/cuda when they are compiled."""
-LAUNCH = {
-    "scan_forward": (LANE_THREADS, LANES_SHARED),
-    "scan_chunk_states": (LANE_THREADS, LANES_SHARED),
-    "scan_chunk_gradients": (LANE_THREADS, LANES_SHARED),
-    "scan_backward": (THREADS, SCAN_BACKWARD_SHARED),
+FORWARD_SHARED = 29696
+BACKWARD_SHARED = {2: 75776, 4: 59392}
+"""Bytes of shared memory of a block, by window; checked against the layouts in ops/cuda when they are compiled."""
+BUILD = {
+    "FORWARD_BLOCKS": 4,
+    "FORWARD_UNROLL": 8,
+    "BACKWARD_BLOCKS": 3,
+    "BACKWARD_WINDOW": 2,
+    "HOLD_UNROLL": 7,
 }
-"""Threads and bytes of shared memory of a block; of other kernels (THREADS, 0)."""
-RESIDENT_BLOCKS = {"FORWARD_BLOCKS": 4, "BACKWARD_BLOCKS": 2}
-"""Blocks a multiprocessor should hold: bounds the registers of a thread."""
-SOURCES = (
-    "scan_common.cuh", "scan_backward.cu", "scan_lanes.cuh", "scan_forward.cu", "scan_chunk_gradients.cu",
-    "scan_sums.cu",
-)  # fmt: skip
+"""Blocks that a multiprocessor should hold (bounds the registers of a thread), steps that the backward keeps in
+registers, and how far loops are unrolled."""
+SOURCES = ("scan_common.cuh", "scan_backward.cu", "scan_forward.cu", "scan_chunk_gradients.cu", "scan_sums.cu")
 
 
 @dataclass(frozen=True)
@@ -49,31 +47,27 @@ class Chunks:
     chained: bool
 
 
-CHAIN_TOKENS = 256
+CHAIN_TOKENS = {"forward": 256, "backward": 128}
 """Tokens of a chained chunk: short enough that multiprocessors finish together."""
-PARALLEL_BLOCKS = 4
-"""Blocks a multiprocessor wanted when chunks run side by side."""
-
-
+PARALLEL_BLOCKS, MIN_PARALLEL_TOKENS = 4, 256
+"""Blocks a multiprocessor wanted when chunks run side by side; rows not longer than this are not cut for it."""
 CHUNKS: Chunks | None = None
 """Overrides choose_chunks, for tests and measurements."""
 
 
-def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: int) -> Chunks:
+def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: int, chain_tokens: int) -> Chunks:
+    if CHUNKS:
+        return CHUNKS
     chains = batch * -(-channels // BLOCK_CHANNELS)
-    if num_tokens > CHAIN_TOKENS:
-        if chains >= multiprocessors:
-            return Chunks(CHAIN_TOKENS, -(-num_tokens // CHAIN_TOKENS), True)
+    if chains >= multiprocessors:
+        if num_tokens > chain_tokens:
+            return Chunks(chain_tokens, -(-num_tokens // chain_tokens), True)
+    elif num_tokens > MIN_PARALLEL_TOKENS:
         count = PARALLEL_BLOCKS * multiprocessors // chains
         tokens = max(-(-num_tokens // (count * TILE_TOKENS)), 4) * TILE_TOKENS
         if tokens < num_tokens:
             return Chunks(tokens, -(-num_tokens // tokens), False)
     return Chunks(-(-num_tokens // TILE_TOKENS) * TILE_TOKENS, 1, False)
-
-
-def chunks_of(batch: int, num_tokens: int, u: Tensor) -> Chunks:
-    """For u's channels and device."""
-    return CHUNKS or choose_chunks(batch, num_tokens, u.shape[-1], _multiprocessors(u.device))
 
 
 def selective_scan_cuda(
@@ -99,7 +93,7 @@ def selective_scan_cuda(
             f"selective_scan: backend 'cuda' has at most {MAX_STATES} as mamba_state_dim, not {A_log.shape[1]}; "
             "use 'triton' or 'torch'"
         )
-    batch, num_tokens, _ = u.shape
+    batch = u.shape[0]
     if initial_state is not None:
         initial_state = initial_state.float()
         if initial_state.dim() == 3 and initial_state.shape[0] != batch:
@@ -108,12 +102,11 @@ def selective_scan_cuda(
     if u.numel() == 0:
         first = u.new_zeros(()) if initial_state is None else initial_state
         return torch.zeros_like(u), first.float().expand(batch, *A_log.shape).clone()
-    chunks = chunks_of(batch, num_tokens, u)
     x = _alike(u, dt, z)
     slots = tuple(slot_of(t) if t is given else None for t, given in zip(x, (u, dt, z), strict=True))
     y, final = CudaScan.apply(
         *x, *_alike(B, C), *(x.float().contiguous() for x in (A_log, D, dt_bias)), initial_state,
-        None if segment_ids is None else segment_ids.long(), chunks, slots,
+        None if segment_ids is None else segment_ids.long(), torch.is_grad_enabled(), slots,
     )  # fmt: skip
     return y.to(u.dtype), final
 
@@ -141,23 +134,23 @@ class CudaScan(torch.autograd.Function):
     y: contiguous memory to write it to."""
 
     @staticmethod
-    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, chunks, slots, y=None):
-        run = _Run(_kernels, chunks, u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
+    def forward(ctx, u, dt, z, B, C, A_log, D, bias, initial, segment_ids, grad_enabled, slots, y=None):
+        run = _Run(_kernels, "forward", u=u, dt=dt, z=z, B=B, C=C, A_log=A_log, D=D, bias=bias)
         run.set_start(initial, segment_ids)
         if y is None:
             y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         run.set("y", y)
         final = run.new("final_state", (u.shape[0], *A_log.shape))
         checkpoints = before = None
-        if any(ctx.needs_input_grad):
+        if grad_enabled and any(ctx.needs_input_grad):  # which says nothing of no_grad
             tiles = -(-u.shape[1] // TILE_TOKENS)
             checkpoints = run.new("checkpoints", (tiles, run.chains, PRIVATE_STATE))
             before = run.new("before", u.shape, u.dtype)
         run.between_chunks("scan_chunk_states", "scan_pass_states")
-        run.launch("scan_forward", run.chains * chunks.count)
+        run.launch("scan_forward", run.chains * run.chunks.count)
         if checkpoints is not None:
             ctx.save_for_backward(u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before)
-            ctx.find_kernels, ctx.chunks, ctx.slots = _kernels, chunks, slots
+            ctx.find_kernels, ctx.slots = _kernels, slots
             ctx.set_materialize_grads(False)
         return y, final
 
@@ -165,9 +158,9 @@ class CudaScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, d_final):
         u, dt, z, B, C, A_log, D, bias, initial, segment_ids, checkpoints, before = ctx.saved_tensors
-        chunks = ctx.chunks
         dy = torch.zeros_like(u) if dy is None else dy
-        run = _Run(ctx.find_kernels, chunks, u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        run = _Run(ctx.find_kernels, "backward", u=u, dt=dt, z=z, dy=dy, B=B, C=C, A_log=A_log, D=D, bias=bias)
+        chunks = run.chunks
         run.set_start(initial, segment_ids)
         run.set("checkpoints", checkpoints)
         run.set("before", before)
@@ -198,9 +191,10 @@ class CudaScan(torch.autograd.Function):
 class _Run:
     """Parameters of the kernels of one forward or backward, and the tensors they point to."""
 
-    def __init__(self, find: Callable[..., Module], chunks: Chunks, **tensors: Tensor) -> None:
+    def __init__(self, find: Callable[..., Module], way: str, **tensors: Tensor) -> None:
         u, A_log = tensors["u"], tensors["A_log"]
-        self.device, self.chunks = u.device, chunks
+        self.device = u.device
+        self.chunks = chunks = choose_chunks(*u.shape, _multiprocessors(u.device), CHAIN_TOKENS[way])
         self.params, self.tensors = Params(), []
         p = self.params
         (p.batch, p.tokens, p.channels), p.states = u.shape, A_log.shape[1]
@@ -287,8 +281,7 @@ class _Run:
         self.launch(pass_name, self.chains * (PRIVATE_STATE // THREADS))
 
     def launch(self, name: str, blocks: int) -> None:
-        threads, shared = LAUNCH.get(name, (THREADS, 0))
-        self.kernels.launch(name, blocks, threads, shared, self.params)
+        self.kernels.launch(name, blocks, THREADS, shared_bytes().get(name, 0), self.params)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -308,24 +301,30 @@ def source() -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
+def shared_bytes() -> dict[str, int]:
+    """Shared memory of a block of each kernel that has any."""
+    over_time = dict.fromkeys(("scan_forward", "scan_chunk_states", "scan_chunk_gradients"), FORWARD_SHARED)
+    return over_time | {"scan_backward": BACKWARD_SHARED[BUILD["BACKWARD_WINDOW"]]}
+
+
 def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[str, int]:
     kind = {"X_BF16": x_dtype == torch.bfloat16, "BC_BF16": bc_dtype == torch.bfloat16, "EXACT": exact}
-    return (
-        {k: int(v) for k, v in kind.items()}
-        | RESIDENT_BLOCKS
-        | {name: globals()[name] for name in ("LANE_THREADS", "LANES_SHARED", "SCAN_BACKWARD_SHARED")}
-    )
+    build = dict(BUILD)
+    if x_dtype == torch.float32:  # inputs take twice the registers
+        build["BACKWARD_BLOCKS"] = min(build["BACKWARD_BLOCKS"], 2)
+    shared = {f"{name.upper()}_SHARED": size for name, size in shared_bytes().items() if "chunk" not in name}
+    return {k: int(v) for k, v in kind.items()} | build | shared
 
 
 def _kernels(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device: torch.device) -> Module:
     if device.type != "cuda":
         raise UserError(f"selective_scan: backend 'cuda' runs on cuda, not on {device.type}; use 'torch'")
-    return _compiled(x_dtype, bc_dtype, exact, device.index, tuple(RESIDENT_BLOCKS.values()))
+    return _compiled(x_dtype, bc_dtype, exact, device.index, tuple(BUILD.values()))
 
 
 @functools.cache
 def _compiled(
-    x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, resident: tuple[int, ...]
+    x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, build: tuple[int, ...]
 ) -> Module:
     return Module(source(), defines(x_dtype, bc_dtype, exact), device_index)
 

@@ -62,11 +62,11 @@ class _ScanRows(torch.autograd.Function):
         meta, text = _Part((keep,) * 12), _Part((keep,) * 12)
         _, state = scan.CudaScan.forward(
             meta, *(x[meta_rows][None] for x in rows), A_log, D, bias, None, None,
-            scan.chunks_of(1, num_meta, u), (None,) * 3, y[meta_rows][None],
+            keep, (None,) * 3, y[meta_rows][None],
         )  # fmt: skip
         scan.CudaScan.forward(
             text, *(x[text_rows].unflatten(0, (batch, seq)) for x in rows), A_log, D, bias, state[0], ids,
-            scan.chunks_of(batch, seq, u), (None,) * 3, y[text_rows].unflatten(0, (batch, seq)),
+            keep, (None,) * 3, y[text_rows].unflatten(0, (batch, seq)),
         )  # fmt: skip
         if keep:
             ctx.save_for_backward(*meta.saved_tensors, *text.saved_tensors)

@@ -197,6 +197,15 @@ def test_gradient_through_one_result_alone(backend, device, through):
 
 
 @over_devices
+def test_windows_of_four_steps(backend, device, monkeypatch):
+    monkeypatch.setitem(scan.BUILD, "BACKWARD_WINDOW", 4)
+    monkeypatch.setitem(scan.BUILD, "BACKWARD_BLOCKS", 2)
+    tensors, ids = inputs(B=2, S=70, C=67, N=16, state="rows"), documents(2, 70)
+    expected = outputs_and_gradients(plain.selective_scan_reference, tensors, ids)
+    assert_close(outputs_and_gradients(backend, tensors, ids, torch.float32, device), expected, 1e-5)
+
+
+@over_devices
 def test_two_runs_give_the_same_bits(backend, device, monkeypatch):
     monkeypatch.setattr(scan, "CHUNKS", scan.Chunks(32, 3, True))
     tensors, ids = inputs(B=2, S=70, C=67, N=16), documents(2, 70)
@@ -206,28 +215,42 @@ def test_two_runs_give_the_same_bits(backend, device, monkeypatch):
 
 @needs_emulator
 def test_no_checkpoints_without_gradients(monkeypatch):
-    tensors = [x.detach().float() for x in inputs(B=1, S=20, C=3, N=4)]
-    kernels = emulated(torch.float32, torch.float32, False)
-    kernels.launched.clear()
-    y, state = emulated_backend(*tensors[:8], initial_state=tensors[8])
-    assert kernels.launched == ["scan_forward"]
+    tensors = [x.detach().float().requires_grad_() for x in inputs(B=1, S=20, C=3, N=4)]
+    made, new = [], scan._Run.new
+    monkeypatch.setattr(scan._Run, "new", lambda run, name, *rest: made.append(name) or new(run, name, *rest))
+    with torch.no_grad():
+        y, state = emulated_backend(*tensors[:8], initial_state=tensors[8])
+    assert made == ["y", "final_state"]
     assert y.grad_fn is None
     expected = plain.selective_scan_reference(*(x.double() for x in tensors[:8]), initial_state=tensors[8].double())
     assert_close([y.double(), state.double()], expected, 1e-5)
 
 
 def test_chunks_follow_the_work():
-    prefix = scan.choose_chunks(1, 128, 3200, 132)
+    prefix = scan.choose_chunks(1, 128, 3200, 132, 256)
     assert prefix.count == 1
-    assert scan.choose_chunks(4, 2048, 3200, 132) == scan.Chunks(256, 8, True)
-    alone = scan.choose_chunks(1, 8192, 3200, 132)
+    assert scan.choose_chunks(4, 2048, 3200, 132, 256) == scan.Chunks(256, 8, True)
+    assert scan.choose_chunks(4, 2048, 3200, 132, 128) == scan.Chunks(128, 16, True)
+    alone = scan.choose_chunks(1, 8192, 3200, 132, 256)
     assert not alone.chained
     assert alone.count * 50 <= 4 * 132
     for batch in (1, 2, 3, 8):
         for num_tokens in (1, 255, 257, 2048, 8191):
-            chunks = scan.choose_chunks(batch, num_tokens, 100, 132)
+            chunks = scan.choose_chunks(batch, num_tokens, 100, 132, 256)
             assert chunks.tokens % scan.TILE_TOKENS == 0
             assert (chunks.count - 1) * chunks.tokens < num_tokens <= chunks.count * chunks.tokens
+
+
+@needs_emulator
+def test_the_backward_may_cut_time_otherwise_than_the_forward(monkeypatch):
+    cuts = {"forward": 48, "backward": 32}
+    monkeypatch.setattr(scan, "CHAIN_TOKENS", cuts)
+    monkeypatch.setattr(
+        scan, "choose_chunks", lambda batch, tokens, *rest: scan.Chunks(rest[-1], -(-tokens // rest[-1]), True)
+    )
+    tensors, ids = inputs(B=2, S=70, C=67, N=16), documents(2, 70)
+    expected = outputs_and_gradients(plain.selective_scan_reference, tensors, ids)
+    assert_close(outputs_and_gradients(emulated_backend, tensors, ids, torch.float32, "cpu"), expected, 1e-5)
 
 
 def test_refuses_what_it_cannot_do():

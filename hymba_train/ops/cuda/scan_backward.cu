@@ -1,30 +1,36 @@
 // Selective scan, backward: scan_backward.
 //
-// Tiles of 16 steps, last first. Per tile: the states before every 4th step are computed anew from the checkpoint
-// (hold), then, last window first, the decays a and a h_{t-1} of its 4 steps go to registers and the gradient g to
-// the state runs back over them.
+// Tiles of 16 steps, last first. Per tile: the states before every window of WINDOW steps are computed anew from the
+// checkpoint (hold); then, last window first, the decays a and a h_{t-1} of its steps go to registers and the gradient
+// g to the state runs back over them. After 4 steps (a quad) each lane finishes one token of its two channels.
+// A warp's 16 channels are its own throughout; its warps share B, C and the sums over channels.
 
+constexpr int WINDOW = BACKWARD_WINDOW, WINDOWS = TILE / WINDOW;
 constexpr int SLOTS = WARPS * 2, PART_TOKEN = 36, PART_SLOT = TILE * PART_TOKEN + 16;  // strides without bank conflicts
-constexpr int RESULT = TILE * Y_STRIDE;
 
 struct BackwardShared {
   float* records;  // [token][pair] {delta 0, delta 1, delta u 0, delta u 1}
   float* dy;       // [token][pair] gradient to the sum before the gate
+  float* slope;    // [token][pair] sigmoid of the raw time step
   float* bc;       // [token][32]
   float* hold;     // [window][c][thread] float4: states before each window
-  float* results;  // [sum over states of g B | of q a2][token][Y_STRIDE]
+  float* sums;     // [step of the quad][thread] {g B of channel 0, 1, q a2 of channel 0, 1}: sums over a lane's states
   float* parts;    // [warp, half][token][36]: partial dB, dC
-  float* slope;    // [ITEMS][thread] float2: sigmoid of the raw time step
+  float* pairs;    // [pair] float4 {bias 0, 1, D 0, 1}
+  float* d_skip;   // [thread] float2: sums of the gradients to D over the thread's items
   DEVICE explicit BackwardShared(float* base) {
     records = base;
     dy = records + TILE * PAIRS * 4;
-    bc = dy + TILE * PAIRS * 2;
+    slope = dy + TILE * PAIRS * 2;
+    bc = slope + TILE * PAIRS * 2;
     hold = bc + TILE * 32;
-    results = hold + (WINDOWS - 1) * 2 * 128 * 4;
-    parts = results + 2 * RESULT;
-    slope = parts + SLOTS * PART_SLOT;
+    sums = hold + (WINDOWS - 1) * 1024;
+    parts = sums + QUAD * 512;
+    pairs = parts + SLOTS * PART_SLOT;
+    d_skip = pairs + PAIRS * 4;
   }
-  static constexpr int FLOATS = TILE * (PAIRS * 6 + 32) + (WINDOWS - 1) * 1024 + 2 * RESULT + SLOTS * PART_SLOT + ITEMS * 256;
+  static constexpr int ITEMS = TILE * (PAIRS * 8 + 32) + PAIRS * 4 + 256;
+  static constexpr int FLOATS = ITEMS + (WINDOWS - 1) * 1024 + QUAD * 512 + SLOTS * PART_SLOT;
 };
 static_assert(BackwardShared::FLOATS * 4 == SCAN_BACKWARD_SHARED, "shared memory of scan_backward");
 
@@ -51,43 +57,45 @@ struct BackwardState {
   float a2[8], g[8], dA[8];
 };
 
-// The window of steps base .. base + 3 from the state h before it.
+struct OuterSums {
+  float dB[2][4], dC[2][4];
+};
+
+// The window of steps base + offset .. from the state h before it; base: first of its quad.
 template <bool RESET>
-DEVICE void backward_window(const Params& p, const Place& at, const BackwardShared& shared, int base, unsigned starts,
-                            const float* initial, float* reset, float (&h)[8], BackwardState& state) {
-  float a[WINDOW][8], kept[WINDOW][8], dC[2][4] = {}, dB[2][4] = {};
-  const float* my_records = shared.records + (at.warp * 8 + at.cg) * 4;
-  const float* my_dy = shared.dy + (at.warp * 8 + at.cg) * 2;
-  const int mine = at.warp * 16 + at.cg * 2 + at.sg % 2;
+DEVICE void backward_window(const Params& p, const Place& at, const BackwardShared& shared, int base, int offset,
+                            unsigned starts, float (&h)[8], BackwardState& state, OuterSums& outer) {
+  float a[WINDOW][8], kept[WINDOW][8], delta[4], B[4];
+  float2 dy[WINDOW];
+  const float* bc = shared.bc + base * 32 + at.sg * 4;
 #pragma unroll
   for (int t = 0; t < WINDOW; t++) {
-    if (RESET && (starts >> (base + t) & 1)) load_state(p, at, initial, h);
-    float delta[4], B[4];
-    unpack4(my_records + (base + t) * PAIRS * 4, delta);
-    unpack4(shared.bc + (base + t) * 32 + at.sg * 4, B);
-    float2 dy = *(const float2*)(my_dy + (base + t) * PAIRS * 2);
+    int step = offset + t, pair = (base + step) * PAIRS + at.pair;
+    if (RESET && (starts >> (base + step) & 1)) load_state(p, at, row_initial(p, at), h);
+    unpack4(shared.records + pair * 4, delta);
+    unpack4(bc + step * 32, B);
+    dy[t] = *(const float2*)(shared.dy + pair * 2);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       a[t][i] = ex2(delta[i / 4] * state.a2[i]);
       kept[t][i] = a[t][i] * h[i];
       h[i] = fmaf(B[i % 4], delta[2 + i / 4], kept[t][i]);
     }
-    add_outer(dC, h, at.sg == t ? dy.x : 0.f, at.sg == t ? dy.y : 0.f);
+    add_outer(outer.dC, h, at.sg == step ? dy[t].x : 0.f, at.sg == step ? dy[t].y : 0.f);
   }
-  float sums_b[2], sums_a[2];
 #pragma unroll
   for (int t = WINDOW - 1; t >= 0; t--) {
-    float delta[4], B[4], C[4], sb[2] = {0.f, 0.f}, sa[2] = {0.f, 0.f};
-    unpack4(my_records + (base + t) * PAIRS * 4, delta);
-    unpack4(shared.bc + (base + t) * 32 + at.sg * 4, B);
-    unpack4(shared.bc + (base + t) * 32 + 16 + at.sg * 4, C);
-    float2 dy = *(const float2*)(my_dy + (base + t) * PAIRS * 2);
+    int step = offset + t;
+    float C[4], sb[2] = {0.f, 0.f}, sa[2] = {0.f, 0.f};
+    unpack4(bc + step * 32 + 16, C);
+    unpack4(bc + step * 32, B);  // again: to keep them would take registers that are not there
+    unpack4(shared.records + ((base + step) * PAIRS + at.pair) * 4, delta);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      state.g[i] = fmaf(C[i % 4], i / 4 ? dy.y : dy.x, state.g[i]);
+      state.g[i] = fmaf(C[i % 4], i / 4 ? dy[t].y : dy[t].x, state.g[i]);
       sb[i / 4] = fmaf(B[i % 4], state.g[i], sb[i / 4]);
     }
-    add_outer(dB, state.g, at.sg == t ? delta[2] : 0.f, at.sg == t ? delta[3] : 0.f);
+    add_outer(outer.dB, state.g, at.sg == step ? delta[2] : 0.f, at.sg == step ? delta[3] : 0.f);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float q = state.g[i] * kept[t][i];  // gradient to delta A
@@ -95,19 +103,18 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
       state.dA[i] = fmaf(delta[i / 4], q, state.dA[i]);
       sa[i / 4] = fmaf(state.a2[i], q, sa[i / 4]);
     }
-    if (RESET && (starts >> (base + t) & 1)) {
-      if (reset) store_state(p, at, reset, state.g, true);
+    if (RESET && (starts >> (base + step) & 1)) {
+      const long long size = (long long)p.channels * p.states;
+      if (p.d_reset) store_state(p, at, p.d_reset + (at.row * p.chunks + at.chunk) * size, state.g, true);
       for (int i = 0; i < 8; i++) state.g[i] = 0.f;
     }
-    sums_b[t % 2] = halve(sb[0], sb[1], at.lane, 8);
-    sums_a[t % 2] = halve(sa[0], sa[1], at.lane, 8);
-    if (t % 2 == 0) {
-      float* to = shared.results + (base + t + at.sg / 2) * Y_STRIDE + mine;
-      to[0] = halve(sums_b[0], sums_b[1], at.lane, 16);
-      to[RESULT] = halve(sums_a[0], sums_a[1], at.lane, 16);
-    }
+    *(float4*)(shared.sums + (step * 128 + threadIdx.x) * 4) = make_float4(sb[0], sb[1], sa[0], sa[1]);
   }
-  // Column 2 t + half of the products: of a row only the columns of its own half of the channels count.
+}
+
+// Column 2 t + half of the products: of a row only the columns of its own half of the channels count.
+DEVICE void store_parts(const Place& at, const BackwardShared& shared, int base, const OuterSums& outer) {
+  const float(&dB)[2][4] = outer.dB, (&dC)[2][4] = outer.dC;
   int half = at.lane >> 2 & 1;
   float* part = shared.parts + (at.warp * 2 + half) * PART_SLOT + (base + at.lane % 4) * PART_TOKEN + at.sg * 4;
   *(float4*)part = half ? make_float4(dB[0][1], dB[0][3], dB[1][1], dB[1][3])
@@ -116,17 +123,18 @@ DEVICE void backward_window(const Params& p, const Place& at, const BackwardShar
                                : make_float4(dC[0][0], dC[0][2], dC[1][0], dC[1][2]);
 }
 
-// States before windows 1 .. 3 into hold, from that before window 0; h ends as the last of them.
+// States before every window but the first into hold, from that before it; h ends as the last of them.
 template <bool RESET>
 DEVICE void hold_states(const Params& p, const Place& at, const BackwardShared& shared, unsigned starts,
-                        const float* initial, const float (&a2)[8], float (&h)[8]) {
+                        const float (&a2)[8], float (&h)[8]) {
+#pragma unroll HOLD_UNROLL
   for (int w = 0; w < WINDOWS - 1; w++) {
     store_private(shared.hold + w * 1024 + at.warp * 256 + at.lane * 4, h);
 #pragma unroll
     for (int t = w * WINDOW; t < (w + 1) * WINDOW; t++) {
-      if (RESET && (starts >> t & 1)) load_state(p, at, initial, h);
+      if (RESET && (starts >> t & 1)) load_state(p, at, row_initial(p, at), h);
       float delta[4], B[4];
-      unpack4(shared.records + (t * PAIRS + at.warp * 8 + at.cg) * 4, delta);
+      unpack4(shared.records + (t * PAIRS + at.pair) * 4, delta);
       unpack4(shared.bc + t * 32 + at.sg * 4, B);
 #pragma unroll
       for (int i = 0; i < 8; i++) h[i] = fmaf(B[i % 4], delta[2 + i / 4], ex2(delta[i / 4] * a2[i]) * h[i]);
@@ -135,60 +143,122 @@ DEVICE void hold_states(const Params& p, const Place& at, const BackwardShared& 
 }
 
 template <bool RESET>
-DEVICE void backward_steps(const Params& p, const Place& at, const BackwardShared& shared, unsigned starts,
-                           const float* initial, float* reset, float (&h)[8], BackwardState& state) {
-  hold_states<RESET>(p, at, shared, starts, initial, state.a2, h);
-#pragma unroll 1
-  for (int w = WINDOWS - 1; w >= 0; w--) {
-    if (w < WINDOWS - 1) {
-      const float* from = shared.hold + w * 1024 + at.warp * 256 + at.lane * 4;
+DEVICE void backward_quad(const Params& p, const Place& at, const BackwardShared& shared, int base, unsigned starts,
+                          float (&h)[8], BackwardState& state) {
+  OuterSums outer = {};
+#pragma unroll
+  for (int offset = QUAD - WINDOW; offset >= 0; offset -= WINDOW) {
+    if (base + offset < TILE - WINDOW) {
+      const float* from = shared.hold + (base + offset) / WINDOW * 1024 + at.warp * 256 + at.lane * 4;
       for (int c = 0; c < 2; c++)
         for (int s = 0; s < 4; s++) h[c * 4 + s] = from[c * 128 + s];
     }
-    backward_window<RESET>(p, at, shared, w * WINDOW, starts, initial, reset, h, state);
+    backward_window<RESET>(p, at, shared, base, offset, starts, h, state, outer);
+  }
+  store_parts(at, shared, base, outer);
+}
+
+struct BackwardItems {
+  Pair u[QUADS], dt[QUADS], z[QUADS], dy[QUADS], before[QUADS];
+
+  DEVICE void load(const Params& p, const Place& at, int first) {
+    load_items_at(p, at, first, p.u, p.u_row, p.u_token, ZERO, u);
+    load_items_at(p, at, first, p.dt, p.dt_row, p.dt_token, NO_TIME, dt);
+    load_items_at(p, at, first, p.z, p.z_row, p.z_token, ZERO, z);
+    load_items_at(p, at, first, p.dy, p.dy_row, p.dy_token, ZERO, dy);
+    load_items_at(p, at, first, p.before, (long long)p.tokens * p.channels, p.channels, ZERO, before);
+  }
+};
+
+// What is needed once a tile or quad lies in shared memory, for want of registers: see pairs and d_skip.
+DEVICE void open_sums(const Params& p, const Place& at, const BackwardShared& shared) {
+  float bias[2], skip[2];
+  load_channels(p, at, p.bias, bias), load_channels(p, at, p.D, skip);
+  if (at.sg == 0) *(float4*)(shared.pairs + at.pair * 4) = make_float4(bias[0], bias[1], skip[0], skip[1]);
+  *(float2*)(shared.d_skip + threadIdx.x * 2) = make_float2(0.f, 0.f);
+  sync_warp();
+}
+
+DEVICE void close_sums(const Params& p, const Place& at, const BackwardShared& shared, const float (&d_bias)[2]) {
+  const long long to = (long long)(at.row * p.chunks + at.chunk) * p.channels + at.channel;
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    float D = sum_tokens(shared.d_skip[threadIdx.x * 2 + c]), bias = sum_tokens(d_bias[c]);
+    if (at.sg == 0 && (EXACT || at.channel + c < p.channels)) p.part_D[to + c] = D, p.part_bias[to + c] = bias;
   }
 }
 
-// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
-struct TileRows {
-  Quarter bc;
-  bool start;
-
-  DEVICE void load(const Params& p, const Place& at, int first) {
-    int token = first + threadIdx.x / 8;
-    bc.load(p, at.row, token, threadIdx.x % 8, token < at.last);
-    start = document_starts(p, at, first, at.lane);
-  }
-  DEVICE void store(float* bc_shared) const { bc.store(bc_shared + threadIdx.x * 4); }  // [token][B 16 | C 16]
-};
-
-struct BackwardItems {
-  Pair u[ITEMS], dt[ITEMS], z[ITEMS], dy[ITEMS], before[ITEMS];
-};
-struct BackwardStreams {  // `load` moves on to the tile before
-  Stream u, dt, z, dy, before;
-
-  DEVICE void set(const Params& p, const Place& at, int first) {
-    int token = first + at.warp;
-    u.set(p.u, at.row * p.u_row, p.u_token, token, at.item);
-    dt.set(p.dt, at.row * p.dt_row, p.dt_token, token, at.item);
-    z.set(p.z, at.row * p.z_row, p.z_token, token, at.item);
-    dy.set(p.dy, at.row * p.dy_row, p.dy_token, token, at.item);
-    before.set(p.before, (long long)at.row * p.tokens * p.channels, p.channels, token, at.item);
-  }
-  DEVICE void load(const Params& p, const Place& at, int first, BackwardItems& items) {
+// Before the steps of a tile: what they need of each item goes to shared memory; dz is done.
+DEVICE void open_items(const Params& p, const Place& at, const BackwardShared& shared, int first,
+                       const BackwardItems& items) {
+  float2 bias = *(const float2*)(shared.pairs + at.pair * 4);
+  float2 d_skip = *(const float2*)(shared.d_skip + threadIdx.x * 2);
+  Element* out = (Element*)p.dz + ((long long)at.row * p.tokens + first + at.sg) * p.dz_token + at.channel;
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      bool valid = first + i * WARPS + at.warp < at.last;
-      items.u[i] = u.load(i, at.item, p.channels, valid);
-      items.dt[i] = dt.load(i, at.item, p.channels, valid);
-      items.z[i] = z.load(i, at.item, p.channels, valid);
-      items.dy[i] = dy.load(i, at.item, p.channels, valid);
-      items.before[i] = before.load(i, at.item, p.channels, valid);
+  for (int i = 0; i < QUADS; i++) {
+    float2 u = unpack(items.u[i]), dt = unpack(items.dt[i]), z = unpack(items.z[i]), dy = unpack(items.dy[i]);
+    float2 before = unpack(items.before[i]), to_sum, slopes;
+    float4 record;
+    float dz[2];
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      float x = c ? dt.y + bias.y : dt.x + bias.x, zc = c ? z.y : z.x, uc = c ? u.y : u.x, q;
+      float delta = softplus(x, q), inverse = reciprocal(1.f + q), gate = sigmoid(zc);
+      float through = (c ? dy.y : dy.x) * gate, gated = through * zc;
+      (c ? record.y : record.x) = delta, (c ? record.w : record.z) = delta * uc;
+      (c ? to_sum.y : to_sum.x) = gated;
+      (c ? slopes.y : slopes.x) = x < 0.f ? q * inverse : inverse;
+      dz[c] = (through + fmaf(-gated, gate, gated)) * (c ? before.y : before.x);
+      (c ? d_skip.y : d_skip.x) = fmaf(gated, uc, c ? d_skip.y : d_skip.x);
     }
-    u.move(-1), dt.move(-1), z.move(-1), dy.move(-1), before.move(-1);
+    int place = (i * QUAD + at.sg) * PAIRS + at.pair;
+    *(float4*)(shared.records + place * 4) = record;
+    *(float2*)(shared.dy + place * 2) = to_sum;
+    *(float2*)(shared.slope + place * 2) = slopes;
+    if (first + i * QUAD + at.sg < at.last) store_pair(out, 0, at.channel, p.channels, pack(dz[0], dz[1]));
+    out += QUAD * p.dz_token;
   }
-};
+  *(float2*)(shared.d_skip + threadIdx.x * 2) = d_skip;
+}
+
+// After the steps of a quad: du and ddt of the lane's item.
+DEVICE void close_item(const Params& p, const Place& at, const BackwardShared& shared, int base, Pair raw_u,
+                       long long out, bool valid, float (&d_bias)[2]) {
+  const int place = (base + at.sg) * PAIRS + at.pair;
+  const float* from = shared.sums + (at.sg * 128 + at.warp * 32 + at.cg) * 4;
+  float sum[4];
+  unpack4(from, sum);
+#pragma unroll
+  for (int k = 1; k < 4; k++) {
+    float more[4];
+    unpack4(from + k * 32, more);
+#pragma unroll
+    for (int j = 0; j < 4; j++) sum[j] += more[j];
+  }
+  float2 u = unpack(raw_u), to_sum = *(const float2*)(shared.dy + place * 2);
+  float4 record = *(const float4*)(shared.records + place * 4);
+  float2 slopes = *(const float2*)(shared.slope + place * 2);
+  float2 skip = *(const float2*)(shared.pairs + at.pair * 4 + 2);
+  float r0 = fmaf(u.x, sum[0], LN2 * sum[2]) * slopes.x, r1 = fmaf(u.y, sum[1], LN2 * sum[3]) * slopes.y;
+  if (!valid) return;
+  d_bias[0] += r0, d_bias[1] += r1;
+  store_pair(p.du, out, at.channel, p.channels,
+             pack(fmaf(skip.x, to_sum.x, record.x * sum[0]), fmaf(skip.y, to_sum.y, record.y * sum[1])));
+  store_pair(p.ddt, out, at.channel, p.channels, pack(r0, r1));
+}
+
+// This block's share of dB and dC of a tile.
+DEVICE void sum_parts(const Params& p, const Place& at, const BackwardShared& shared, int first) {
+  int token = threadIdx.x / 8, quarter = threadIdx.x % 8;
+  float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int slot = 0; slot < SLOTS; slot++) {
+    float4 x = *(const float4*)(shared.parts + slot * PART_SLOT + token * PART_TOKEN + quarter * 4);
+    total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
+  }
+  if (first + token < at.last)
+    ((float4*)p.part_bc)[(((long long)at.block * p.batch + at.row) * p.tokens + first + token) * 8 + quarter] = total;
+}
 
 #define MIN_BLOCKS BACKWARD_BLOCKS
 KERNEL(scan_backward) {
@@ -199,124 +269,67 @@ KERNEL(scan_backward) {
   BackwardState state;
   load_A(p, at, state.a2);
   for (int i = 0; i < 8; i++) state.dA[i] = 0.f;
-  float bias[2], skip[2], d_skip[2] = {0.f, 0.f}, d_bias[2] = {0.f, 0.f};
-#pragma unroll
-  for (int c = 0; c < 2; c++) {
-    bias[c] = at.item + c < p.channels ? p.bias[at.item + c] : 0.f;
-    skip[c] = at.item + c < p.channels ? p.D[at.item + c] : 0.f;
-  }
+  float d_bias[2] = {0.f, 0.f};
   const long long state_size = (long long)p.channels * p.states;
-  const float* initial = p.initial ? p.initial + at.row * p.initial_row : nullptr;
-  float* reset = p.d_reset ? p.d_reset + (at.row * p.chunks + at.chunk) * state_size : nullptr;
   int first = at.first + (at.last - at.first - 1) / TILE * TILE;
   BackwardItems next;
-  BackwardStreams streams;
   TileRows rows;
-  streams.set(p, at, first);
-  streams.load(p, at, first, next);
+  next.load(p, at, first);
   rows.load(p, at, first);
+  open_sums(p, at, shared);
   await_neighbour(p, at);
   if (at.order) {
     load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), state.g);
   } else {
     load_state(p, at, p.d_final ? p.d_final + at.row * state_size : nullptr, state.g);
   }
-  const long long out_step = (long long)WARPS * p.channels;  // the same for du and ddt
-  long long out = ((long long)at.row * p.tokens + first + at.warp) * p.channels + at.item;
 #pragma unroll 1
-  for (; first >= at.first; first -= TILE, out -= ITEMS * out_step) {
+  for (; first >= at.first; first -= TILE) {
     float h[8];
     load_private(p.checkpoints + at.carry(p, first / TILE), h);
-    Pair raw_u[ITEMS];
+    open_items(p, at, shared, first, next);
+    Pair u[QUADS];  // u[QUADS - 1] is that of the quad at work
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      int token = i * WARPS + at.warp;
-      bool valid = first + token < at.last;
-      raw_u[i] = next.u[i];
-      float2 u = unpack(next.u[i]), dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
-      float2 before = unpack(next.before[i]), to_sum, slopes;
-      float4 record;
-      float dz[2];
-#pragma unroll
-      for (int c = 0; c < 2; c++) {
-        float x = (c ? dt.y : dt.x) + bias[c], zc = c ? z.y : z.x, dyc = c ? dy.y : dy.x, q;
-        float delta = softplus(x, q), inverse = reciprocal(1.f + q), gate = sigmoid(zc);
-        float slope = valid ? (x < 0.f ? q * inverse : inverse) : 0.f;
-        delta = valid ? delta : 0.f;
-        float through = dyc * gate;
-        (c ? record.y : record.x) = delta, (c ? record.w : record.z) = delta * (c ? u.y : u.x);
-        (c ? to_sum.y : to_sum.x) = through * zc;
-        (c ? slopes.y : slopes.x) = slope;
-        dz[c] = through * fmaf(zc, 1.f - gate, 1.f) * (c ? before.y : before.x);
-        d_skip[c] = fmaf(through * zc, c ? u.y : u.x, d_skip[c]);
-      }
-      *(float4*)(shared.records + (token * PAIRS + at.lane) * 4) = record;
-      *(float2*)(shared.dy + (token * PAIRS + at.lane) * 2) = to_sum;
-      *(float2*)(shared.slope + (i * 128 + threadIdx.x) * 2) = slopes;
-      if (valid) {
-        long long place = ((long long)at.row * p.tokens + first + token) * p.dz_token + at.item;
-        store_pair(p.dz, place, at.item, p.channels, pack(dz[0], dz[1]));
-      }
-    }
+    for (int i = 0; i < QUADS; i++) u[i] = next.u[i];
     rows.store(shared.bc);
     unsigned starts = vote(rows.start);
     sync_block();
     if (first > at.first) {
       const float* checkpoint = p.checkpoints + at.carry(p, first / TILE - 1);
       prefetch(checkpoint), prefetch(checkpoint + 128);
-      streams.load(p, at, first - TILE, next);
+      next.load(p, at, first - TILE);
       rows.load(p, at, first - TILE);
     }
     if (starts) {
-      backward_steps<true>(p, at, shared, starts, initial, reset, h, state);
+      hold_states<true>(p, at, shared, starts, state.a2, h);
     } else {
-      backward_steps<false>(p, at, shared, starts, initial, reset, h, state);
+      hold_states<false>(p, at, shared, starts, state.a2, h);
+    }
+#pragma unroll 1
+    for (int base = TILE - QUAD; base >= 0; base -= QUAD) {
+      if (starts >> base & 15) {
+        backward_quad<true>(p, at, shared, base, starts, h, state);
+      } else {
+        backward_quad<false>(p, at, shared, base, starts, h, state);
+      }
+      sync_warp();
+      int token = first + base + at.sg;
+      long long out = ((long long)at.row * p.tokens + token) * p.channels + at.channel;
+      close_item(p, at, shared, base, u[QUADS - 1], out, token < at.last, d_bias);
+#pragma unroll
+      for (int i = QUADS - 1; i > 0; i--) u[i] = u[i - 1];
+      sync_warp();
     }
     sync_block();
-    {  // this block's share of dB and dC
-      int token = threadIdx.x / 8;
-      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-      for (int slot = 0; slot < SLOTS; slot++) {
-        float4 x = *(const float4*)(shared.parts + slot * PART_SLOT + token * PART_TOKEN + threadIdx.x % 8 * 4);
-        total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
-      }
-      if (first + token < at.last)
-        ((float4*)p.part_bc)[(((long long)at.block * p.batch + at.row) * p.tokens + first + token) * 8 + threadIdx.x % 8] = total;
-    }
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      int token = i * WARPS + at.warp;
-      if (first + token >= at.last) continue;
-      float2 u = unpack(raw_u[i]), to_sum = *(const float2*)(shared.dy + (token * PAIRS + at.lane) * 2);
-      float4 record = *(const float4*)(shared.records + (token * PAIRS + at.lane) * 4);
-      float2 slopes = *(const float2*)(shared.slope + (i * 128 + threadIdx.x) * 2);
-      const float* result = shared.results + token * Y_STRIDE + at.lane * 2;
-      float2 sb = *(const float2*)result, sa = *(const float2*)(result + RESULT);
-      float r0 = fmaf(u.x, sb.x, LN2 * sa.x) * slopes.x, r1 = fmaf(u.y, sb.y, LN2 * sa.y) * slopes.y;
-      d_bias[0] += r0, d_bias[1] += r1;
-      long long place = out + i * out_step;
-      store_pair(p.du, place, at.item, p.channels,
-                 pack(fmaf(skip[0], to_sum.x, record.x * sb.x), fmaf(skip[1], to_sum.y, record.y * sb.y)));
-      store_pair(p.ddt, place, at.item, p.channels, pack(r0, r1));
-    }
+    sum_parts(p, at, shared, first);
   }
   if (p.chained && !at.is_last(p)) {
     store_private(p.carry + at.carry(p, 0), state.g);
     tell_neighbour(p, at);
   }
-  const long long part = at.row * p.chunks + at.chunk;
-  store_state(p, at, p.part_A + part * state_size, state.dA, false);
+  store_state(p, at, p.part_A + (at.row * p.chunks + at.chunk) * state_size, state.dA, false);
   if (at.chunk == 0 && p.d_initial) store_state(p, at, p.d_initial + at.row * state_size, state.g, false);
-  sync_block();
-  float* sums = shared.results;  // [dD | dbias][warp][channel]
-  *(float2*)(sums + at.warp * 64 + at.lane * 2) = make_float2(d_skip[0], d_skip[1]);
-  *(float2*)(sums + 256 + at.warp * 64 + at.lane * 2) = make_float2(d_bias[0], d_bias[1]);
-  sync_block();
-  int channel = threadIdx.x % 64, which = threadIdx.x / 64, c = at.block * BLOCK_CHANNELS + channel;
-  const float* from = sums + which * 256 + channel;
-  if (c < p.channels)
-    (which ? p.part_bias : p.part_D)[part * p.channels + c] = from[0] + from[64] + from[128] + from[192];
+  close_sums(p, at, shared, d_bias);
 }
 
 #undef MIN_BLOCKS

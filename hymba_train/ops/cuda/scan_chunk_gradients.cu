@@ -1,100 +1,73 @@
-// Selective scan: the gradient that each chunk's outputs send to the state before the chunk (carry), for chunks that run
-// at the same time. Compiled after scan_forward.cu, whose THREADS and MIN_BLOCKS it shares.
+// Selective scan: the gradient that each chunk's outputs send to the state before the chunk (carry), for chunks that
+// run at the same time. Compiled after scan_forward.cu, whose MIN_BLOCKS it shares.
 
-struct GradientInput {
-  Element dt[GROUP], z[GROUP], dy[GROUP];
-};
-struct GradientStreams {
-  LaneStream dt, z, dy;
+struct GradientItems {
+  Pair dt[QUADS], z[QUADS], dy[QUADS];
 
-  DEVICE void set(const Params& p, const LanePlace& at, int first) {
-    dt.set(p.dt, at.row * p.dt_row + first * p.dt_token + at.channel, p.dt_token);
-    z.set(p.z, at.row * p.z_row + first * p.z_token + at.channel, p.z_token);
-    dy.set(p.dy, at.row * p.dy_row + first * p.dy_token + at.channel, p.dy_token);
-  }
-  template <bool FULL>
-  DEVICE void load_group(const LanePlace& at, int count, GradientInput& input) {
-    dt.load<FULL>(at, count, input.dt);
-    z.load<FULL>(at, count, input.z);
-    dy.load<FULL>(at, count, input.dy);
-  }
-  // The group that starts at token `first`; moves on to the one before.
-  DEVICE void load(const LanePlace& at, int first, GradientInput& input) {
-    int count = at.last - first;
-    if (EXACT && count >= GROUP) {
-      load_group<true>(at, count, input);
-    } else {
-      load_group<false>(at, count, input);
-    }
-    dt.place -= GROUP * dt.step, z.place -= GROUP * z.step, dy.place -= GROUP * dy.step;
+  DEVICE void load(const Params& p, const Place& at, int first) {
+    load_items_at(p, at, first, p.dt, p.dt_row, p.dt_token, NO_TIME, dt);
+    load_items_at(p, at, first, p.z, p.z_row, p.z_token, ZERO, z);
+    load_items_at(p, at, first, p.dy, p.dy_row, p.dy_token, ZERO, dy);
   }
 };
 
 template <bool RESET>
-DEVICE void gradient_steps(const float* bc, unsigned starts, const float (&a2)[STATES], const float (&delta)[GROUP],
-                           const float (&through)[GROUP], float (&g)[STATES]) {
+DEVICE void gradient_steps(const Place& at, const float* records, const float* bc, unsigned starts,
+                           const float (&a2)[8], float (&g)[8]) {
+#pragma unroll FORWARD_UNROLL
+  for (int t = TILE - 1; t >= 0; t--) {
+    float delta[4], C[4];  // delta 0, delta 1, gradients to the sums before the gate
+    unpack4(records + (t * PAIRS + at.pair) * 4, delta);
+    unpack4(bc + t * 32 + 16 + at.sg * 4, C);
 #pragma unroll
-  for (int t = GROUP - 1; t >= 0; t--) {
-    float C[STATES];
-    load_row(bc + t * 32 + STATES, C);
-#pragma unroll
-    for (int n = 0; n < STATES; n++) g[n] = ex2(delta[t] * a2[n]) * fmaf(C[n], through[t], g[n]);
+    for (int i = 0; i < 8; i++) g[i] = ex2(delta[i / 4] * a2[i]) * fmaf(C[i % 4], delta[2 + i / 4], g[i]);
     if (RESET && (starts >> t & 1)) {
 #pragma unroll
-      for (int n = 0; n < STATES; n++) g[n] = 0.f;
+      for (int i = 0; i < 8; i++) g[i] = 0.f;
     }
   }
 }
 
 KERNEL(scan_chunk_gradients) {
   SHARED(memory);
-  LanePlace at;
+  ForwardShared shared(memory);
+  Place at;
   at.set(p, blockIdx.x, true);
-  float* bc = memory + at.warp * TILE * 32;
-  float a2[STATES], g[STATES], total = 0.f, bias = at.inside ? p.bias[at.channel] : 0.f;
-  load_lane_A(p, at, a2);
-#pragma unroll
-  for (int n = 0; n < STATES; n++) g[n] = 0.f;
-  int first = at.first + (at.last - at.first - 1) / GROUP * GROUP;
-  GradientInput input;
-  GradientStreams streams;
-  LaneRows rows;
-  streams.set(p, at, first);
-  streams.load(at, first, input);
-  rows.load(p, at, at.first + (first - at.first) / TILE * TILE);
-  bool any_start = false, fresh = true;
-  unsigned starts = 0;
+  float a2[8], g[8] = {}, total[2] = {0.f, 0.f}, bias[2];
+  load_A(p, at, a2);
+  load_channels(p, at, p.bias, bias);
+  int first = at.first + (at.last - at.first - 1) / TILE * TILE;
+  GradientItems next;
+  TileRows rows;
+  next.load(p, at, first);
+  rows.load(p, at, first);
+  bool any_start = false;
 #pragma unroll 1
-  for (; first >= at.first; first -= GROUP) {
-    int odd = (first - at.first) & GROUP;  // second group of a tile
-    if (odd || fresh) {
-      sync_warp();
-      rows.store(at.lane, bc);
-      starts = vote(rows.start);
-      sync_warp();
-      if (first - odd > at.first) rows.load(p, at, first - odd - TILE);
-    }
-    fresh = false;
-    float delta[GROUP], through[GROUP];
+  for (; first >= at.first; first -= TILE) {
 #pragma unroll
-    for (int t = 0; t < GROUP; t++) {
-      float q, z = element_float(input.z[t]);
-      delta[t] = softplus(element_float(input.dt[t]) + bias, q);
-      if (first + t >= at.last) delta[t] = 0.f;
-      through[t] = element_float(input.dy[t]) * sigmoid(z) * z;
-      total += delta[t];
+    for (int i = 0; i < QUADS; i++) {
+      float2 dt = unpack(next.dt[i]), z = unpack(next.z[i]), dy = unpack(next.dy[i]);
+      float q, d0 = softplus(dt.x + bias[0], q), d1 = softplus(dt.y + bias[1], q);
+      *(float4*)(shared.records + ((i * QUAD + at.sg) * PAIRS + at.pair) * 4) =
+          make_float4(d0, d1, dy.x * sigmoid(z.x) * z.x, dy.y * sigmoid(z.y) * z.y);
+      total[0] += d0, total[1] += d1;
     }
-    if (first > at.first) streams.load(at, first - GROUP, input);
-    unsigned mine = starts >> odd & ((1u << GROUP) - 1);
-    if (mine) {
+    float* bc = shared.bc + (first & TILE) * 32;
+    rows.store(bc);
+    unsigned starts = vote(rows.start);
+    sync_block();
+    if (first > at.first) {
+      next.load(p, at, first - TILE);
+      rows.load(p, at, first - TILE);
+    }
+    if (starts) {
       any_start = true;
-      gradient_steps<true>(bc + odd * 32, mine, a2, delta, through, g);
+      gradient_steps<true>(at, shared.records, bc, starts, a2, g);
     } else {
-      gradient_steps<false>(bc + odd * 32, mine, a2, delta, through, g);
+      gradient_steps<false>(at, shared.records, bc, starts, a2, g);
     }
+    sync_warp();
   }
   store_chunk(p, at, g, total, any_start);
 }
 #undef MIN_BLOCKS
-#undef THREADS
-#define THREADS 128

@@ -2,17 +2,19 @@
 //
 // Compiled at run time (selective_scan_cuda.py), with -D X_BF16=0|1 (type of u, dt, z, y and their gradients) and
 // -D BC_BF16=0|1 (type of B and C); otherwise float32. -D EXACT=1 leaves out the guards: 16 states, blocks of channels
-// without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++ for a warp
-// emulator on a CPU (tests/ops/scan_emulator.h), which supplies the primitives of the first section.
+// without a rest, every pair of channels and every 4 states aligned. With -D SCAN_HOST the very same source becomes C++
+// for a warp emulator on a CPU (tests/ops/emulator), which supplies the primitives of the first section.
 //
-// Layout of scan_backward (that of the other passes over time: scan_lanes.cuh). A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states, register [c][s]:
+// Layout of the passes over time. A block is 4 warps; a warp has 16 channels x 16 states, a lane 2 channels x 4 states,
+// register [c][s]:
 //     sg = lane / 8: states 4 sg + s;    cg = lane % 8: channels 2 cg + c of the warp's 16.
-// Sums over states are then two shuffles (lanes 8 and 16 apart); sums over channels go to the tensor cores, because
-// (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
-// Work in pairs of channels of one token ("item") is spread over the block: lane = pair, warp = token % 4.
+// What needs no state is done once for two channels of a token ("item"), by the lane that has those channels and
+// sg = token % 4. It goes to the warp's other lanes, and their sums over states come back, through shared memory. Sums
+// over channels go to the tensor cores, because (lane / 4, lane % 4) is (row, k) of an A fragment of mma.m16n8k8.
 
 #ifndef SCAN_HOST
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name(const __grid_constant__ Params p)
+#define KERNEL(name) \
+  extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name(const __grid_constant__ Params p)
 #define DEVICE __device__ __forceinline__
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -47,10 +49,8 @@ DEVICE void prefetch(const float* x) { asm volatile("prefetch.global.L2 [%0];" :
 DEVICE float4 load_shared_state(const float4* x) { return __ldcg(x); }  // written by another block of this launch
 #endif
 
-constexpr int WARPS = 4, PAIRS = 32, BLOCK_CHANNELS = 64, TILE = 16, WINDOW = 4, STATES = 16;
-constexpr int WINDOWS = TILE / WINDOW, ITEMS = TILE / WARPS;
+constexpr int WARPS = 4, PAIRS = 32, BLOCK_CHANNELS = 64, TILE = 16, QUAD = 4, QUADS = TILE / QUAD, STATES = 16;
 constexpr int PRIVATE_STATE = BLOCK_CHANNELS * STATES;  // floats of a block's states, in the order of its lanes
-constexpr int Y_STRIDE = 80;                            // floats between tokens of a [token][channel] result: no bank conflict
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 struct Params {
@@ -71,6 +71,7 @@ struct Params {
 
 #define THREADS 128
 #if X_BF16
+// NO_TIME: a raw time step whose softplus is 0, for tokens and channels that are not there.
 typedef unsigned Pair;  // two channels as they lie in memory
 typedef unsigned short Element;
 DEVICE float2 unpack(Pair x) { return make_float2(from_bits(x << 16), from_bits(x & 0xffff0000u)); }
@@ -80,6 +81,7 @@ DEVICE Element to_element(float x) { return (Element)pack_bf16(x, 0.f); }
 DEVICE Pair pack_elements(Element a, Element b) { return a | (unsigned)b << 16; }
 DEVICE Element low(Pair x) { return (Element)x; }
 DEVICE Element high(Pair x) { return (Element)(x >> 16); }
+constexpr Element ZERO = 0, NO_TIME = 0xf149;
 #else
 typedef float2 Pair;
 typedef float Element;
@@ -90,6 +92,7 @@ DEVICE Element to_element(float x) { return x; }
 DEVICE Pair pack_elements(Element a, Element b) { return make_float2(a, b); }
 DEVICE Element low(Pair x) { return x.x; }
 DEVICE Element high(Pair x) { return x.y; }
+constexpr Element ZERO = 0.f, NO_TIME = -1e30f;
 #endif
 #if BC_BF16
 typedef unsigned short BCElement;
@@ -101,27 +104,6 @@ DEVICE float bc_float(BCElement x) { return x; }
 DEVICE BCElement bc_element(float x) { return x; }
 #endif
 
-// Two channels of every WARPS-th token of one tensor: a thread's items, tile after tile.
-struct Stream {
-  const Element* place;
-  long long step;
-
-  DEVICE void set(const void* base, long long row, long long token_stride, int token, int channel) {
-    place = (const Element*)base + row + token * token_stride + channel, step = WARPS * token_stride;
-  }
-  DEVICE void move(int tiles) { place += tiles * ITEMS * step; }
-  DEVICE Pair load(int i, int channel, int channels, bool valid) const {
-    const Element* at = place + i * step;
-    Pair zero = pack(0.f, 0.f);
-#if EXACT
-    return valid ? *(const Pair*)at : zero;
-#else
-    return pack_elements(valid && channel < channels ? at[0] : low(zero),
-                         valid && channel + 1 < channels ? at[1] : low(zero));
-#endif
-  }
-};
-
 DEVICE void store_pair(void* base, long long offset, int channel, int channels, Pair x) {
   Element* at = (Element*)base + offset;
 #if EXACT
@@ -132,9 +114,17 @@ DEVICE void store_pair(void* base, long long offset, int channel, int channels, 
 #endif
 }
 
-// log(1 + q) / q on [0, 1], relative error 2e-7: no logarithm of a number near 1, where small time steps would lose
-// their digits.
+// log(1 + q) / q on [0, 1]: no logarithm of a number near 1, where small time steps would lose their digits. Relative
+// error 2e-7; with bf16 time steps, which are rounded to 2e-3, 9e-6.
 DEVICE float log1p_over(float q) {
+#if X_BF16
+  float r = -2.386915170e-02f;
+  r = fmaf(r, q, 1.012222848e-01f);
+  r = fmaf(r, q, -2.100486899e-01f);
+  r = fmaf(r, q, 3.252066802e-01f);
+  r = fmaf(r, q, -4.993613647e-01f);
+  return fmaf(r, q, 9.999915982e-01f);
+#else
   float r = 5.232705735e-03f;
   r = fmaf(r, q, -2.950528450e-02f);
   r = fmaf(r, q, 7.822602987e-02f);
@@ -144,6 +134,7 @@ DEVICE float log1p_over(float q) {
   r = fmaf(r, q, 3.331909776e-01f);
   r = fmaf(r, q, -4.999949336e-01f);
   return fmaf(r, q, 9.999999404e-01f);
+#endif
 }
 
 DEVICE float softplus(float x, float& q) {  // q = exp(-|x|)
@@ -152,12 +143,6 @@ DEVICE float softplus(float x, float& q) {  // q = exp(-|x|)
 }
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
-
-// Sum of x over a lane and its partner `bit` away; of (x0, x1) the lane whose bit is 0 gets the first.
-DEVICE float halve(float x0, float x1, int lane, int bit) {
-  bool upper = lane & bit;
-  return (upper ? x1 : x0) + shuffle_xor(upper ? x0 : x1, bit);
-}
 
 // What a block works on: 64 channels of a row, over a chunk of its tokens.
 struct Unit {
@@ -180,13 +165,12 @@ struct Unit {
 struct Place : Unit {
   int lane, warp, sg, cg;
   int channel;  // first of the lane's two
-  int item;     // first of the two channels of its items
+  int pair;     // number of the lane's two channels in the block
 
   DEVICE void set(const Params& p, int unit, bool reverse) {
     set_unit(p, unit, reverse);
     lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sg = lane >> 3, cg = lane & 7;
-    channel = block * BLOCK_CHANNELS + warp * 16 + cg * 2;
-    item = block * BLOCK_CHANNELS + lane * 2;
+    pair = warp * 8 + cg, channel = block * BLOCK_CHANNELS + pair * 2;
   }
   DEVICE long long carry(const Params& p, int slot) const {  // of this lane's first 4 states
     return private_state(p, slot) + warp * 256 + lane * 4;
@@ -286,6 +270,10 @@ struct Quarter {
   }
 };
 
+DEVICE const float* row_initial(const Params& p, const Unit& at) {
+  return p.initial ? p.initial + at.row * p.initial_row : nullptr;
+}
+
 // Does a document start at token first + lane (of a tile)?
 DEVICE bool document_starts(const Params& p, const Unit& at, int first, int lane) {
   int token = first + lane;
@@ -297,4 +285,62 @@ DEVICE bool document_starts(const Params& p, const Unit& at, int first, int lane
 DEVICE void unpack4(const float* from, float (&to)[4]) {
   float4 x = *(const float4*)from;
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+
+// Where the lane's first item of the tile at token `first` lies.
+DEVICE const Element* item_place(const Place& at, int first, const void* tensor, long long row, long long token) {
+  return (const Element*)tensor + at.row * row + (first + at.sg) * token + at.channel;
+}
+
+// The lane's items of a tile: its two channels of tokens 4 i + sg. `otherwise`: of those not there.
+DEVICE void load_items(const Params& p, const Place& at, int first, const Element* from, long long token_stride,
+                       Element otherwise, Pair (&x)[QUADS]) {
+#pragma unroll
+  for (int i = 0; i < QUADS; i++, from += QUAD * token_stride) {
+    bool valid = first + i * QUAD + at.sg < at.last;
+#if EXACT
+    x[i] = valid ? *(const Pair*)from : pack_elements(otherwise, otherwise);
+#else
+    x[i] = pack_elements(valid && at.channel < p.channels ? from[0] : otherwise,
+                         valid && at.channel + 1 < p.channels ? from[1] : otherwise);
+#endif
+  }
+}
+
+DEVICE void load_items_at(const Params& p, const Place& at, int first, const void* tensor, long long row,
+                          long long token, Element otherwise, Pair (&x)[QUADS]) {
+  load_items(p, at, first, item_place(at, first, tensor, row, token), token, otherwise, x);
+}
+
+DEVICE void load_channels(const Params& p, const Place& at, const float* from, float (&x)[2]) {
+#pragma unroll
+  for (int c = 0; c < 2; c++) x[c] = EXACT || at.channel + c < p.channels ? from[at.channel + c] : 0.f;
+}
+
+DEVICE float sum_tokens(float x) {  // over the lanes of a pair of channels
+  x += shuffle_xor(x, 8);
+  return x + shuffle_xor(x, 16);
+}
+
+// What a tile needs from B, C and the documents: a thread loads 4 numbers of the 16 x 32.
+struct TileRows {
+  Quarter bc;
+  bool start;
+
+  DEVICE void load(const Params& p, const Place& at, int first) {
+    int token = first + threadIdx.x / 8;
+    bc.load(p, at.row, token, threadIdx.x % 8, token < at.last);
+    start = document_starts(p, at, first, at.lane);
+  }
+  DEVICE void store(float* bc_shared) const { bc.store(bc_shared + threadIdx.x * 4); }  // [token][B 16 | C 16]
+};
+
+// What a chunk that was run on its own adds, the sum of its delta, and whether a state passes through it.
+DEVICE void store_chunk(const Params& p, const Place& at, const float (&h)[8], const float (&total)[2],
+                        bool any_start) {
+  store_private(p.carry + at.carry(p, at.chunk), h);
+  float x = sum_tokens(total[0]), y = sum_tokens(total[1]);
+  float* to = p.sum_delta + ((long long)(at.chunk * p.batch + at.row) * p.blocks + at.block) * BLOCK_CHANNELS;
+  if (at.sg == 0) to[at.pair * 2] = x, to[at.pair * 2 + 1] = y;
+  if (at.block == 0 && threadIdx.x == 0) p.keep[at.chunk * p.batch + at.row] = !any_start;
 }

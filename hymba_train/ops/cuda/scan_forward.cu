@@ -1,151 +1,154 @@
 // Selective scan, forward: scan_forward, and scan_chunk_states for chunks that run at the same time.
+//
+// Tiles of 16 steps. Per tile each lane brings its items' delta and delta u to shared memory, the steps leave each
+// lane's share of y there, and each lane finishes its items. Between warps go B and C only: one barrier a tile.
 
-struct ForwardInput {
-  Element u[GROUP], dt[GROUP], z[GROUP];
+struct ForwardShared {
+  float* records;  // [token][pair] {delta 0, delta 1, delta u 0, delta u 1}
+  float* sums;     // [token][thread] float2: sums over a lane's states of C h
+  float* bc;       // [tile % 2][token][32]
+  DEVICE explicit ForwardShared(float* base) {
+    records = base;
+    bc = records + TILE * PAIRS * 4;
+    sums = bc + 2 * TILE * 32;
+  }
+  static constexpr int SUM_TOKEN = 128 * 2 + 16;  // no bank conflict between tokens
+  static constexpr int FLOATS = TILE * (PAIRS * 4 + 2 * 32 + SUM_TOKEN);
 };
-struct ForwardStreams {
-  LaneStream u, dt, z;
+static_assert(ForwardShared::FLOATS * 4 == SCAN_FORWARD_SHARED, "shared memory of scan_forward");
 
-  DEVICE void set(const Params& p, const LanePlace& at) {
-    u.set(p.u, at.row * p.u_row + at.first * p.u_token + at.channel, p.u_token);
-    dt.set(p.dt, at.row * p.dt_row + at.first * p.dt_token + at.channel, p.dt_token);
-    z.set(p.z, at.row * p.z_row + at.first * p.z_token + at.channel, p.z_token);
+struct ForwardItems {
+  Pair u[QUADS], dt[QUADS], z[QUADS];
+};
+struct ForwardStreams {  // `load` moves on to the next tile
+  const Element *u, *dt, *z;
+
+  DEVICE void set(const Params& p, const Place& at) {
+    u = item_place(at, at.first, p.u, p.u_row, p.u_token);
+    dt = item_place(at, at.first, p.dt, p.dt_row, p.dt_token);
+    z = item_place(at, at.first, p.z, p.z_row, p.z_token);
   }
-  template <bool OUTPUT, bool FULL>
-  DEVICE void load_group(const LanePlace& at, int count, ForwardInput& input) {
-    u.load<FULL>(at, count, input.u);
-    dt.load<FULL>(at, count, input.dt);
-    if (OUTPUT) z.load<FULL>(at, count, input.z);
-  }
-  // The group that starts at token `first`; moves on to the next.
   template <bool OUTPUT>
-  DEVICE void load(const LanePlace& at, int first, ForwardInput& input) {
-    int count = at.last - first;
-    if (EXACT && count >= GROUP) {
-      load_group<OUTPUT, true>(at, count, input);
-    } else {
-      load_group<OUTPUT, false>(at, count, input);
-    }
-    u.place += GROUP * u.step, dt.place += GROUP * dt.step, z.place += GROUP * z.step;
+  DEVICE void load(const Params& p, const Place& at, int first, ForwardItems& items) {
+    load_items(p, at, first, u, p.u_token, ZERO, items.u);
+    load_items(p, at, first, dt, p.dt_token, NO_TIME, items.dt);
+    if (OUTPUT) load_items(p, at, first, z, p.z_token, ZERO, items.z);
+    u += TILE * p.u_token, dt += TILE * p.dt_token, z += TILE * p.z_token;
   }
 };
 
-struct ForwardGroup {
-  float delta[GROUP], delta_u[GROUP], skip[GROUP], gate[GROUP];  // skip: D u; gate: silu(z)
-
-  template <bool OUTPUT>
-  DEVICE void set(const ForwardInput& input, int count, float bias, float D) {
+DEVICE void open_forward(const Place& at, float* records, const ForwardItems& items, const float (&bias)[2],
+                         float (&total)[2]) {
 #pragma unroll
-    for (int t = 0; t < GROUP; t++) {
-      float q, u = element_float(input.u[t]);
-      delta[t] = softplus(element_float(input.dt[t]) + bias, q);
-      if (t >= count) delta[t] = 0.f;
-      delta_u[t] = delta[t] * u;
-      if (!OUTPUT) continue;
-      float z = element_float(input.z[t]);
-      skip[t] = D * u, gate[t] = z * sigmoid(z);
-    }
+  for (int i = 0; i < QUADS; i++) {
+    float2 u = unpack(items.u[i]), dt = unpack(items.dt[i]);
+    float q, d0 = softplus(dt.x + bias[0], q), d1 = softplus(dt.y + bias[1], q);
+    *(float4*)(records + ((i * QUAD + at.sg) * PAIRS + at.pair) * 4) = make_float4(d0, d1, d0 * u.x, d1 * u.y);
+    total[0] += d0, total[1] += d1;
   }
-};
+}
 
-// GROUP steps. PLAIN: no document starts among them (a set bit of `starts`), and with EXACT all of them are there.
-template <bool PLAIN, bool OUTPUT>
-DEVICE void forward_steps(const Params& p, const LanePlace& at, const float* bc, unsigned starts, int count,
-                          const float* initial, const float (&a2)[STATES], const ForwardGroup& group,
-                          float (&h)[STATES], float& total, Element* out, Element* before) {
+template <bool RESET, bool OUTPUT>
+DEVICE void forward_steps(const Params& p, const Place& at, const ForwardShared& shared, const float* bc,
+                          unsigned starts, const float (&a2)[8], float (&h)[8]) {
+#pragma unroll FORWARD_UNROLL
+  for (int t = 0; t < TILE; t++) {
+    if (RESET && (starts >> t & 1)) load_state(p, at, row_initial(p, at), h);
+    float delta[4], B[4], C[4];
+    unpack4(shared.records + (t * PAIRS + at.pair) * 4, delta);
+    unpack4(bc + t * 32 + at.sg * 4, B);
+    if (OUTPUT) unpack4(bc + t * 32 + 16 + at.sg * 4, C);
 #pragma unroll
-  for (int t = 0; t < GROUP; t++) {
-    if (!PLAIN && (starts >> t & 1)) load_lane_state(p, at, initial, h);
-    float B[STATES], C[STATES], y[2] = {group.skip[t], 0.f};
-    load_row(bc + t * 32, B);
-    if (OUTPUT) load_row(bc + t * 32 + STATES, C);
+    for (int i = 0; i < 8; i++) h[i] = fmaf(ex2(delta[i / 4] * a2[i]), h[i], B[i % 4] * delta[2 + i / 4]);
+    if (!OUTPUT) continue;
+    float y[2] = {C[0] * h[0], C[0] * h[4]};
 #pragma unroll
-    for (int n = 0; n < STATES; n++) {
-      h[n] = fmaf(ex2(group.delta[t] * a2[n]), h[n], B[n] * group.delta_u[t]);
-      if (OUTPUT) y[n % 2] = fmaf(C[n], h[n], y[n % 2]);
+    for (int s = 1; s < 4; s++) y[0] = fmaf(C[s], h[s], y[0]), y[1] = fmaf(C[s], h[4 + s], y[1]);
+    *(float2*)(shared.sums + t * ForwardShared::SUM_TOKEN + threadIdx.x * 2) = make_float2(y[0], y[1]);
+  }
+}
+
+// y, and y before the gate if wanted, of the lane's items of a tile.
+DEVICE void close_forward(const Params& p, const Place& at, const ForwardShared& shared, int first,
+                          const Pair (&raw_u)[QUADS], const Pair (&raw_z)[QUADS], const float (&skip)[2]) {
+  long long place = ((long long)at.row * p.tokens + first + at.sg) * p.channels + at.channel;
+#pragma unroll
+  for (int i = 0; i < QUADS; i++, place += QUAD * p.channels) {
+    float2 u = unpack(raw_u[i]), z = unpack(raw_z[i]), y = make_float2(skip[0] * u.x, skip[1] * u.y);
+    const float* from = shared.sums + (i * QUAD + at.sg) * ForwardShared::SUM_TOKEN + at.warp * 64 + at.cg * 2;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      float2 x = *(const float2*)(from + k * 16);
+      y.x += x.x, y.y += x.y;
     }
-    if (!OUTPUT) total += group.delta[t];
-    if (OUTPUT && ((EXACT && PLAIN) || (at.inside && t < count))) {
-      before[(long long)t * p.channels] = to_element(y[0] + y[1]);
-      out[(long long)t * p.channels] = to_element((y[0] + y[1]) * group.gate[t]);
-    }
+    if (first + i * QUAD + at.sg >= at.last) continue;
+    if (p.before) store_pair(p.before, place, at.channel, p.channels, pack(y.x, y.y));
+    store_pair(p.y, place, at.channel, p.channels, pack(y.x * (z.x * sigmoid(z.x)), y.y * (z.y * sigmoid(z.y))));
   }
 }
 
 template <bool OUTPUT>
 DEVICE void run_forward(const Params& p, float* memory) {
-  LanePlace at;
+  ForwardShared shared(memory);
+  Place at;
   at.set(p, next_unit(p, memory), false);
-  float* bc = memory + at.warp * TILE * 32;
-  float a2[STATES], h[STATES], total = 0.f;
-  load_lane_A(p, at, a2);
-  float bias = at.inside ? p.bias[at.channel] : 0.f, D = OUTPUT && at.inside ? p.D[at.channel] : 0.f;
-  const float* initial = p.initial ? p.initial + at.row * p.initial_row : nullptr;
-  ForwardInput input;
+  float a2[8], h[8], bias[2], skip[2], total[2] = {0.f, 0.f};
+  load_A(p, at, a2);
+  load_channels(p, at, p.bias, bias), load_channels(p, at, p.D, skip);
+  ForwardItems next;
   ForwardStreams streams;
-  LaneRows rows;
+  TileRows rows;
   streams.set(p, at);
-  streams.load<OUTPUT>(at, at.first, input);
+  streams.load<OUTPUT>(p, at, at.first, next);
   rows.load(p, at, at.first);
-  bool any_start = false;
   if (OUTPUT) {
     await_neighbour(p, at);
     if (at.order) {
-      load_lane_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), h);
+      load_private(p.carry + at.carry(p, p.chained ? 0 : at.chunk), h);
     } else {
-      load_lane_state(p, at, initial, h);
+      load_state(p, at, row_initial(p, at), h);
     }
   } else {
-#pragma unroll
-    for (int n = 0; n < STATES; n++) h[n] = 0.f;
+    for (int i = 0; i < 8; i++) h[i] = 0.f;
   }
-  long long place = ((long long)at.row * p.tokens + at.first) * p.channels + at.channel;
-  // Not wanted: written where y itself overwrites it, which costs less than a branch a token.
-  Element *out = (Element*)p.y + place, *before = p.before ? (Element*)p.before + place : out;
-  unsigned starts = 0;
+  bool any_start = false;
 #pragma unroll 1
-  for (int first = at.first; first < at.last; first += GROUP) {
-    int odd = (first - at.first) & GROUP;  // second group of a tile
-    if (!odd) {
-      sync_warp();
-      rows.store(at.lane, bc);
-      starts = vote(rows.start);
-      sync_warp();
-      if (OUTPUT && p.checkpoints) store_lane_private(p.checkpoints + at.carry(p, first / TILE), h);
-      if (first + TILE < at.last) rows.load(p, at, first + TILE);
+  for (int first = at.first; first < at.last; first += TILE) {
+    if (OUTPUT && p.checkpoints) store_private(p.checkpoints + at.carry(p, first / TILE), h);
+    open_forward(at, shared.records, next, bias, total);
+    Pair u[QUADS], z[QUADS];
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) u[i] = next.u[i], z[i] = next.z[i];
+    float* bc = shared.bc + (first & TILE) * 32;
+    rows.store(bc);
+    unsigned starts = vote(rows.start);
+    sync_block();
+    if (first + TILE < at.last) {
+      streams.load<OUTPUT>(p, at, first + TILE, next);
+      rows.load(p, at, first + TILE);
     }
-    ForwardGroup group;
-    group.set<OUTPUT>(input, at.last - first, bias, D);
-    if (first + GROUP < at.last) streams.load<OUTPUT>(at, first + GROUP, input);
-    unsigned mine = starts >> odd & ((1u << GROUP) - 1);
-    any_start |= mine != 0;
-    int count = at.last - first;
-    if (mine || (EXACT && count < GROUP)) {
-      forward_steps<false, OUTPUT>(p, at, bc + odd * 32, mine, count, initial, a2, group, h, total, out, before);
+    if (starts) {
+      any_start = true;
+      forward_steps<true, OUTPUT>(p, at, shared, bc, starts, a2, h);
     } else {
-      forward_steps<true, OUTPUT>(p, at, bc + odd * 32, mine, count, initial, a2, group, h, total, out, before);
+      forward_steps<false, OUTPUT>(p, at, shared, bc, starts, a2, h);
     }
-    out += (long long)GROUP * p.channels;
-    before += (long long)GROUP * p.channels;
+    sync_warp();
+    if (OUTPUT) close_forward(p, at, shared, first, u, z, skip);
   }
   if (!OUTPUT) {
     store_chunk(p, at, h, total, any_start);
     return;
   }
-  if (p.chained && !at.is_last(p)) {
-    store_lane_private(p.carry + at.carry(p, 0), h);
+  if (at.is_last(p)) {
+    store_state(p, at, p.final_state + (long long)at.row * p.channels * p.states, h, false);
+  } else if (p.chained) {
+    store_private(p.carry + at.carry(p, 0), h);
     tell_neighbour(p, at);
   }
-  if (at.chunk < p.chunks - 1 || !at.inside) return;
-  float* final_state = p.final_state + ((long long)at.row * p.channels + at.channel) * p.states;
-#pragma unroll
-  for (int n = 0; n < STATES; n++)
-    if (EXACT || n < p.states) final_state[n] = h[n];
 }
 
 // y, the final state and, if wanted (both or neither), the states before each tile and y before the gate.
-#undef THREADS
-#define THREADS LANE_THREADS
 #define MIN_BLOCKS FORWARD_BLOCKS
 KERNEL(scan_forward) {
   SHARED(memory);

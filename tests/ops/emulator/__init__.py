@@ -43,10 +43,14 @@ class Emulator:
         assert self.library.scan_launch(name.encode(), blocks, threads, shared_bytes, ctypes.byref(params)) == 0, name
 
 
-@functools.cache
 def emulated(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> Emulator:
+    return _emulated(tuple(scan.defines(x_dtype, bc_dtype, exact).items()))
+
+
+@functools.cache
+def _emulated(names: tuple[tuple[str, int], ...]) -> Emulator:
     library = Path(tempfile.mkdtemp(prefix="scan_emulator_")) / "scan.so"
-    defines = [f"-D{k}={v}" for k, v in scan.defines(x_dtype, bc_dtype, exact).items()]
+    defines = [f"-D{k}={v}" for k, v in names]
     include = [f"-I{HERE}", f"-I{Path(scan.__file__).with_name('cuda')}"]
     warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     flags = ["-std=c++17", "-O2", "-mfma", "-fPIC", "-shared", *warnings]

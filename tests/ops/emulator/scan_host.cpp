@@ -4,7 +4,6 @@
 //
 #include "scan_common.cuh"
 #include "scan_backward.cu"
-#include "scan_lanes.cuh"
 #include "scan_forward.cu"
 #include "scan_chunk_gradients.cu"
 #include "scan_sums.cu"
