@@ -71,6 +71,15 @@ def test_a_missing_mask(copy):
     assert "no " in (line := one_problem(copy, "sft")) and "talk.mask, the loss mask; run `hymba data chat`" in line
 
 
+def test_another_mask_of_the_same_size(copy):
+    content = bytearray((copy / "talk.mask").read_bytes())
+    content[77] ^= 1
+    (copy / "talk.mask").write_bytes(content)
+    line = one_problem(copy, "sft")
+    assert line.startswith("data.sources.talk.path=talk: ")
+    assert line.endswith("talk.mask is not the loss mask of its manifest; run `hymba data chat` again, or copy both")
+
+
 def test_dpo_needs_reference_and_start(copy):
     line = one_problem(copy, "dpo")
     assert (
