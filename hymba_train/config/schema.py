@@ -185,7 +185,8 @@ class SourceConfig:
 @dataclass
 class PhaseConfig:
     tokens: int = TO_BE_GIVEN
-    """Length of the phase in text tokens (meta tokens are not counted). With epochs it follows from the packing."""
+    """Length of the phase in text tokens (meta tokens are not counted). With epochs it follows from the files of
+    `hymba data pack`."""
     epochs: int | None = None
     """Instead of tokens: train every packed sequence of every source in the blend so many times, whatever the weights.
     Rows that a last batch lacks carry no loss."""

@@ -94,3 +94,40 @@ class Blend:
         if place:
             counts += np.bincount(self._block(block)[0][:place], minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
+
+
+class WholeEpochs:
+    """Order of the sources in a phase of whole epochs: every sample of every source once before any comes twice.
+
+    The interface is :class:`Blend`'s.
+
+    Args:
+        sizes: source name -> its samples, at least one.
+        seed, phase: as there.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], seed: int, phase: str) -> None:
+        self.names = tuple(sorted(sizes))
+        self._sizes = np.array([sizes[name] for name in self.names], dtype=np.int64)
+        self._ends = np.cumsum(self._sizes)
+        self.epoch_samples = int(self._ends[-1])
+        self.shares = tuple(Fraction(sizes[name], self.epoch_samples) for name in self.names)
+        self._order = lru_cache(maxsize=8)(lambda epoch: Permutation(self.epoch_samples, "epochs", seed, phase, epoch))
+
+    def __getitem__(self, n: int) -> tuple[str, int]:
+        """(source name, number k of the sample within that source) of global sample number n >= 0."""
+        if n < 0:
+            raise IndexError(f"sample number {n} is negative")
+        epoch, place = divmod(n, self.epoch_samples)
+        number = self._order(epoch)[place]
+        i = int(np.searchsorted(self._ends, number, side="right"))
+        return self.names[i], int(epoch * self._sizes[i] + number - (self._ends[i] - self._sizes[i]))
+
+    def counts_before(self, n: int) -> dict[str, int]:
+        """Samples of each source among global sample numbers 0..n-1."""
+        epoch, place = divmod(n, self.epoch_samples)
+        counts = epoch * self._sizes
+        if place:
+            begun = np.searchsorted(self._ends, self._order(epoch).array()[:place], side="right")
+            counts = counts + np.bincount(begun, minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hymba_train.data.answers import LossMask, Reference, reference_path
-from hymba_train.data.blend import Blend
+from hymba_train.data.blend import Blend, WholeEpochs
 from hymba_train.data.dataset import Phase, Source, TrainingData
 from hymba_train.data.indexed import IndexedTokens, bin_path, idx_path
 from hymba_train.data.manifest import Manifest, check_spots, read_manifest, spot_hashes
@@ -181,7 +181,7 @@ def _open_phase(
     config: DataConfig, name: str, phase: PhaseConfig, sources: Mapping[str, Source], seed: int, pad_id: int
 ) -> Phase:
     key = f"data.phases.{name}"
-    blend = Blend(phase.blend, seed, name)  # to be replaced below if the phase is made of whole epochs
+    blend: Blend | WholeEpochs = Blend(phase.blend, seed, name)
     unknown = [source for source in blend.names if source not in config.sources]
     if unknown:
         known = ", ".join(config.sources) or "none"
@@ -209,14 +209,13 @@ def _open_phase(
                 f"{key}: source {source} has {part.num_tokens} tokens to train on, too few for one sequence of "
                 f"{phase.seq_length}"
             )
+    num_samples = 0  # where sources could not be opened
     if phase.epochs is None:
         num_samples = -(-phase.tokens // phase.seq_length)
-    else:
-        # In proportion to their sequences, the sources end together: each sequence once an epoch.
-        num_samples = phase.epochs * sum(map(len, packs.values()))
-        if len(packs) == len(blend.names):
-            blend = Blend({source: len(packs[source]) for source in packs}, seed, name)
-        if len(packs) == len(blend.names) and phase.tokens != phase.tokens_of(num_samples):
+    elif len(packs) == len(blend.names):
+        blend = WholeEpochs({source: len(packs[source]) for source in packs}, seed, name)
+        num_samples = phase.epochs * blend.epoch_samples
+        if phase.tokens != phase.tokens_of(num_samples):
             raise UserError(
                 f"{key}.tokens={phase.tokens}: {phase.epochs} epochs of its packed sequences are "
                 f"{phase.tokens_of(num_samples)}; leave {key}.tokens out, or set that"

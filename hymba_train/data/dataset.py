@@ -16,7 +16,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 
 from hymba_train.data.answers import LossMask, Reference, over
-from hymba_train.data.blend import Blend
+from hymba_train.data.blend import Blend, WholeEpochs
 from hymba_train.data.manifest import Manifest
 from hymba_train.data.packs import Packs
 from hymba_train.data.permutation import Permutation
@@ -75,7 +75,7 @@ class Phase:
     name: str
     seq_length: int
     num_samples: int
-    blend: Blend
+    blend: Blend | WholeEpochs
     packing: str = "concat"
     packs: Mapping[str, Packs] = field(default_factory=dict)
     whole_epochs: bool = False

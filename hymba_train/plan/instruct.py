@@ -12,6 +12,7 @@ from hymba_train.config.freeze import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config, PhaseConfig
 
 _TAIL = struct.Struct("<Q8s")  # of a .pack file, see hymba_train.data.packs
+_SPOT_BYTES = 2**16
 _KINDS = {"sft": "conversations", "dpo": "pairs"}
 
 
@@ -101,14 +102,31 @@ def _check_source(config: Config, name: str, prefix: Path, wanted: str | None, n
             f"them with `hymba data chat{pairs}`"
         ]
     problems = []
-    if not Path(f"{prefix}.mask").is_file():
-        problems.append(f"{key}: no {prefix}.mask, the loss mask; run `hymba data chat` again, or copy it there")
+    mask = Path(f"{prefix}.mask")
+    if not mask.is_file():
+        problems.append(f"{key}: no {mask}, the loss mask; run `hymba data chat` again, or copy it there")
+    elif _differs(mask, manifest["chat"].get("mask", {})):
+        problems.append(
+            f"{key}: {mask} is not the loss mask of its manifest; run `hymba data chat` again, or copy both"
+        )
     if wanted == "pairs" and needs_reference and not Path(f"{prefix}.reference").is_file():
         problems.append(
             f"{key}: no {prefix}.reference, the log-probabilities of the start model; run `hymba reference` with the "
             "overrides of this run"
         )
     return problems + _check_tokenizer(config, key, manifest)
+
+
+def _differs(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether a file has another size, or other blocks, than its manifest says (hymba_train.data.manifest)."""
+    if path.stat().st_size != facts.get("bytes"):
+        return True
+    with open(path, "rb") as stream:
+        for offset, expected in facts["spots"]:
+            stream.seek(offset)
+            if hashlib.blake2b(stream.read(_SPOT_BYTES), digest_size=8).hexdigest() != expected:
+                return True
+    return False
 
 
 def _check_tokenizer(config: Config, key: str, manifest: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from hymba_train.data import build_training_data, micro_batches
 from hymba_train.data.answers import write_reference
 from hymba_train.data.manifest import read_manifest
 from hymba_train.data.tokenizer import Tokenizer
+from hymba_train.guards.batches import emptied
 from hymba_train.model import build_model_chunks
 from hymba_train.plan import make_plan
 from hymba_train.reference import ReferenceHymba
@@ -144,3 +145,17 @@ def test_a_pair_is_never_split(with_reference):
                 assert place.tolist() == tokens[: place.size].tolist() and tokens.size - place.size <= 1
         seen += documents
     assert sorted(seen) == list(range(0, 28, 2))
+
+
+def test_a_micro_batch_that_a_guard_has_emptied_counts_no_pair(with_reference):
+    directory, _ = with_reference
+    config = compose(tiny.overrides(directory, "dpo", **{"checkpoint.load": str(directory)}))
+    make_plan(config, 1)
+    data = build_training_data(config.data, seed=5, vocab_size=tiny.VOCAB)
+    (batch,) = micro_batches(data, 0, 0, global_batch_size=2, micro_batch_size=2)
+    losses = (batch["labels"] != -100).float()
+    assert PreferenceLoss(BETA).loss(batch, losses)[1] == 4
+    empty = emptied(batch)
+    loss, num_pairs, logged = PreferenceLoss(BETA).loss(empty, losses * 0)
+    assert loss == 0 and num_pairs == 0 and not any(logged.values())
+    assert PreferenceLoss(BETA).inputs(empty).keys() == {"tokens", "labels", "positions", "segment_ids"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from hymba_train.config import compose
 from hymba_train.data import build_training_data
 from hymba_train.data.answers import write_reference
+from hymba_train.data.manifest import read_manifest
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
@@ -67,6 +69,15 @@ def test_conversations_are_no_pairs_and_no_plain_text(copy):
 def test_a_missing_mask(copy):
     (copy / "talk.mask").unlink()
     assert "no " in (line := one_problem(copy, "sft")) and "talk.mask, the loss mask; run `hymba data chat`" in line
+
+
+def test_another_mask_of_the_same_size(copy):
+    content = bytearray((copy / "talk.mask").read_bytes())
+    content[77] ^= 1
+    (copy / "talk.mask").write_bytes(content)
+    line = one_problem(copy, "sft")
+    assert line.startswith("data.sources.talk.path=talk: ")
+    assert line.endswith("talk.mask is not the loss mask of its manifest; run `hymba data chat` again, or copy both")
 
 
 def test_dpo_needs_reference_and_start(copy):
@@ -159,3 +170,32 @@ def test_a_reference_for_other_tokens_is_refused(copy):
     (copy / "choice.reference").write_bytes((copy / "choice.reference").read_bytes()[1:])
     with pytest.raises(UserError, match=r"is not a whole reference file"):
         build(copy, "dpo")
+
+
+def test_an_epoch_shows_every_sequence_of_every_source_once(copy, instruct):
+    """Whatever the weights say, and however unequal the sources."""
+    tiny.write_jsonl(copy / "more.jsonl", tiny.conversations()[:7])
+    more = ["--output-dir", copy, "--seq-length", tiny.SEQ_LENGTH, "--tokenizer", copy / "tokenizer", "--quiet"]
+    assert tiny.data_command("chat", "--input", copy / "more.jsonl", *more) == 0
+    changes = {
+        "data.sources.more.path": "more", "data.phases.only.blend": {"talk": 1.0, "more": 5.0},
+        "data.phases.only.epochs": 2, "data.phases.only.global_batch_size": 5,
+    }  # fmt: skip
+    assert tiny.data_command("pack", *tiny.overrides(copy, "sft", **changes)) == 0
+    data = build(copy, "sft", **changes)
+    phase = data.phases[0]
+    samples = [data.sample(0, n) for n in range(20)]
+    seen = Counter((s["source"], s["window"]) for s in samples[: phase.num_samples])
+    assert seen == Counter({(name, w): 2 for name, n in (("talk", 6), ("more", 2)) for w in range(n)})
+    assert phase.num_samples == 16 and not any((s["labels"] != IGNORED_LABEL).any() for s in samples[16:])
+    single = Counter((s["source"], s["window"]) for s in samples[:8])
+    assert set(single.values()) == {1}, "the first epoch ends before the second begins"
+
+
+def test_another_mask_is_other_data(copy):
+    """A run does not go on with another one unnoticed."""
+    before = read_manifest(copy / "talk")
+    changed = read_manifest(copy / "talk")
+    changed.chat["mask"]["sha256"] = "0" * 64
+    assert changed.content_hash != before.content_hash
+    assert build(copy, "sft").identity()["sources"]["talk"]["files"] == before.content_hash
