@@ -18,7 +18,6 @@ from tests.train.test_training import ROOT, exact
 from tests.train.tiny_run import write_data
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
-pytest.importorskip("transformer_engine")
 
 STEPS, SAVED = 6, 3
 SETTINGS = {
