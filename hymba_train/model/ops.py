@@ -8,7 +8,9 @@ import torch
 
 from hymba_train.config.schema import Config
 from hymba_train.describe import ModelDims, resolve_stack
+from hymba_train.errors import UserError
 from hymba_train.ops import Choice, select
+from hymba_train.plan.precision import cudnn_width_problems
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,14 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
         "rotate_heads": p.rope_backend,
         "linear_cross_entropy": p.loss_backend,
     }
+    attention = select(
+        "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
+    )
+    problems = cudnn_width_problems(config) if attention.name == "cudnn" else []
+    if problems:  # the plan says so where run.device is cuda
+        raise UserError(*problems)
     return Ops(
-        attention=select(
-            "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
-        ),
+        attention=attention,
         selective_scan=select(
             "selective_scan", p.scan_backend, kind, needs=state | ({"wide_state"} if wide else set()), dtype=dtype
         ),

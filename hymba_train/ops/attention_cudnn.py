@@ -152,10 +152,11 @@ class MetaLaunch:
         from hymba_train.ops.attention_meta_kernels import merge_meta
 
         strips, items = self._grid(MERGE_PROGRAMS, q.device)
-        merge_meta[strips, self.groups](
-            q, meta_k, meta_v, text, text_lse, out, lse, *self._arguments(items), **self._constants,
-            STAGES=MERGE_STAGES, num_warps=MERGE_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            merge_meta[strips, self.groups](
+                q, meta_k, meta_v, text, text_lse, out, lse, *self._arguments(items), **self._constants,
+                STAGES=MERGE_STAGES, num_warps=MERGE_WARPS,
+            )  # fmt: skip
 
     def backward(
         self, q: Tensor, meta_k: Tensor, meta_v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, d_q: Tensor
@@ -166,10 +167,11 @@ class MetaLaunch:
         strips, items = self._grid(BACKWARD_PROGRAMS, q.device)
         shape = (strips, self.num_meta, self.groups, self.dk + self.dv)
         partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-        meta_backward[strips, self.groups](
-            q, meta_k, meta_v, out, d_out, lse, d_q, partial, *self._arguments(items), **self._constants,
-            STAGES=BACKWARD_STAGES, num_warps=BACKWARD_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            meta_backward[strips, self.groups](
+                q, meta_k, meta_v, out, d_out, lse, d_q, partial, *self._arguments(items), **self._constants,
+                STAGES=BACKWARD_STAGES, num_warps=BACKWARD_WARPS,
+            )  # fmt: skip
         return tuple(x.to(q.dtype) for x in partial.sum(0).split((self.dk, self.dv), -1))
 
 

@@ -28,12 +28,12 @@ def linear_cross_entropy_triton(
     the backward pass, as its gradient_accumulation_fusion does: then autograd gets none if ``weight.zero_out_wgrad``
     (a tied weight, whose embedding still gives one), else a meaningless one with ``grad_added_to_main_grad`` set.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, recompute)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, recompute, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocab_size, recompute):
+    def forward(ctx, hidden, weight, labels, vocab_size, recompute, with_grad):
         hidden, labels = hidden.contiguous(), labels.contiguous()
         n = hidden.shape[0]
         loss, lse2 = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
@@ -44,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _loss(logits, labels[part], loss[part], lse2[part], vocab_size)
         ctx.save_for_backward(hidden, weight, labels, lse2)
         ctx.vocab_size, ctx.main_grad_of = vocab_size, weight if hasattr(weight, "main_grad") else None
-        ctx.logits = logits if not recompute and any(ctx.needs_input_grad) else None
+        ctx.logits = logits if with_grad and not recompute and any(ctx.needs_input_grad) else None
         ctx.recompute = recompute
         return loss
 
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(logits, weight, out=d_hidden[part])
             target.add(logits, hidden[part])
         ctx.logits = None
-        return d_hidden, target.result(), None, None, None
+        return d_hidden, target.result(), None, None, None, None
 
 
 class _WeightGradient:

@@ -1,7 +1,8 @@
 """CUDA C++ compiled at run time (NVRTC, through cuda-bindings), kept on disk as cubins and launched without PyTorch.
 
 No compiler is needed on the machine: NVRTC comes with PyTorch's CUDA wheels. The first use on a machine takes seconds;
-later ones read ``$HYMBA_KERNEL_CACHE`` (default ``~/.cache/hymba_train/kernels``), keyed by source, options and device.
+later ones read ``$HYMBA_KERNEL_CACHE`` (default ``~/.cache/hymba_train/kernels``), keyed by source, options and device;
+where that cannot be written, every start compiles anew, and says so.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from hymba_train.errors import UserError
+
+logger = logging.getLogger(__name__)
+_warned: set[Path] = set()
 
 
 class Module:
@@ -118,14 +123,36 @@ def cached_cubin(source: str, options: list[str]) -> bytes:
     """:func:`compile_cubin`, or what it made before on this machine."""
     key = hashlib.sha256(repr((source, options, _compiler_version())).encode()).hexdigest()
     path = _cache_directory() / f"{key}.cubin"
-    if path.exists():
+    with contextlib.suppress(OSError):  # not there, or not ours to read
         return path.read_bytes()
     cubin = compile_cubin(source, options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(cubin)
-    os.replace(file.name, path)  # whole or not there, also when several ranks compile at once
+    try:
+        _write(path, cubin)
+    except OSError as error:
+        _warn_once(path.parent, error)
     return cubin
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, also when several ranks compile at once; readable to whom the umask lets."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _warn_once(directory: Path, error: OSError) -> None:
+    if directory in _warned:
+        return
+    _warned.add(directory)
+    logger.warning(
+        "%s: kernels cannot be kept there (%s), and are compiled at every start; set HYMBA_KERNEL_CACHE to a "
+        "directory that can be written", directory, error.strerror or error,
+    )  # fmt: skip
 
 
 @functools.cache

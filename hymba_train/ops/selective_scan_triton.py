@@ -57,7 +57,9 @@ def selective_scan_triton(
     if segment_ids is not None:
         starts = document_starts(segment_ids).int()
         starts[:, 0] = 0  # the first token starts from the initial state anyway
-    y, final = _TritonScan.apply(u, dt, a2, B.float(), C.float(), D.float(), dt_bias.float(), z, state, starts)
+    y, final = _TritonScan.apply(
+        u, dt, a2, B.float(), C.float(), D.float(), dt_bias.float(), z, state, starts, torch.is_grad_enabled()
+    )
     return y, final.transpose(1, 2)
 
 
@@ -65,7 +67,7 @@ class _TritonScan(torch.autograd.Function):
     """u, dt, z [B, S, C]; a2 [N, C], B, C [B, S, N], D, bias [C], state [B, N, C] float32; starts int32 [B, S]."""
 
     @staticmethod
-    def forward(ctx, u, dt, a2, B, C, D, bias, z, state, starts):
+    def forward(ctx, u, dt, a2, B, C, D, bias, z, state, starts, with_grad):
         u, dt, B, C, D, bias, z = (x.contiguous() for x in (u, dt, B, C, D, bias, z))
         launch = _Launch(u, a2, starts)
         y, final = torch.empty_like(u), torch.empty_like(state)
@@ -73,7 +75,7 @@ class _TritonScan(torch.autograd.Function):
         launch(scan_state, u, dt, B, a2, bias, state, launch.starts, h, sum_delta)
         launch.pass_(h, sum_delta, a2, state, final, reverse=False)
         launch(scan_output, u, dt, z, B, C, a2, bias, D, state, launch.starts, h, y)
-        if any(ctx.needs_input_grad):
+        if with_grad and any(ctx.needs_input_grad):
             ctx.save_for_backward(u, dt, a2, B, C, D, bias, z, state, h, sum_delta)
             ctx.launch = launch
         return y, final
@@ -101,7 +103,7 @@ class _TritonScan(torch.autograd.Function):
         if launch.has_starts:
             d_state = d_state + d_reset.sum(1)
         da2 = dA.sum((0, 1)) * math.log(2)
-        return du, ddt, da2, dB.sum(0), dC.sum(0), dD.sum((0, 1)), d_bias.sum((0, 1)), dz, d_state, None
+        return du, ddt, da2, dB.sum(0), dC.sum(0), dD.sum((0, 1)), d_bias.sum((0, 1)), dz, d_state, None, None
 
 
 class _Launch:

@@ -15,6 +15,7 @@ from hymba_train.plan.numbers import multiples_around
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
 FLEX_HEAD_DIM = 16  # narrowest on a GPU
+CUDNN_META_WIDTHS = (16, 32, 64, 128)  # tiles of tl.dot in ops/attention_meta_kernels.py, and cuDNN's own limit
 PRODUCTS = ("mixer.in_proj.weight", "mixer.out_proj.weight", "ffn.linear_fc1.weight", "ffn.linear_fc2.weight")
 
 
@@ -33,6 +34,12 @@ def check_precision(config: Config) -> list[str]:
     if precision.layer_spec == "local" or device == "cpu":
         key = "precision.layer_spec=local" if precision.layer_spec == "local" else "run.device=cpu"
         problems.append(f"{fp8} needs Transformer Engine, but {key}; set precision.fp8=null or change that")
+    if precision.fp8 == "delayed" and config.parallel.recompute == "full":
+        # Transformer Engine 2.20 leaves an FP8 region once a recomputed layer, and moves all histories on each time.
+        problems.append(
+            f"{fp8} with parallel.recompute=full would forget its history of amaxes a layer at a time; set "
+            "precision.fp8=tensorwise, or parallel.recompute=none"
+        )
     if precision.params != "bf16":
         problems.append(
             f"{fp8} needs precision.params=bf16, not {precision.params}; set that, or set precision.fp8=null"
@@ -75,11 +82,8 @@ def _check_kernels(config: Config) -> list[str]:
     if attention == "flex" and d.head_dim < FLEX_HEAD_DIM:
         fewer = d.hidden_size // FLEX_HEAD_DIM
         problems.append(f"{heads} are too narrow for FlexAttention; choose {fewer} at most, or {instead}")
-    if attention == "cudnn" and (d.head_dim % 8 or d.value_head_dim % 8 or d.value_head_dim > 128):
-        problems.append(
-            f"{heads} with values of {d.value_head_dim}: cuDNN takes multiples of 8 up to 128; "
-            f"choose another number, or {instead}"
-        )
+    if attention == "cudnn":
+        problems += cudnn_width_problems(config)
     if scan == "cuda" and d.state_dim > MOST_STATES:
         problems.append(
             f"model.mamba_state_dim={d.state_dim}: the CUDA scan takes {MOST_STATES} at most; set that, or set "
@@ -117,6 +121,31 @@ def _check_mamba_ssm(config: Config) -> list[str]:
         if width & (width - 1) or width < 16:
             problems.append(f"model.{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
     return problems
+
+
+def cudnn_width_problems(config: Config) -> list[str]:
+    """A line if cuDNN's attention, or the kernels that join the meta tokens to it, cannot take heads of this width."""
+    d = ModelDims.of(config.model)
+
+    def fits(num_heads: int) -> bool:
+        widths = [width / num_heads for width in (d.hidden_size, d.inner_size)]
+        if d.num_meta_tokens:
+            return all(width in CUDNN_META_WIDTHS for width in widths)
+        return all(width % 8 == 0 and width <= 128 for width in widths)
+
+    if fits(d.num_heads):
+        return []
+    wants = "multiples of 8 up to 128"
+    if d.num_meta_tokens:
+        wants = f"{', '.join(map(str, CUDNN_META_WIDTHS))} with meta tokens"
+    fitting = [n for n in range(d.num_kv_heads, d.hidden_size + 1, d.num_kv_heads) if fits(n)]
+    near = sorted(fitting, key=lambda n: abs(n - d.num_heads))[:2]
+    choose = f"choose {' or '.join(map(str, sorted(near)))} heads" if near else "no number of heads fits"
+    other = "torch" if config.run.deterministic or d.head_dim < FLEX_HEAD_DIM else "flex"
+    return [
+        f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim} with values of {d.value_head_dim}: cuDNN "
+        f"takes {wants}; {choose}, or set precision.attention_backend={other}"
+    ]
 
 
 def _check_widths(config: Config, fp8: str) -> list[str]:

@@ -101,8 +101,24 @@ def test_fp8_rows_are_those_of_a_rank_under_sequence_parallelism():
         (["precision.scan_backend=cuda", "model.mamba_state_dim=32"], "the CUDA scan takes 16 at most"),
         (["precision.attention_backend=cudnn", "precision.params=float32"], "attention_backend=cudnn has no float32"),
         (
-            ["precision.attention_backend=cudnn", "precision=bf16", "model.num_attention_heads=32"],
-            "multiples of 8",
+            ["precision.attention_backend=cudnn", "precision=bf16", "model.num_attention_heads=16"],
+            "heads of 8 with values of 16: cuDNN takes 16, 32, 64, 128 with meta tokens; choose 4 or 8 heads, or set "
+            "precision.attention_backend=torch",
+        ),
+        (
+            ["run.device=cuda", "precision=bf16", "model.mamba_expand=3", "precision.rope_backend=torch"],
+            "heads of 32 with values of 96: cuDNN takes 16, 32, 64, 128 with meta tokens; no number of heads fits, or "
+            "set precision.attention_backend=flex",
+        ),
+        (
+            [
+                "precision.attention_backend=cudnn",
+                "precision=bf16",
+                "model.num_meta_tokens=0",
+                "model.num_attention_heads=32",
+            ],
+            "heads of 4 with values of 8: cuDNN takes multiples of 8 up to 128; choose 8 or 16 heads, or set "
+            "precision.attention_backend=torch",
         ),
         (["run.device=cpu", "precision.scan_backend=cuda"], "precision.scan_backend=cuda needs a GPU"),
         (["run.device=cuda", "model.num_attention_heads=16", "model.num_query_groups=4"], "choose 8 at most"),
@@ -111,6 +127,30 @@ def test_fp8_rows_are_those_of_a_rank_under_sequence_parallelism():
 def test_what_kernels_cannot_do(overrides, line):
     (problem,) = problems("experiment=demo", *overrides)
     assert line in problem
+
+
+def test_cudnn_takes_more_widths_without_meta_tokens():
+    odd = ["precision.attention_backend=cudnn", "precision=bf16", "model.num_attention_heads=16"]
+    make_plan(compose(["experiment=demo", *odd, "model.num_meta_tokens=0"]), check_paths=False)
+
+
+def test_widths_are_looked_at_again_where_auto_turns_out_to_be_a_gpu(monkeypatch):
+    import torch
+
+    from hymba_train.model.ops import select_ops
+    from hymba_train.ops import registry
+
+    monkeypatch.setattr(registry, "is_importable", lambda package: True)
+    config = compose(["experiment=demo", "precision=bf16", "model.num_attention_heads=16", "run.device=auto"])
+    make_plan(config, check_paths=False)
+    with pytest.raises(UserError, match="choose 4 or 8 heads"):
+        select_ops(config, torch.device("cuda"), torch.bfloat16, uneven_kv=False)
+
+
+def test_delayed_scaling_is_not_recomputed():
+    (line,) = problems(*FP8, "parallel.recompute=full")
+    assert "forget its history of amaxes" in line and "set precision.fp8=tensorwise" in line
+    make_plan(compose([*FP8, "parallel.recompute=full", "precision.fp8=tensorwise"]), check_paths=False)
 
 
 def test_what_kernels_need_is_not_asked_of_others():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.checkpoint.directory import complete_steps, step_of
+from hymba_train.exit_codes import DRIFTED
 from hymba_train.guards.drift import CHUNK_VALUES, checksum, differing
 from tests.reliability.conftest import torchrun
 from tests.reliability.test_numerics import PHASE, guard_events
@@ -100,3 +102,39 @@ def test_flips_in_parameters_and_moments_are_found(tmp_path):
         hold_to_promise(tmp_path, output, name)
         if "parallel" not in str(layout):
             assert exact(tmp_path, name) == exact(tmp_path, "clean"), "as if nothing had been"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("end", ["final", "early"])
+def test_a_flip_before_the_last_checkpoint_is_found_before_it_is_written(warm, tmp_path, end):
+    """In step 7, which no interval comes to: because it is the last, or because somebody asks for a stop in it."""
+    write_data(tmp_path)
+    patch = f"""
+import os
+from hymba_train.callbacks.base import Callback
+from hymba_train.train import main as training
+build_model_chunks, Guards, found = training.build_model_chunks, training.Guards, []
+def build(*args, **kwargs):
+    found.extend(build_model_chunks(*args, **kwargs))
+    return list(found)
+class Flip(Callback):
+    def on_step_start(self, loop):
+        if loop.state.step == 6 and {end == "early"}:
+            loop.request_stop("enough")
+    def on_step_end(self, loop, metrics):
+        if loop.state.step == 7 and os.environ["RANK"] == "1":
+            next(found[0].parameters()).data.view(-1)[3] += 1e-3
+class First(Guards):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.callbacks.insert(0, Flip())
+training.build_model_chunks, training.Guards = build, First
+"""
+    path = tmp_path / "runs" / end
+    stop = {"run__train_steps": 7} if end == "final" else {}
+    settings = {"guards__drift_interval": 1000, "checkpoint__save_interval": 5, "logging__eval_interval": 0}
+    warm.start(path, ranks=2, patch=patch, **settings, **stop)
+    codes, output = warm.finish()
+    assert codes == [DRIFTED, DRIFTED] and "replicas differ after step 7: embedding" in output, output
+    (saved,) = complete_steps(path / "checkpoints")
+    assert step_of(saved) == 5, "nothing is saved of replicas that differ"
