@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from hymba_train.cli import VERBS
+from tests.recipes.rows import ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -44,6 +45,18 @@ def test_the_list_of_keys_is_that_of_the_schema():
     finally:
         sys.path.remove(str(DOCS))
     assert (DOCS / "keys.md").read_text() == make_keys.page(), "run: python docs/make_keys.py"
+
+
+def test_the_roadmap_is_that_of_the_recipes():
+    sys.path.insert(0, str(DOCS))
+    try:
+        import make_roadmap
+    finally:
+        sys.path.remove(str(DOCS))
+    assert (DOCS / "roadmap.md").read_text() == make_roadmap.page(), "run: python docs/make_roadmap.py"
+    text = (DOCS / "roadmap.md").read_text()
+    for size, rows in ROWS.items():
+        assert all(f"| {row}_{size} |" in text for row in rows), size
 
 
 def source_texts() -> str:
