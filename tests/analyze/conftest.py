@@ -28,8 +28,8 @@ def trained(tmp_path_factory) -> Trained:
     write_data(directory)
     start(
         directory,
-        run("plain", "run.train_steps=2"),
-        run("masked", "data.document_mask=true", "run.train_steps=1"),
+        run("plain", "run.train_steps=5"),  # into the second phase: held-out text has a document end in it
+        run("masked", "data.document_mask=true", "run.train_steps=5"),
     )  # fmt: skip
     runs = directory / "runs"
     text = directory / "words.txt"

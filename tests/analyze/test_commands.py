@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def test_documents_that_were_trained_apart_are_looked_at_apart(trained, tmp_path
     found = run("kv", tmp_path, "--model", trained.masked, "--sequences", 3, "--max-tokens", 24)
     assert found["settings"]["domains"] == ["odd", "even"] and found["settings"]["num_tokens"] <= 24
     assert found["left_out"] == {"2": "takes the keys and values of layer 1"}
+
+
+def test_no_sequence_goes_on_into_another_document(trained):
+    from hymba_train.analyze.texts import read_texts
+    from hymba_train.convert.load import load_model
+
+    settings = argparse.Namespace(text=None, data=None, data_path=None, sequences=100, length=100)
+    apart, whole = (read_texts(load_model(run), settings) for run in (trained.masked, trained.run))
+    ends = [[bool((s[:-1] == 0).any()) for rows in texts.values() for s in rows] for texts in (apart, whole)]
+    assert not any(ends[0]) and any(ends[1])
 
 
 def test_importance_names_layer_0(trained, tmp_path, capsys):

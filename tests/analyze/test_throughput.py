@@ -21,7 +21,9 @@ def hymba():
 @pytest.fixture(scope="module")
 def llama(hymba):
     torch.manual_seed(1)
-    return make_llama(llama_config(hymba.config, hymba.num_parameters(), 2), torch.float32, "cpu")
+    config = llama_config(hymba.config, hymba.num_parameters(), 2)
+    config.initializer_range = 0.3  # so that attention matters
+    return make_llama(config, torch.float32, "cpu")
 
 
 def test_the_opponent_has_the_size_of_the_1p5b():
@@ -45,11 +47,15 @@ def test_steps_of_the_llama_continue_its_prompt(llama):
     runner, ids = LlamaRunner(llama), torch.randint(0, SMALL["vocab_size"], (2, 9))
     cache = runner.prefill(ids, capacity=16)
     step = LlamaStep(runner, cache, 2, 9, 16)
-    token = llama(ids).logits[:, -1:].argmax(-1)
-    for _ in range(4):
+    for number in range(4):
+        token = torch.tensor([[7 + number], [30 - number]])
         ids = torch.cat((ids, token), 1)
-        token = step(token)
-        assert torch.equal(token, llama(ids).logits[:, -1:].argmax(-1))
+        step.token.copy_(token)
+        expected = llama.model(ids, use_cache=False).last_hidden_state[:, -1:]
+        assert torch.allclose(step.hidden_states(), expected, atol=1e-5)
+    token = torch.full((2, 1), 5)
+    expected = llama(torch.cat((ids, token), 1)).logits[:, -1:].argmax(-1)
+    assert torch.equal(step(token), expected)
 
 
 @torch.inference_mode()
