@@ -40,11 +40,12 @@ class Guards:
     ) -> None:  # fmt: skip
         c = config.guards
         self._stepper = stepper
+        self._fp8 = Fp8State.of(models)
         self._stragglers: Stragglers | None = None
         self._numerics: NumericalGuard | None = None
         if c.numerics:
             ledger = on_rank_0(lambda: Ledger(directory))
-            self._numerics = NumericalGuard(c, stepper, data, runtime, state, ledger, Fp8State.of(models))
+            self._numerics = NumericalGuard(c, stepper, data, runtime, state, ledger, self._fp8)
         if self._numerics and watchdog:
             self._numerics.touch = watchdog.touch
         self.callbacks: list[Callback] = [watchdog] if watchdog else []
@@ -62,7 +63,11 @@ class Guards:
         """One optimizer step, or what a guard makes of it."""
         seconds = self._stragglers.seconds if self._stragglers else 0.0
         if self._numerics is None:
-            return self._stepper.train(batches, requests, seconds)
+            self._fp8.remember()
+            result = self._stepper.train(batches, requests, seconds)
+            if result.action == "skipped":
+                self._fp8.go_back()
+            return result
         return self._numerics.step(planned, batches, requests, seconds)
 
     def to_dict(self) -> dict[str, Any] | None:

@@ -226,19 +226,6 @@ def test_no_checkpoints_without_gradients(monkeypatch):
     assert_close([y.double(), state.double()], expected, 1e-5)
 
 
-@needs_emulator
-@pytest.mark.parametrize("with_grad", [True, False])
-def test_no_checkpoints_where_gradients_are_off(monkeypatch, with_grad):
-    """In evaluation, and in the first pass of a recomputed layer: parameters want gradients, and no backward comes."""
-    names, new = [], scan._Run.new
-    monkeypatch.setattr(scan._Run, "new", lambda run, name, *rest: names.append(name) or new(run, name, *rest))
-    tensors = [x.detach().float().requires_grad_() for x in inputs(B=1, S=20, C=3, N=4)]
-    with torch.set_grad_enabled(with_grad):
-        y, _ = emulated_backend(*tensors[:8], initial_state=tensors[8])
-    assert y.requires_grad == with_grad
-    assert {"checkpoints", "before"}.issubset(names) == with_grad
-
-
 def test_chunks_follow_the_work():
     prefix = scan.choose_chunks(1, 128, 3200, 132, 256)
     assert prefix.count == 1

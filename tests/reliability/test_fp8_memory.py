@@ -62,23 +62,22 @@ def test_evaluations_in_between_change_nothing(warm, root):
     assert losses(root, "evaluated") == losses(root, "whole")
 
 
-TRANSIENT = """
+SPOILED = """
 from hymba_train.train.step import Stepper
-gradients, calls = Stepper.gradients, []
+accumulate, calls = Stepper._accumulate, []
 def spoiled(self, *args):
-    found = gradients(self, *args)
+    sums, losses = accumulate(self, *args)
     calls.append(1)
     if len(calls) in BAD:
-        import dataclasses
-        return dataclasses.replace(found, loss=float("nan"))
-    return found
-Stepper.gradients = spoiled
+        sums[0] = float("nan")
+    return sums, losses
+Stepper._accumulate = spoiled
 """
 
 
 def test_a_step_that_is_run_again_starts_from_the_same_memory(warm, root):
     """Step 6 comes out bad once."""
-    train(warm, root / "runs" / "again", FAKE + TRANSIENT.replace("BAD", "(6,)"))
+    train(warm, root / "runs" / "again", FAKE + SPOILED.replace("BAD", "(6,)"))
     (event,) = guard_events(root, "again")
     assert (event["step"], event["cause"]) == (6, "transient")
     assert losses(root, "again") == losses(root, "whole")
@@ -111,7 +110,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(warm, root, never):
     """Step 6 and all that is run to find out why come out bad. Step 7 then is that of a run which never saw them: the
     probes of the search (the rest of the calls in step 6) would move the memory a long way."""
     settings = {"guards__on_persistent": "skip", "run__train_steps": 8}
-    train(warm, root / "runs" / "skipped", FAKE + TRANSIENT.replace("BAD", "(6, 7, 8)"), **settings)
+    train(warm, root / "runs" / "skipped", FAKE + SPOILED.replace("BAD", "(6, 7, 8)"), **settings)
     (event,) = guard_events(root, "skipped")
     assert (event["step"], event["cause"], event["action"]) == (6, "persistent", "skipped")
     assert after_step_6(root, "skipped") == never and len(never) == 2
@@ -120,9 +119,16 @@ def test_a_step_that_is_skipped_leaves_no_trace(warm, root, never):
 def test_a_rewind_takes_the_memory_back_to_the_checkpoints(warm, root, never):
     """Step 6 is bad for good the first time: back to step 4, step 6 left out; as a run that skipped it at once."""
     settings = {"guards__on_persistent": "rewind", "run__train_steps": 8}
-    train(warm, root / "runs" / "rewound", FAKE + TRANSIENT.replace("BAD", "(6, 7, 8)"), **settings)
+    train(warm, root / "runs" / "rewound", FAKE + SPOILED.replace("BAD", "(6, 7, 8)"), **settings)
     events = guard_events(root, "rewound")
     assert [(e["step"], e["action"]) for e in events] == [(6, "rewind"), (6, "skipped")]
     rewound, whole = losses(root, "rewound"), losses(root, "whole")
     assert rewound[:5] == whole[:5]
     assert after_step_6(root, "rewound") == never
+
+
+def test_without_guards_a_step_that_is_not_applied_leaves_no_trace_either(warm, root, never):
+    """What is not finite never is (hymba_train.train.step)."""
+    settings = {"guards__numerics": False, "run__train_steps": 8}
+    train(warm, root / "runs" / "unguarded", FAKE + SPOILED.replace("BAD", "(6,)"), **settings)
+    assert after_step_6(root, "unguarded") == never

@@ -88,7 +88,7 @@ def test_threads_of_a_dump_are_told_apart():
 @pytest.mark.parametrize(
     "method",
     [
-        Stepper.gradients, Stepper.exchange, Stepper.micro_batch_losses, Stepper.evaluate, CheckpointWriter._sums,
+        Stepper.exchange, Stepper.micro_batch_losses, Stepper.evaluate, CheckpointWriter._sums,
         CheckpointWriter._count_bytes, CheckpointWriter._finish, DriftGuard._differ, DriftGuard.check,
     ],
     ids=lambda method: method.__qualname__,
