@@ -22,7 +22,7 @@ def test_kept_for_whom_the_umask_lets(tmp_path, monkeypatch, compiled, umask, mo
     monkeypatch.setenv("HYMBA_KERNEL_CACHE", str(tmp_path / "new" / "cache"))
     before = os.umask(umask)
     try:
-        assert nvrtc._cached_cubin("kernel", []) == nvrtc._cached_cubin("kernel", []) == b"kernel"
+        assert nvrtc.cached_cubin("kernel", []) == nvrtc.cached_cubin("kernel", []) == b"kernel"
     finally:
         os.umask(before)
     (file,) = (tmp_path / "new" / "cache").iterdir()
@@ -35,16 +35,16 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_done_without(tmp_path, 
     monkeypatch.setenv("HYMBA_KERNEL_CACHE", str(tmp_path / "file" / "cache"))
     with caplog.at_level(logging.WARNING):
         for source in ("one", "two"):
-            assert nvrtc._cached_cubin(source, []) == source.encode()
+            assert nvrtc.cached_cubin(source, []) == source.encode()
     (record,) = caplog.records
     assert "file/cache: kernels cannot be kept there" in record.getMessage() and compiled == ["one", "two"]
 
 
 def test_a_kept_kernel_that_cannot_be_read_is_compiled(tmp_path, monkeypatch, compiled, caplog):
     monkeypatch.setenv("HYMBA_KERNEL_CACHE", str(tmp_path))
-    nvrtc._cached_cubin("kernel", [])
+    nvrtc.cached_cubin("kernel", [])
     (file,) = tmp_path.iterdir()
     file.unlink()
     file.mkdir()
-    assert nvrtc._cached_cubin("kernel", []) == b"kernel" and compiled == ["kernel"] * 2
+    assert nvrtc.cached_cubin("kernel", []) == b"kernel" and compiled == ["kernel"] * 2
     assert list(tmp_path.iterdir()) == [file], "nothing half-written is left"
