@@ -106,6 +106,11 @@ def run(op: str, name: str, kind: str, dtype: Any) -> Any:
         inputs += [a_log, make(b, s, n), make(b, s, n)]
         inputs += [torch.rand(c, generator=generator).to(kind).requires_grad_() for _ in range(2)]
         out = function(*inputs, make(b, s, c))[0]
+    elif op == "ssd_scan":
+        per_head = [torch.rand(heads, generator=generator).to(kind).requires_grad_() for _ in range(3)]
+        inputs = [make(b, s, heads, 16), make(b, s, heads), per_head[0], make(b, s, 1, n), make(b, s, 1, n)]
+        inputs += per_head[1:]
+        out = function(*inputs, initial_state=make(heads, 16, n))[0]
     else:
         inputs, out = _run_fused(op, function, make, kind)
     out.float().square().sum().backward()

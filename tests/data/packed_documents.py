@@ -27,6 +27,14 @@ STACKS = {
     "ssm": dict(layer_pattern=["ssm"], global_layers=[], kv_groups=[]),
     "no_meta_tokens": dict(num_meta_tokens=0),
     "sequential": dict(layer_pattern=["ssm:no_ffn", "attention"], global_layers=[], kv_groups=[[1, 3]]),
+    "mamba2": dict(
+        layer_pattern=["mamba2:no_ffn", "hybrid"],
+        global_layers=[],
+        kv_groups=[[1, 3]],
+        mamba2_head_dim=16,
+        mamba2_state_dim=16,
+        branch_fusion="concat",
+    ),
 }
 
 

@@ -11,7 +11,12 @@ from tests.data.leak_worker import LAYOUTS
 from tests.data.packed_documents import STACKS, alone, config_of, documents, of_unchanged, pack
 from tests.distributed.conftest import torchrun
 
-KEYS = {"attention": "attention_backend", "selective_scan": "scan_backend", "causal_conv_rows": "conv_backend"}
+KEYS = {
+    "attention": "attention_backend", "selective_scan": "scan_backend", "ssd_scan": "ssd_backend",
+    "causal_conv_rows": "conv_backend",
+}  # fmt: skip
+STACK = {"ssd_scan": "mamba2"}
+"""Op -> the stack that has it; hybrid has the others."""
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
 
@@ -106,7 +111,8 @@ def precision_of(op: str, backend: Backend, device: str) -> dict[str, str]:
 @pytest.mark.parametrize(("op", "backend", "device"), EVERY_BACKEND)
 def test_changing_one_document_changes_no_other(op, backend, device, make):
     precision = precision_of(op, backend, device)
-    assert_no_leak(make(device=device, **precision), GRADIENT_TOLERANCE[precision["params"]])
+    made = make(STACK.get(op, "hybrid"), device, **precision)
+    assert_no_leak(made, GRADIENT_TOLERANCE[precision["params"]])
 
 
 @pytest.mark.parametrize(("op", "backend", "device"), EVERY_BACKEND)
@@ -114,7 +120,8 @@ def test_a_pack_equals_its_documents_one_by_one(op, backend, device, make):
     precision = precision_of(op, backend, device)
     if precision["params"] != "float32":
         pytest.skip(f"{backend.name} has no float32: rounding hides what this test looks for")
-    assert_equals_one_by_one(make(device=device, **precision), 1e-6 if device == "cpu" else 1e-5)
+    made = make(STACK.get(op, "hybrid"), device, **precision)
+    assert_equals_one_by_one(made, 1e-6 if device == "cpu" else 1e-5)
 
 
 @pytest.mark.gpu
@@ -131,7 +138,7 @@ def test_a_backend_that_cannot_keep_documents_apart_is_refused(op, make, monkeyp
     leaky = Backend(op, "leaky", torch_backend.target, torch_backend.device_types, torch_backend.can - {"segment_ids"})
     monkeypatch.setitem(registry.BACKENDS, op, (leaky, *BACKENDS[op]))
     with pytest.raises(UserError, match="backend 'leaky' has no documents kept apart by segment_ids; use 'torch'"):
-        make(**{KEYS[op]: "leaky"})
+        make(STACK.get(op, "hybrid"), **{KEYS[op]: "leaky"})
 
 
 @pytest.mark.parametrize("stack", [stack for stack in STACKS if stack != "hybrid"])

@@ -10,7 +10,7 @@ from tests.recipes.rows import ROWS
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
-WANTED = ("single", "single_documents", "tp2", "tp2_sp_documents", "pp2", "tp2_pp2")
+WANTED = ("single", "single_documents", "tp2", "tp2_sp_documents", "pp2")
 
 
 @pytest.fixture(scope="module")
