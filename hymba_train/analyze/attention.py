@@ -20,6 +20,7 @@ from hymba_train.analyze.head_stats import CATEGORIES, HeadStats, receptive_fiel
 from hymba_train.analyze.record import AttentionInputs, ScanInputs, recording, without_meta_tokens
 from hymba_train.analyze.rows import attention_rows, blocks, implied_rows, normalised, spread_channels
 from hymba_train.analyze.texts import read_texts
+from hymba_train.convert.cli import load_from
 from hymba_train.errors import UserError
 
 BRANCHES = ("attention", "ssm")
@@ -133,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     common.require_positive(args, "sequences", "length", "ssm_channels")
     common.make_directory(args.output)
-    loaded = common.load(args)
+    loaded = load_from(args)
     model = loaded.model
     maps = _chosen_maps(args, model.config)
     texts = read_texts(loaded, args)

@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     common.require_positive(args, "at")
     lengths = common.parse_numbers("--lengths", args.lengths)
-    models = read_models(args.models, args.config_dir)
     common.make_directory(args.output)
+    models = read_models(args.models, args.config_dir)
     curves = {name: curve(model, lengths) for name, model in models.items()}
     table = {name: curve(model, [args.at]) for name, model in models.items()}
     rows = paper_rows()

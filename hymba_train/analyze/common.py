@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,9 +17,6 @@ from rich.table import Table
 from hymba_train import __version__
 from hymba_train.errors import UserError
 from hymba_train.parser import Parser
-
-if TYPE_CHECKING:
-    from hymba_train.convert.load import LoadedModel
 
 DIGITS = 6  # of numbers in JSON
 WIDE = 400  # columns that a table may take
@@ -55,24 +52,6 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, sequences: int, lengt
         "--length", type=int, default=length,
         help=f"tokens of a sequence, at most (default {length}; of held-out text, as many as the run trained on)",
     )  # fmt: skip
-
-
-def pick_device(name: str) -> str:
-    """ "auto" is cuda where there is a GPU. Raises UserError."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
-        raise UserError(f"--device {name}: give auto, cpu or cuda; cuda needs a GPU")
-    return name
-
-
-def load(args: argparse.Namespace) -> LoadedModel:
-    from hymba_train.convert.load import load_model, require_transformers
-
-    require_transformers()
-    return load_model(args.model, dtype=args.dtype, device=pick_device(args.device), tokenizer=args.tokenizer)
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

@@ -7,7 +7,6 @@ stays, so the other branch goes on at the scale it was trained at.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from hymba_train.analyze import common, pictures
 from hymba_train.analyze.texts import read_texts
+from hymba_train.convert.cli import load_from
 from hymba_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,10 +117,8 @@ def score_losses(texts: dict[str, list[Tensor]], batch_size: int) -> Score:
 
 def score_tasks(loaded: LoadedModel, args: argparse.Namespace) -> Score:
     """Accuracy of lm-evaluation-harness tasks. Raises UserError without the harness."""
-    if importlib.util.find_spec("hymba_train.evaluation") is not None:
-        from hymba_train.evaluation.harness import parse_tasks, run_tasks
-    else:
-        from hymba_train.convert.evaluate import parse_tasks, run_tasks
+    from hymba_train.evaluation.harness import parse_tasks, run_tasks
+
     tasks = parse_tasks(args.tasks)
 
     def score(model: Any) -> dict[str, float]:
@@ -139,8 +137,6 @@ def _accuracy(name: str, values: dict[str, float]) -> float:
 
 def score_recall(loaded: LoadedModel, args: argparse.Namespace) -> Score:
     """Accuracy of the recall tasks of recipes/evaluation/RECIPE.yaml."""
-    if importlib.util.find_spec("hymba_train.evaluation") is None:
-        raise UserError("--recall: this installation has no recall tasks (hymba_train.evaluation)")
     from hymba_train.config import compose
     from hymba_train.config.schema import PhaseConfig
     from hymba_train.evaluation.held_out import recall_scores
@@ -168,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     common.require_positive(args, "sequences", "length", "batch_size")
     common.make_directory(args.output)
-    loaded = common.load(args)
+    loaded = load_from(args)
     texts = read_texts(loaded, args)
     scores = [score_losses(texts, args.batch_size)]
     scores += [score_tasks(loaded, args)] if args.tasks else []

@@ -17,6 +17,7 @@ from hymba_train.analyze import common, pictures
 from hymba_train.analyze.record import AttentionInputs, recording
 from hymba_train.analyze.similarity import linear_cka, mean_cosine, pairwise
 from hymba_train.analyze.texts import read_texts
+from hymba_train.convert.cli import load_from
 from hymba_train.errors import UserError
 
 KINDS = ("keys", "values")
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     common.require_positive(args, "sequences", "length", "max_tokens")
     common.make_directory(args.output)
-    loaded = common.load(args)
+    loaded = load_from(args)
     texts = read_texts(loaded, args)
     features = collect(loaded.model, texts, args.max_tokens)
     results = analyse(features)

@@ -24,7 +24,7 @@ def llama_config(hymba: Any, num_parameters: int, queries_per_group: int) -> Any
         raise UserError(f"--llama-groups {queries_per_group}: the {heads} query heads do not divide by it")
     kv_heads = heads // queries_per_group
     embeddings = hymba.vocab_size * width * (1 if hymba.tie_word_embeddings else 2)
-    attention = 2 * width * width + 2 * width * kv_heads * hymba.head_dim
+    attention = 2 * width * (heads + kv_heads) * hymba.head_dim
     left = (num_parameters - embeddings - width) / layers - attention - 2 * width
     ffn = left / (3 * width)
     multiple = 64 if ffn > 2048 else 8

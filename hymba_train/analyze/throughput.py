@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch
 
 from hymba_train.analyze import common, pictures
 from hymba_train.analyze.llama import LlamaRunner, llama_config, make_llama
+from hymba_train.convert.cli import pick_device
 from hymba_train.errors import UserError
 
 WARM_UP_STEPS = 4
@@ -274,7 +274,7 @@ def _models(args: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]]:
     from hymba_train.convert.load import load_model, require_transformers
 
     require_transformers()
-    device, dtype = common.pick_device(args.device), getattr(torch, args.dtype)
+    device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
     if args.random is not None:
         hymba = random_hymba(args.random, dtype, device)
@@ -297,22 +297,17 @@ def random_hymba(recipe: str, dtype: torch.dtype, device: str) -> Any:
     Face code does not have."""
     from hymba_train.config import compose
     from hymba_train.convert.hf_config import TokenIds, hf_config
-    from hymba_train.describe import model_tensors
+    from hymba_train.describe.published import export_obstacles
     from hymba_train.hf.configuration_hymba import HymbaConfig
     from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM
 
     recipe_model = compose([f"model={recipe}"]).model
+    if obstacles := export_obstacles(recipe_model):
+        raise UserError(*(f"--random {recipe}: {obstacle}" for obstacle in obstacles))
     raw = hf_config(recipe_model, "float32", TokenIds())
     known = {k: v for k, v in raw.items() if k not in ("auto_map", "torch_dtype", "dtype")}
-    try:
-        config = HymbaConfig(**known)
-    except ValueError as error:
-        raise UserError(f"--random {recipe}: {error}") from error
     with torch.device(device):
-        model = HymbaForCausalLM(config).to(dtype)
-    wanted = sum(math.prod(tensor.shape) for tensor in model_tensors(recipe_model))
-    if model.num_parameters() != wanted:  # widths of keys and values, or of the output projection
-        raise UserError(f"--random {recipe}: the Hugging Face code has no layers of such widths; take another recipe")
+        model = HymbaForCausalLM(HymbaConfig(**known)).to(dtype)
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in FLOAT32_MODULES:
             module.float()

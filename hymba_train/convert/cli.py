@@ -64,14 +64,18 @@ def load_from(args: argparse.Namespace):
     from hymba_train.convert.load import load_model, require_transformers
 
     require_transformers()
+    return load_model(args.model, dtype=args.dtype, device=pick_device(args.device), tokenizer=args.tokenizer)
+
+
+def pick_device(name: str) -> str:
+    """What --device means here. Raises UserError."""
     import torch
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device}: give auto, cpu or cuda; cuda needs a GPU")
-    return load_model(args.model, dtype=args.dtype, device=device, tokenizer=args.tokenizer)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
+        raise UserError(f"--device {name}: give auto, cpu or cuda; cuda needs a GPU")
+    return name
 
 
 def run_generate(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from hymba_train.analyze import cache
 from hymba_train.analyze.cache import main, paper_rows
 from hymba_train.config import compose
 from hymba_train.config.schema import ModelConfig
+from hymba_train.describe import ModelDims
 from hymba_train.describe.cache import cache_bytes
 from hymba_train.errors import UserError
 
@@ -52,6 +53,8 @@ def tiny(**changes) -> ModelConfig:
         {"layer_pattern": ["hybrid", "ssm", "attention"], "kv_groups": [[2, 3]]},
         {"layer_pattern": ["attention"], "window_size": None},
         {"layer_pattern": ["ssm"], "kv_groups": []},
+        {"branch_fusion": "concat", "v_head_dim": 6},
+        {"kv_channels": 4},
     ],
 )
 def test_true_bytes_are_what_the_generator_holds(changes):
@@ -78,7 +81,8 @@ def test_true_bytes_are_what_the_generator_holds(changes):
     assert [held[n] for n in (7, 23)] == [cache_bytes(model, n).total_bytes for n in (7, 23)]
     # Local layers get all W + 1 = 7 slots at once; of a shorter sequence the count leaves the empty ones out.
     local = [x for x in kept.kv if hymba.config.window(x) is not None]
-    empty = len(local) * (7 - 3) * 2 * (8 + 16) * 2
+    d = ModelDims.of(model)
+    empty = len(local) * (7 - 3) * d.num_kv_heads * (d.head_dim + d.value_head_dim) * 2
     assert held[3] == cache_bytes(model, 3).total_bytes + empty
 
 
@@ -109,7 +113,7 @@ def test_it_needs_no_torch_and_takes_every_recipe(tmp_path):
         (["--models", ","], "--models"),
         (["--lengths", "8k"], "--lengths '8k': give whole numbers"),
         (["--at", "0"], "--at 0: give at least 1"),
-        (["--output", "/dev/null/x"], "--output /dev/null/x: cannot be made"),
+        (["--models", "hymba_tiny", "--output", "/dev/null/x"], "--output /dev/null/x: cannot be made"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, arguments, message):

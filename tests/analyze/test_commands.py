@@ -80,6 +80,7 @@ def test_no_sequence_goes_on_into_another_document(trained):
     settings = argparse.Namespace(text=None, data=None, data_path=None, sequences=100, length=100)
     apart, whole = (read_texts(load_model(run), settings) for run in (trained.masked, trained.run))
     ends = [[bool((s[:-1] == 0).any()) for rows in texts.values() for s in rows] for texts in (apart, whole)]
+    assert {len(s) for rows in whole.values() for s in rows} == {32}
     assert not any(ends[0]) and any(ends[1])
 
 
@@ -123,6 +124,19 @@ def test_tasks_need_the_harness(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
     with pytest.raises(UserError, match="lm-evaluation-harness is not installed"):
         main(["--model", str(trained.run), "--output", str(tmp_path), "--device", "cpu", "--tasks", "piqa"])
+
+
+def test_importance_on_recall_tasks(trained, tmp_path, monkeypatch):
+    from hymba_train.analyze.importance import main as importance
+    from hymba_train.config.schema import Config, EvaluationConfig, RecallTaskConfig
+
+    with pytest.raises(UserError, match="ordinary"):  # the tiny vocabulary has not that many symbols
+        importance(["--model", str(trained.run), "--output", str(tmp_path), "--recall", "recall_512"])
+    tasks = {"pairs": RecallTaskConfig("mqar", 24, 4, 6)}
+    config = Config(evaluation=EvaluationConfig(tasks, recall_symbols=16))
+    monkeypatch.setattr("hymba_train.config.compose", lambda overrides: config)
+    found = run("importance", tmp_path, "--model", trained.run, "--recall", "mine", "--sequences", 1)
+    assert set(found["whole"]) == {"loss/odd", "loss/even", "pairs"} and 0 <= found["whole"]["pairs"] <= 1
 
 
 def test_help_names_every_analysis(capsys):

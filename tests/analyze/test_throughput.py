@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from hymba_train.analyze.llama import LlamaRunner, LlamaStep, cache_tensors, llama_config, make_llama
 from hymba_train.analyze.throughput import HymbaRunner, halved, hymba_tensors, main, measure, random_hymba, ratios
+from hymba_train.config import compose
+from hymba_train.describe import model_tensors
 from hymba_train.errors import UserError
 from tests.hf_models import SMALL, make_model
 
@@ -133,17 +136,23 @@ def test_random_weights_keep_states_in_float32():
     assert model.num_parameters() == 2_800_064
 
 
+@pytest.mark.parametrize("recipe", ["concat_20m", "parallel_4heads_20m", "mamba_20m", "transformer_20m"])
+def test_variants_have_a_hymba_and_an_opponent_of_the_same_size(recipe):
+    from transformers import LlamaForCausalLM
+
+    model = random_hymba(recipe, torch.bfloat16, "meta")
+    described = sum(math.prod(tensor.shape) for tensor in model_tensors(compose([f"model={recipe}"]).model))
+    assert model.num_parameters() == described
+    with torch.device("meta"):
+        opponent = LlamaForCausalLM(llama_config(model.config, model.num_parameters(), 1))
+    assert opponent.num_parameters() == pytest.approx(described, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--random", "nonsense"], "nonsense"),
-        # who refuses, and why, is the converter's matter
-        (["--random", "mamba2_20m"], ""),
-        (
-            ["--random", "parallel_4heads_20m"],
-            "",
-        ),
-        (["--random", "concat_20m"], ""),
+        (["--random", "mamba2_20m"], "the Hugging Face format of Hymba has no mamba2 layers"),
         (["--random", "hymba_tiny", "--lengths", "long"], "--lengths 'long': give whole numbers"),
         (["--random", "hymba_tiny", "--llama-groups", "3"], "do not divide by it"),
         (["--random", "hymba_tiny", "--steps", "0"], "--steps 0: give at least 1"),
