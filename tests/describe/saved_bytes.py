@@ -72,6 +72,8 @@ def measure(case: dict) -> list[tuple[int, str]]:
         held = [*model.parameters(), *model.buffers()]
         ids = torch.zeros(batch, seq, dtype=torch.long, device=device)
         segments = torch.arange(seq).div(40, rounding_mode="floor").expand(batch, seq) if case["documents"] else None
+        if segments is not None and kind == "cuda":
+            segments = segments.to(device)
         if case["layer"] in ("head", "all"):
             with Counter([*held, ids], "/hymba_train/model/stack.py" if case["layer"] == "head" else None) as counter:
                 model(ids, labels=ids, segment_ids=segments)

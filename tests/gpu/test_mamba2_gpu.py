@@ -68,8 +68,11 @@ def test_documents_do_not_leak():
         other = [t.clone() for t in tensors]
         other[index][:, 90] += 1
         changed, _ = kernels(*other[:7], initial_state=other[7], segment_ids=segments())
-        assert torch.equal(changed[0, 100:], y[0, 100:]) and torch.equal(changed[1, 256:], y[1, 256:])
         assert torch.equal(changed[:, :90], y[:, :90]) and not torch.equal(changed[:, 90:100], y[:, 90:100])
+        # Decays come from sums of dt over a chunk, in which documents may begin: another dt rounds later ones anew.
+        ulps = 2 if index == 1 else 0
+        for row, start in ((0, 100), (1, 256)):
+            torch.testing.assert_close(changed[row, start:], y[row, start:], rtol=ulps * 2**-7, atol=ulps * 2**-7)
 
 
 @pytest.mark.parametrize("documents", [False, True])
