@@ -163,7 +163,7 @@ def _recall(commands) -> None:
     add("--seq-length", type=int, default=512, help="of the run that trains on it: documents fill it (default: 512)")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"default: {' '.join(KINDS)}")
     add("--seed", type=int, default=1, help="another one gives other documents (default: 1)")
-    add("--num-symbols", type=int, default=1024, metavar="N", help="evaluation.recall_symbols of the run (1024)")
+    add("--num-symbols", type=int, default=256, metavar="N", help="evaluation.recall_symbols of the run (256)")
     add("--separators", type=int, nargs=NUM_MARKS, default=[], metavar="ID", help="evaluation.recall_separators")
     _overwrite(recall)
 

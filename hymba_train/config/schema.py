@@ -345,7 +345,7 @@ class EvaluationConfig:
     """Steps between trials; 0: only at the end."""
     recall_seed: int = 1
     """Seed of the samples. Whatever it is, none of them is in a source of `hymba data recall`."""
-    recall_symbols: int = 1024
+    recall_symbols: int = 256
     """Ordinary tokens that keys and values are drawn from; the same number as `hymba data recall --num-symbols`."""
     recall_separators: list[int] = field(default_factory=list)
     """Four ids: between key and value, after a value, before a question, blank. []: rare ones are chosen."""

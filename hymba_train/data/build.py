@@ -17,6 +17,7 @@ from hymba_train.data.storage import Cache, exists, is_url, join
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import Windows, split_held_out
 from hymba_train.errors import UserError
+from hymba_train.plan.recall import SOURCE_KIND
 
 if TYPE_CHECKING:  # tokenizing processes import this package, and need no Hydra
     from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
@@ -129,7 +130,9 @@ def _open_chat(
     if is_url(resolve_path(config, source.path)):
         raise UserError(f"{key}.path={source.path}: conversations are read from a local disk alone; copy them there")
     if not config.document_mask:
-        raise UserError("data.document_mask=false: conversations must not see one another; set data.document_mask=true")
+        raise UserError(
+            f"data.document_mask=false: {manifest.chat['kind']} must not see one another; set data.document_mask=true"
+        )
     is_pairs = manifest.documents_per_piece > 1
     if is_pairs and source.validation_fraction:
         raise UserError(
@@ -199,7 +202,13 @@ def _open_phase(
             packs[source] = open_packs(config, phase, sources[source], pad_id)
             continue
         part = sources[source].training
-        if sources[source].mask is not None:
+        if sources[source].mask is not None and not _fits_whole(sources[source], phase):
+            facts = sources[source].manifest.chat
+            if facts["kind"] == SOURCE_KIND:
+                raise UserError(
+                    f"{key}.seq_length={phase.seq_length} would cut documents of {source}, made for sequences of "
+                    f"{facts['seq_length']}: set that, or run `hymba data recall --seq-length {phase.seq_length}`"
+                )
             raise UserError(
                 f"{key}.packing=concat would cut the conversations of {source}: set {key}.packing=best_fit, and run "
                 "`hymba data pack`"
@@ -223,6 +232,12 @@ def _open_phase(
     return Phase(
         name, phase.seq_length, num_samples, blend, phase.packing, packs, whole_epochs=phase.epochs is not None
     )
+
+
+def _fits_whole(source: Source, phase: PhaseConfig) -> bool:
+    """Whether plain concatenation cuts none of its documents: recall tasks fill blocks of their sequence length."""
+    facts = source.manifest.chat
+    return facts["kind"] == SOURCE_KIND and facts["seq_length"] == phase.seq_length
 
 
 def open_packs(config: DataConfig, phase: PhaseConfig, source: Source, pad_id: int) -> Packs:

@@ -55,8 +55,9 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the software that wrote the files."""
     chat: dict[str, Any] | None = None
-    """Of a source that `hymba data chat` made: kind (conversations | pairs), template (sha256), seq_length, too_long,
-    num_too_long, num_cut, num_answer_tokens, and mask: bytes, sha256 and spots of PREFIX.mask. None: plain text."""
+    """Of a source with a loss mask, which `hymba data chat` or `hymba data recall` made: kind (conversations | pairs |
+    recall tasks), template (sha256), seq_length, too_long, num_too_long, num_cut, num_answer_tokens, and mask: bytes,
+    sha256 and spots of PREFIX.mask. None: plain text."""
     version: int = MANIFEST_VERSION
 
     @property

@@ -41,10 +41,13 @@ GAP_POWER = 0.01
 
 @dataclass(frozen=True)
 class Sample:
-    """One document. ``answers`` holds the number of the answer that a token belongs to, -1 where none is asked for."""
+    """One document. ``answers`` holds the number of the answer that a token belongs to, -1 where none is asked for.
+    ``known``: tokens that follow from those in front of them, answers and what is said over and over: worth learning.
+    """
 
     tokens: np.ndarray  # int64 [length]
     answers: np.ndarray  # int64 [length]
+    known: np.ndarray  # bool [length]
     bucket: int = 0  # needle: which of NUM_DEPTHS depths; else 0
 
 
@@ -55,17 +58,18 @@ def draw(stream: int, seed: int, kind: str, length: int, items: int, index: int,
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
     tokens = np.full(length, symbols.blank, dtype=np.int64)
     answers = np.full(length, -1, dtype=np.int64)
+    known = np.zeros(length, dtype=bool)
     tokens[-1] = symbols.eod
     bucket = index % NUM_DEPTHS if kind == "needle" else 0
-    _DRAW[kind](rng, symbols, items, bucket, tokens[:-1], answers[:-1])
-    return Sample(tokens, answers, bucket)
+    _DRAW[kind](rng, symbols, items, bucket, tokens[:-1], answers[:-1], known[:-1])
+    return Sample(tokens, answers, known | (answers >= 0), bucket)
 
 
 def num_buckets(kind: str) -> int:
     return NUM_DEPTHS if kind == "needle" else 1
 
 
-def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
     keys = rng.choice(symbols.keys, n, replace=False)
     values = rng.choice(symbols.values, n, replace=n > symbols.values.size)
     tokens[0 : 2 * n : 2], tokens[1 : 2 * n : 2] = keys, values
@@ -95,7 +99,7 @@ def _question(symbols: Symbols, key: np.ndarray, value: np.ndarray) -> np.ndarra
     return np.concatenate([[symbols.ask], key, [symbols.equals], value])
 
 
-def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     asked = rng.choice(n, num_questions("phonebook", n), replace=False)
     text = [_entry(symbols, keys[i], values[i]) for i in range(n)]
@@ -107,21 +111,24 @@ def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, a
         answers[end - VALUE_TOKENS : end] = number
 
 
-def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     sentence = rng.choice(np.concatenate([symbols.keys, symbols.values]), SENTENCE_TOKENS)
     size = tokens.size - QUESTION_TOKENS - n * (ENTRY_TOKENS + 1)
     hay = np.resize(sentence, size)
+    said_before = np.arange(size) >= SENTENCE_TOKENS
     depths = np.concatenate([[round(bucket * size / (NUM_DEPTHS - 1))], rng.integers(0, size + 1, n - 1)])
-    parts, begin = [], 0
+    parts, repeats, begin = [], [], 0
     for i in np.argsort(depths, kind="stable"):
         parts += [hay[begin : depths[i]], [symbols.end], _entry(symbols, keys[i], values[i])]
+        repeats += [said_before[begin : depths[i]], np.zeros(ENTRY_TOKENS + 1, dtype=bool)]
         begin = depths[i]
     tokens[:] = np.concatenate([*parts, hay[begin:], _question(symbols, keys[0], values[0])])
+    known[:] = np.concatenate([*repeats, said_before[begin:], np.zeros(QUESTION_TOKENS, dtype=bool)])
     answers[-VALUE_TOKENS:] = 0
 
 
-def _selective_copy(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _selective_copy(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
     said = rng.choice(symbols.values[:ALPHABET], n)
     context = tokens.size - 1 - n
     tokens[np.sort(rng.choice(context, n, replace=False))] = said

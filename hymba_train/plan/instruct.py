@@ -10,6 +10,7 @@ from typing import Any
 
 from hymba_train.config.freeze import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config, PhaseConfig
+from hymba_train.plan.recall import SOURCE_KIND
 
 _TAIL = struct.Struct("<Q8s")  # of a .pack file, see hymba_train.data.packs
 _SPOT_BYTES = 2**16
@@ -89,7 +90,7 @@ def _check_source(config: Config, name: str, prefix: Path, wanted: str | None, n
     kind = (manifest.get("chat") or {}).get("kind")
     objective = config.run.objective
     if wanted is None:
-        if kind is None:
+        if kind in (None, SOURCE_KIND):
             return []
         objective = next(o for o, k in _KINDS.items() if k == kind)
         return [

@@ -14,6 +14,8 @@ NUM_DEPTHS = 10
 NUM_MARKS = 4
 """Separators that the tasks need: between key and value, after a value, before a question, and the blank."""
 FP8_MULTIPLE = 16
+SOURCE_KIND = "recall tasks"
+"""What the manifest of a source of `hymba data recall` says that it holds."""
 KINDS = ("mqar", "phonebook", "needle", "selective_copy")
 
 

@@ -67,7 +67,7 @@ def test_eval_of_checkpoint_and_export_finds_what_training_logged(directory, tmp
             assert found[name]["accuracy"] == task["accuracy"] and found[name]["answers"] == task["answers"]
             assert found[name]["loss"] == pytest.approx(task["loss"], abs=1e-5)
             assert found[name].get("by_depth") == task.get("by_depth")
-    with pytest.raises(UserError, match="recall_symbols=1024"):  # a tokenizer of 96 tokens is too small for the recipe
+    with pytest.raises(UserError, match="recall_symbols=256"):  # a tokenizer of 96 tokens is too small for the recipe
         run_eval(["--model", str(path), "--recall", "recall_512", "--device", "cpu"])
     with pytest.raises(UserError, match="one at a time"):
         run_eval(["--model", str(path), "--recall", "--tasks", "piqa"])
@@ -97,7 +97,7 @@ def test_layouts_find_the_same(directory):
     [
         ("evaluation.recall.a={kind:mqar,length:64,items:16}", "items=16 need 65 tokens, length is 64: .* at most 15"),
         ("evaluation.recall.a={kind:needle,length:20}", "too short for needle: give at least 34"),
-        ("evaluation.recall.a={kind:mqar,length:9999,items:600}", "at most 512"),
+        ("evaluation.recall.a={kind:mqar,length:9999,items:600}", "at most 128"),
         ("evaluation.recall.a={kind:mqar}", "evaluation.recall.a.length: to be given"),
         ("evaluation.recall.a={kind:mqer,length:64}", "did you mean mqar"),
         ("precision=fp8", "evaluation.recall.fine.length=200 is no multiple of 16, .* set it to 208"),

@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.cli import main
+from data_prep.recall import write_recall
+from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from hymba_train.data.build import build_training_data, open_source
 from hymba_train.data.tokenizer import Tokenizer
+from hymba_train.data.windows import Windows
 from hymba_train.errors import UserError
 from hymba_train.evaluation.recall import EVALUATION, TRAINING, draw
 from hymba_train.evaluation.symbols import ALPHABET, Symbols, choose_symbols
 from hymba_train.plan.recall import KEY_TOKENS, KINDS, NUM_DEPTHS, VALUE_TOKENS, most_items, num_questions, shortest
-from tests.train.tiny_run import write_data
+from tests.train.tiny_run import tiny_config, write_data
 
 SYMBOLS = Symbols(np.arange(10, 110, 2), np.arange(11, 111, 2), 1, 2, 3, 4, eod=0)
 
@@ -174,11 +179,6 @@ def test_without_byte_pieces_the_rarest_ids_are_marks():
 
 def test_a_source_of_recall_tasks_is_read_a_whole_document_at_a_time(tmp_path):
     """Blocks of the source are windows of the run: every window holds whole documents, whose answers can be solved."""
-    from data_prep.cli import main
-    from hymba_train.config.schema import DataConfig, SourceConfig
-    from hymba_train.data.build import open_source
-    from hymba_train.data.windows import Windows
-
     write_data(tmp_path)
     flags = ["recall", "--output", str(tmp_path / "recall"), "--tokenizer", str(tmp_path / "tokenizer.json")]
     flags += ["--tokens", "2e4", "--seq-length", "128", "--num-symbols", "80"]
@@ -190,8 +190,55 @@ def test_a_source_of_recall_tasks_is_read_a_whole_document_at_a_time(tmp_path):
     assert sum(facts["inputs"][0]["documents"].values()) == facts["num_documents"] and facts["num_tokens"] % 128 == 0
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     source = open_source(DataConfig(path=str(tmp_path)), "recall", SourceConfig(path="recall"), tokenizer)
+    assert source.mask is not None and facts["chat"]["kind"] == "recall tasks"
     windows = Windows(source.training, 128)
     for i in range(len(windows)):
         tokens, borders = windows.read(i), windows.borders(i)
         assert tokens[127] == tokenizer.eod_id and borders[-1] == 128
         assert all(tokens[b - 1] == tokenizer.eod_id for b in borders)
+
+
+def test_loss_is_on_what_can_be_known(tmp_path):
+    """Labels of a training sample of such a source are answers and repeats; nothing random, and no text is masked."""
+    write_data(tmp_path)
+    write_recall(tmp_path / "recall", tmp_path / "tokenizer.json", 30_000, 128, num_symbols=80)
+    symbols = choose_symbols(Tokenizer.load(tmp_path / "tokenizer.json"), 80)
+    config = tiny_config(tmp_path).data
+    config.document_mask = True
+    config.sources = {"recall": SourceConfig(path="recall"), "odd": SourceConfig(path="odd")}
+    config.phases = {
+        "only": PhaseConfig(tokens=20_000, seq_length=128, global_batch_size=8, blend={"recall": 0.8, "odd": 0.2})
+    }
+    data = build_training_data(config, seed=1, vocab_size=96)
+    for number in range(100):
+        sample = data.sample(0, number)
+        labels, tokens = sample["labels"], sample["tokens"]
+        if sample["source"] == "odd":
+            assert (labels != -100).mean() > 0.9
+            continue
+        assert 0 < (labels != -100).sum() < 115 and (labels[labels != -100] == tokens[1:][labels != -100]).all()
+        assert not np.isin(labels, [symbols.blank, symbols.equals, symbols.ask, symbols.end, symbols.eod]).any()
+        for place in np.flatnonzero(labels != -100):  # each label stands somewhere in front of it, in its document
+            begin = place - sample["positions"][place]
+            assert labels[place] in tokens[begin : place + 1]
+    config.phases["only"].seq_length = 64
+    with pytest.raises(UserError, match="seq_length=64 would cut documents of recall, made for sequences of 128"):
+        build_training_data(config, seed=1, vocab_size=96)
+    config.phases["only"].seq_length, config.document_mask = 128, False
+    with pytest.raises(UserError, match="recall tasks must not see one another"):
+        build_training_data(config, seed=1, vocab_size=96)
+
+
+@settings(max_examples=60, deadline=None)
+@given(settings_of_a_task())
+def test_known_tokens_are_answers_and_repeats_of_the_haystack(task):
+    found = sample(task)
+    assert (found.known >= (found.answers >= 0)).all()
+    if task[0] != "needle":
+        assert (found.known == (found.answers >= 0)).all()
+        return
+    others = found.known & (found.answers < 0)
+    hay = [t for t, k in zip(found.tokens, others, strict=True) if k]
+    num_marks = int(np.isin(found.tokens, [SYMBOLS.end, SYMBOLS.equals, SYMBOLS.ask]).sum())
+    assert num_marks == 3 * task[2] + 2 and others.sum() == task[1] - 9 * task[2] - 9 - 16
+    assert all(a == b for a, b in zip(hay, hay[16:], strict=False))
