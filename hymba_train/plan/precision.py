@@ -125,15 +125,15 @@ def _check_mamba_ssm(config: Config) -> list[str]:
 
 def cudnn_width_problems(config: Config) -> list[str]:
     """A line if cuDNN's attention, or the kernels that join the meta tokens to it, cannot take heads of this width."""
-    d = ModelDims.of(config.model)
+    d, model = ModelDims.of(config.model), config.model
 
     def fits(num_heads: int) -> bool:
-        widths = [width / num_heads for width in (d.hidden_size, d.inner_size)]
+        widths = [model.kv_channels or d.hidden_size / num_heads, model.v_head_dim or d.inner_size / num_heads]
         if d.num_meta_tokens:
             return all(width in CUDNN_META_WIDTHS for width in widths)
         return all(width % 8 == 0 and width <= 128 for width in widths)
 
-    if fits(d.num_heads):
+    if fits(d.num_heads) or not any(layer.has_attention for layer in resolve_stack(model)):
         return []
     wants = "multiples of 8 up to 128"
     if d.num_meta_tokens:
@@ -179,7 +179,8 @@ def _widths(config: Config, layer: LayerDescription) -> list[tuple[str, int, str
         cut = [s for s in tensors[name].slices if not s.is_replicated(tp)]
         width = sum(capacity(s.units, tp) * s.unit_size for s in cut)
         product = name.removesuffix(".weight")
-        heads = "model.num_attention_heads" if tp == 1 else "parallel.tensor"
+        of_heads = "model.mamba2_head_dim" if layer.mixer == "mamba2" else "model.num_attention_heads"
+        heads = of_heads if tp == 1 else "parallel.tensor"
         key = "model.ffn_hidden_size" if product.startswith("ffn") else heads
         found.append((product, width, key))
     return found

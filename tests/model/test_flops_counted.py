@@ -20,12 +20,15 @@ def addmm_in_place(added, left, right, out_shape=None, **options) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
-@pytest.mark.parametrize("pattern", [["hybrid"], ["ssm", "attention:no_ffn"]], ids="-".join)
+@pytest.mark.parametrize("pattern", [["hybrid"], ["ssm", "attention:no_ffn"], ["mamba2", "hybrid"]], ids="-".join)
 def test_matrix_products_equal_the_formula(tmp_path, lone_runtime, pattern):
-    """Exactly. Attention is a batched product and the scan is elementwise: neither is counted as one of these."""
+    """Exactly. Attention and Mamba-2's scan are batched products and Mamba-1's scan is elementwise: none of them is
+    counted as one of these."""
     shared = [[1, 2]] if pattern == ["hybrid"] else []
     # Groups of x_proj as wide as they are computed: padding is not in the formula.
-    exact = {"model.mamba_dt_rank": ALIGNMENT, "model.mamba_state_dim": ALIGNMENT}
+    exact = {"model.mamba_dt_rank": ALIGNMENT, "model.mamba_state_dim": ALIGNMENT, "model.mamba2_head_dim": 8}
+    if "mamba2" in pattern:
+        exact["model.branch_fusion"] = "concat"
     config = tiny_config(tmp_path, **{"model.layer_pattern": pattern, "model.kv_groups": shared}, **exact)
     model = config.model
     assert model.vocab_size % model.make_vocab_size_divisible_by == 0

@@ -6,6 +6,7 @@ import pytest
 
 from hymba_train.config import compose, group_options, recipes_directory
 from hymba_train.describe import cache_bytes, model_tensors, resolve_stack
+from hymba_train.plan import make_plan
 from tests.recipes.rows import ROADMAP, ROWS
 
 ALL = [(row, size) for size, rows in ROWS.items() for row in rows]
@@ -27,6 +28,13 @@ def test_every_recipe_of_these_sizes_is_in_the_lists():
 @pytest.mark.parametrize(("row", "size"), ALL, ids=[f"{row}_{size}" for row, size in ALL])
 def test_a_recipe_is_named_after_itself(row, size):
     assert model_of(row, size).name == f"{row}_{size}"
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2"])
+@pytest.mark.parametrize(("row", "size"), ALL, ids=[f"{row}_{size}" for row, size in ALL])
+def test_a_row_passes_the_checks_of_the_gpu_kernels(row, size, layout):
+    overrides = [f"model={row}_{size}", f"parallel={layout}", "precision=bf16", "run.device=cuda"]
+    make_plan(compose(overrides), check_paths=False)
 
 
 @pytest.mark.parametrize("size", ROWS)
