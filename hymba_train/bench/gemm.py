@@ -1,8 +1,8 @@
 """``hymba bench gemm``: the matrix products of a model's layers, each as training makes it, on one GPU.
 
 Forward, forward + backward (both gradients; weight gradients added to float32), TFLOP/s, and what they come to for a
-whole step. BF16, and with --fp8 the large ones in FP8 too, casts included. in_proj, out_proj and the FFN go through Transformer
-Engine where it is installed, as they do in training; x_proj, dt_proj and the output layer through torch.
+whole step. BF16, and with --fp8 the large ones in FP8 too, casts included. in_proj, out_proj and the FFN go through
+Transformer Engine where it is installed, as they do in training; x_proj, dt_proj and the output layer through torch.
 """
 
 from __future__ import annotations
