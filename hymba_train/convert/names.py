@@ -5,60 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hymba_train.config.schema import ModelConfig
-from hymba_train.describe.tensors import TensorDescription, model_tensors
+from hymba_train.describe.tensors import TensorDescription
 from hymba_train.errors import UserError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def from_hf_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names -> ours, true shapes; dtypes are kept, nothing is copied that needs no change.
-
-    gate_proj and up_proj become the rows [gate; up] of ffn.linear_fc1; conv1d.weight [E, 1, K] becomes [E, K]. Where
-    the embedding is tied an equal lm_head.weight is accepted and dropped. Raises UserError with a line for every tensor
-    that is missing, has the wrong shape or is not known.
-    """
-    left, result, problems = dict(tensors), {}, []
-    for description in model_tensors(config):
-        parts = []
-        for name, shape in hf_parts(description):
-            tensor = left.pop(name, None)
-            if tensor is None:
-                problems.append(f"{name}: missing; the configuration asks for it with shape {list(shape)}")
-            elif tuple(tensor.shape) != shape:
-                problems.append(f"{name}: has shape {list(tensor.shape)}, the configuration asks for {list(shape)}")
-            else:
-                parts.append(tensor)
-        if parts:
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            result[description.name] = whole.reshape(-1, whole.shape[-1]) if whole.dim() == 3 else whole
-    if not config.untie_embeddings_and_output_weights and HEAD in left:
-        head, embedding = left.pop(HEAD), tensors.get(EMBEDDING)
-        if embedding is not None and not torch.equal(head, embedding):
-            problems.append(f"{HEAD}: differs from {EMBEDDING}; set model.untie_embeddings_and_output_weights")
-    problems += [f"{name}: no such tensor in this configuration" for name in left]
-    if problems:
-        raise UserError(*problems)
-    return result
-
-
-def to_hf_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ours (true shapes) -> published names: the inverse of :func:`from_hf_state_dict`; a tied lm_head is left out."""
-    result = {}
-    for description in model_tensors(config):
-        tensor = tensors.get(description.name)
-        if tensor is None or tuple(tensor.shape) != description.shape:
-            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-            raise UserError(f"{description.name}: {found}; the configuration asks for {list(description.shape)}")
-        row = 0
-        for name, shape in hf_parts(description):
-            result[name] = tensor[row : row + shape[0]].reshape(shape).contiguous()
-            row += shape[0]
-    return result
 
 
 def hf_parts(description: TensorDescription) -> list[tuple[str, tuple[int, ...]]]:

@@ -90,7 +90,7 @@ class GigaToken:
     """``gigatoken`` for encoding only. Whether its ids are the same is for the caller to prove.
 
     It must be told not to see special tokens in a text, and it knows no Split pre-tokenizer in a byte-fallback model;
-    the one that :mod:`data_prep.convert_tokenizer` writes only makes ``tokenizers`` faster, and is taken away.
+    the one that :mod:`hymba_train.data.convert_tokenizer` writes only makes ``tokenizers`` faster, and is taken away.
     """
 
     name = "gigatoken"

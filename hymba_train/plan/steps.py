@@ -103,15 +103,6 @@ class StepPlan:
                 return s.first_step + past
         raise ValueError(f"phase {phase_index}: no step starts after {num_samples} samples")
 
-    def phase_steps(self, phase: str) -> range:
-        """Steps of a phase."""
-        own = [s for s in self.segments if s.phase == phase]
-        return range(own[0].first_step, own[-1].end_step) if own else range(0)
-
-    def phase_tokens(self, phase: str) -> int:
-        """Text tokens that the steps of a phase train."""
-        return sum(s.num_steps * s.tokens_per_step for s in self.segments if s.phase == phase)
-
     def _segment(self, step: int) -> Segment:
         return self.segments[bisect_right(self.segments, step, key=lambda s: s.first_step) - 1]
 
