@@ -59,6 +59,7 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",
+            "mypy",
             "ruff",
             "setuptools>=77",
             "wheel",

@@ -80,8 +80,8 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
         validation_sequences=config.validation_sequences,
     )
     for domain in data.validation_domains:
-        for phase in phases:
-            data.num_validation_samples(domain, phase.seq_length)  # raises when the held-out part is too short
+        for opened in phases:
+            data.num_validation_samples(domain, opened.seq_length)  # raises when the held-out part is too short
     return data
 
 
@@ -130,6 +130,7 @@ def _open_chat(
         raise UserError(f"{key}.path={source.path}: conversations are read from a local disk alone; copy them there")
     if not config.document_mask:
         raise UserError("data.document_mask=false: conversations must not see one another; set data.document_mask=true")
+    assert manifest.chat is not None
     is_pairs = manifest.documents_per_piece > 1
     if is_pairs and source.validation_fraction:
         raise UserError(

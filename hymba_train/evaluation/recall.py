@@ -65,7 +65,9 @@ def num_buckets(kind: str) -> int:
     return NUM_DEPTHS if kind == "needle" else 1
 
 
-def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _mqar(
+    rng: np.random.Generator, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray
+) -> None:
     keys = rng.choice(symbols.keys, n, replace=False)
     values = rng.choice(symbols.values, n, replace=n > symbols.values.size)
     tokens[0 : 2 * n : 2], tokens[1 : 2 * n : 2] = keys, values
@@ -76,14 +78,14 @@ def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answer
     answers[places + 1] = np.arange(n)
 
 
-def _keys(rng, symbols: Symbols, n: int) -> np.ndarray:
+def _keys(rng: np.random.Generator, symbols: Symbols, n: int) -> np.ndarray:
     """n different keys, int64 [n, KEY_TOKENS]."""
     size = symbols.keys.size
     numbers = rng.choice(size**KEY_TOKENS, n, replace=False)
     return symbols.keys[np.stack([numbers // size**i % size for i in range(KEY_TOKENS)], axis=1)]
 
 
-def _values(rng, symbols: Symbols, n: int) -> np.ndarray:
+def _values(rng: np.random.Generator, symbols: Symbols, n: int) -> np.ndarray:
     return rng.choice(symbols.values, (n, VALUE_TOKENS))
 
 
@@ -95,7 +97,9 @@ def _question(symbols: Symbols, key: np.ndarray, value: np.ndarray) -> np.ndarra
     return np.concatenate([[symbols.ask], key, [symbols.equals], value])
 
 
-def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _phonebook(
+    rng: np.random.Generator, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray
+) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     asked = rng.choice(n, num_questions("phonebook", n), replace=False)
     text = [_entry(symbols, keys[i], values[i]) for i in range(n)]
@@ -107,7 +111,9 @@ def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, a
         answers[end - VALUE_TOKENS : end] = number
 
 
-def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _needle(
+    rng: np.random.Generator, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray
+) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     sentence = rng.choice(np.concatenate([symbols.keys, symbols.values]), SENTENCE_TOKENS)
     size = tokens.size - QUESTION_TOKENS - n * (ENTRY_TOKENS + 1)
@@ -121,7 +127,9 @@ def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answ
     answers[-VALUE_TOKENS:] = 0
 
 
-def _selective_copy(rng, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray) -> None:
+def _selective_copy(
+    rng: np.random.Generator, symbols: Symbols, n: int, bucket: int, tokens: np.ndarray, answers: np.ndarray
+) -> None:
     said = rng.choice(symbols.values[:ALPHABET], n)
     context = tokens.size - 1 - n
     tokens[np.sort(rng.choice(context, n, replace=False))] = said
