@@ -59,6 +59,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "import-linter>=2.4",  # "protected" contracts
+            "mypy",
             "ruff",
             "setuptools>=77",
             "wheel",

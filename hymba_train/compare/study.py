@@ -165,7 +165,7 @@ def _disagreements(configs: dict[str, Config], budget: Budget | None) -> list[st
 
 def _sizes(configs: dict[str, Config]) -> list[str]:
     counts = {name: num_parameters(config) for name, config in configs.items()}
-    small, large = min(counts, key=counts.get), max(counts, key=counts.get)
+    small, large = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     spread = counts[large] / counts[small] - 1
     if spread <= MOST_SPREAD:
         return []

@@ -169,7 +169,9 @@ class TrainingData:
             "window": window,
         }
         if self.document_mask:
-            sample.update(mask_documents(tokens, sequences.borders(window)))
+            masked = mask_documents(tokens, sequences.borders(window))
+            sample["labels"] = masked["labels"]
+            sample["positions"], sample["segment_ids"] = masked["positions"], masked["segment_ids"]
         if (num_tokens := sequences.num_tokens(window)) < tokens.size:
             sample["labels"] = sample["labels"].copy()
             sample["labels"][num_tokens - 1 :] = IGNORED_LABEL

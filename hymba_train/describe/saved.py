@@ -106,9 +106,6 @@ class Sizes:
 
 
 Part = Callable[[Sizes], Iterator[SavedTensor]]
-
-
-Part = Callable[[Sizes], Iterator[SavedTensor]]
 NormPart = Callable[[Sizes, str], Iterator[SavedTensor]]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims
@@ -64,6 +65,12 @@ class TensorDescription:
     def num_parameters(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def cut_axis(self) -> int:
+        """:attr:`axis`, of a tensor that has one."""
+        assert self.axis is not None, self.name
+        return self.axis
+
 
 def partition(units: int, ranks: int, rank: int) -> tuple[int, int, int]:
     """(first, count, capacity): units that ``rank`` really holds, and room per rank (count or count + 1; rest zero).
@@ -107,6 +114,11 @@ def layer_tensors(model: ModelConfig, layer: LayerDescription) -> list[TensorDes
     return tensors
 
 
+class _Cut(TypedDict):
+    axis: int
+    slices: tuple[Slice, ...]
+
+
 def _norm(name: str, size: int, hf: str) -> TensorDescription:
     return TensorDescription(name, (size,), hf, float32=True)
 
@@ -131,7 +143,7 @@ def _mixer_tensors(model: ModelConfig, d: ModelDims, layer: LayerDescription) ->
     ]
     if layer.has_ssm:
         e, n, r = d.inner_size, d.state_dim, d.dt_rank
-        cut = dict(axis=0, slices=(channels,))
+        cut = _Cut(axis=0, slices=(channels,))
         tensors += [
             TensorDescription("mixer.conv.weight", (e, d.conv_width), "mamba.conv1d.weight", **cut),
             TensorDescription("mixer.conv.bias", (e,), "mamba.conv1d.bias", **cut),
@@ -175,7 +187,7 @@ def _mamba2_tensors(d: ModelDims) -> list[TensorDescription]:
     e, heads, bc = d.inner_size, d.mamba2_num_heads, d.mamba2_bc_size
     channels, per_head = Slice("channels", heads, d.mamba2_head_dim), Slice("heads", heads)
     proj = (Slice("x", heads, d.mamba2_head_dim), Slice("z", heads, d.mamba2_head_dim), Slice("dt", heads))
-    cut, one_a_head = dict(axis=0, slices=(channels,)), dict(axis=0, slices=(per_head,), float32=True)
+    cut, one_a_head = _Cut(axis=0, slices=(channels,)), _Cut(axis=0, slices=(per_head,))
     return [
         TensorDescription("mixer.in_proj.weight", (2 * e + heads, d.hidden_size), "", 0, proj, True),
         TensorDescription("mixer.bc_proj.weight", (bc, d.hidden_size), "", weight_decay=True),
@@ -183,9 +195,9 @@ def _mamba2_tensors(d: ModelDims) -> list[TensorDescription]:
         TensorDescription("mixer.conv.bias", (e,), "", **cut),
         TensorDescription("mixer.bc_conv.weight", (bc, d.conv_width), ""),
         TensorDescription("mixer.bc_conv.bias", (bc,), ""),
-        TensorDescription("mixer.dt_bias", (heads,), "", **one_a_head),
-        TensorDescription("mixer.A_log", (heads,), "", **one_a_head),
-        TensorDescription("mixer.D", (heads,), "", **one_a_head),
+        TensorDescription("mixer.dt_bias", (heads,), "", **one_a_head, float32=True),
+        TensorDescription("mixer.A_log", (heads,), "", **one_a_head, float32=True),
+        TensorDescription("mixer.D", (heads,), "", **one_a_head, float32=True),
         TensorDescription("mixer.gated_norm.weight", (e,), "", **cut, float32=True),
         TensorDescription("mixer.out_proj.weight", (d.hidden_size, e), "", 1, (channels,), True),
     ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack
-from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, MOST_STATES, ON_GPU_ONLY, backends_of
+from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of
+from hymba_train.describe.saved import MOST_STATES
 from hymba_train.plan.numbers import multiples_around
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -44,7 +45,7 @@ def check_precision(config: Config) -> list[str]:
         problems.append(
             f"{fp8} needs precision.params=bf16, not {precision.params}; set that, or set precision.fp8=null"
         )
-    return problems + _check_widths(config, fp8)
+    return problems + _check_widths(config, fp8, BLOCK[precision.fp8])
 
 
 def _check_backends(config: Config) -> list[str]:
@@ -148,9 +149,9 @@ def cudnn_width_problems(config: Config) -> list[str]:
     ]
 
 
-def _check_widths(config: Config, fp8: str) -> list[str]:
+def _check_widths(config: Config, fp8: str, block: int) -> list[str]:
     """Widths of every product on a rank, each named once by the key that decides it."""
-    model, tp, block = config.model, config.parallel.tensor, BLOCK[config.precision.fp8]
+    model, tp = config.model, config.parallel.tensor
     problems: dict[str, None] = {}
     try:
         stack = resolve_stack(model)
