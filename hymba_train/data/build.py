@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.data.answers import LossMask, Reference, reference_path
 from hymba_train.data.blend import Blend, WholeEpochs
