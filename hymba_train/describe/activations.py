@@ -62,38 +62,15 @@ def layer_saved_tensors(model: ModelConfig, layer: LayerDescription, setting: Se
 
 def _of_layer(x: Sizes) -> Iterator[SavedTensor]:
     """With repetitions: a storage that several steps save has one name."""
-    backends, layer = x.setting.backends, x.description
+    backends = x.setting.backends
 
     def by(op: str) -> Iterator[SavedTensor]:
         return SAVED_BY[op][backends[op]](x)
 
     yield from NORMS["rms_norm"][backends["rms_norm"]](x, "input_norm")
-    if layer.has_attention:
-        yield from by("rotate_heads")
-        if x.makes_kv and not x.kv_in_projection and x.setting.sequence:  # gathered, to project K/V from
-            yield SavedTensor("kv_proj.in", x.whole_D, x.v)
-        yield from by("attention")
-    if layer.has_ssm:
-        yield from by("causal_conv_rows")
-        yield SavedTensor("conv.out", x.E, x.v)
-        yield from by("group_rms_norm")
-        yield from by("selective_scan")
-    if layer.mixer == "mamba2":
-        if x.setting.sequence:  # gathered, to project B and C from
-            yield SavedTensor("bc_proj.in", x.whole_D, x.v)
-        yield from by("causal_conv_rows")
-        yield SavedTensor("conv.out", x.E, x.v)
-        yield SavedTensor("bc_conv.out", x.bc, x.v)
-        yield from by("ssd_scan")
-        yield SavedTensor("gated_norm.y", x.E, x.v)
-        yield SavedTensor(*x.projected, x.v)  # z
-    if layer.mixer == "hybrid" and x.model.branch_fusion == "concat":
-        yield SavedTensor("concat.attention", x.A, x.v)
-        yield SavedTensor("concat.ssm", x.E, x.v)
-    elif layer.mixer == "hybrid":
-        yield from by("normed_average")
+    yield from x.mixer.saved(x, by)
     yield SavedTensor("out_proj.in", x.out_width, x.v)
-    if layer.has_ffn:
+    if x.description.has_ffn:
         yield from NORMS["add_rms_norm"][backends["add_rms_norm"]](x, "ffn_norm")
         yield from by("swiglu")
         yield SavedTensor("ffn.product", x.F, x.v)

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, padded_vocab_size
 from hymba_train.describe.heads import heads_of_rank
+from hymba_train.describe.mixers import MIXERS
+from hymba_train.describe.parameters import capacity
 from hymba_train.describe.stack import LayerDescription
-from hymba_train.describe.tensors import capacity, layer_tensors, out_proj_slices
 
 FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
@@ -62,6 +63,7 @@ class Sizes:
     def __init__(self, model: ModelConfig, layer: LayerDescription, setting: Setting) -> None:
         d = ModelDims.of(model)
         self.model, self.description, self.setting = model, layer, setting
+        self.mixer = MIXERS[layer.mixer]
         self.heads = heads_of_rank(d, setting.tensor, setting.tensor - 1)
         self.M, self.B, self.S = d.num_meta_tokens, setting.batch, setting.seq
         self.N = self.M + self.B * self.S
@@ -69,12 +71,7 @@ class Sizes:
         self.dk, self.dv = d.head_dim, d.value_head_dim
         self.H = self.heads.count
         self.A = self.heads.capacity * d.value_head_dim
-        is_mamba2 = layer.mixer == "mamba2"
-        self.E = d.inner_size // setting.tensor if is_mamba2 else self.heads.capacity * d.head_channels
-        self.ssd_heads, self.ssd_states = d.mamba2_num_heads // setting.tensor, d.mamba2_state_dim
-        self.bc = d.mamba2_bc_size  # B and C, on every rank
-        out = [] if is_mamba2 else out_proj_slices(model, layer)
-        self.out_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in out) or self.E
+        self.E = self.heads.capacity * d.head_channels
         self.F = capacity(d.ffn_hidden_size, setting.tensor)
         self.D = d.hidden_size / (setting.tensor if setting.sequence else 1)
         self.whole_D = d.hidden_size
@@ -82,7 +79,9 @@ class Sizes:
         groups = (d.dt_rank, d.state_dim, d.state_dim)
         self.small_aligned = sum(math.ceil(width / GROUP_ALIGNMENT) * GROUP_ALIGNMENT for width in groups)
         self.taps = d.conv_width - 1
-        in_proj = next(t for t in layer_tensors(model, layer) if t.name == "mixer.in_proj.weight")
+        tensors = {tensor.name: tensor for tensor in self.mixer.tensors(model, layer)}
+        out_proj, in_proj = tensors["mixer.out_proj.weight"], tensors["mixer.in_proj.weight"]
+        self.out_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in out_proj.slices)
         cut = [s for s in in_proj.slices if not s.is_replicated(setting.tensor)]
         self.in_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in cut)
         self.kv_in_projection = len(cut) == len(in_proj.slices)
@@ -98,6 +97,10 @@ class Sizes:
             yield SavedTensor(name, width, FLOAT32)
         else:
             yield SavedTensor(*otherwise, FLOAT32)
+
+    def kept(self, name: str, width: float) -> SavedTensor:
+        """``width`` activations a row."""
+        return SavedTensor(name, width, self.v)
 
     @property
     def projected(self) -> tuple[str, float]:
@@ -206,10 +209,9 @@ def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
 
 
 def _conv_torch(x: Sizes) -> Iterator[SavedTensor]:
-    """Every tap's shifted input in float32, and the sum in front of SiLU. A mamba2 layer convolves B and C as well."""
-    yield from _conv_of(x, "conv", x.E, x.projected)
-    if x.description.mixer == "mamba2":
-        yield from _conv_of(x, "bc_conv", x.bc, ("bc_proj.out", x.bc))
+    """Every tap's shifted input in float32, and the sum in front of SiLU."""
+    for name, width, source in x.mixer.convolved(x):
+        yield from _conv_of(x, name, width, source)
 
 
 def _conv_of(x: Sizes, name: str, width: float, source: tuple[str, float]) -> Iterator[SavedTensor]:
@@ -228,9 +230,8 @@ def _conv_of(x: Sizes, name: str, width: float, source: tuple[str, float]) -> It
 
 
 def _conv_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor(*x.projected, x.v)
-    if x.description.mixer == "mamba2":
-        yield SavedTensor("bc_proj.out", x.bc, x.v)
+    for _, _, source in x.mixer.convolved(x):
+        yield x.kept(*source)
 
 
 def _scan_torch(x: Sizes) -> Iterator[SavedTensor]:
@@ -289,13 +290,13 @@ def _ssd_torch(x: Sizes) -> Iterator[SavedTensor]:
 def _ssd_reference(x: Sizes) -> Iterator[SavedTensor]:
     """Through autograd, a step at a time: about three copies of the state a step."""
     yield from _ssd_torch(x)
-    yield SavedTensor("ssd.every_step", 3 * x.E * x.ssd_states, FLOAT32)
+    yield SavedTensor("ssd.every_step", 3 * x.out_width * x.mixer.ssd_sizes(x.model).state_dim, FLOAT32)
 
 
 def _ssd_mamba_ssm(x: Sizes) -> Iterator[SavedTensor]:
     yield SavedTensor(*x.projected, x.v)
-    yield SavedTensor("ssd.out", x.E, x.v)
-    yield SavedTensor("ssd.decay", x.ssd_heads, FLOAT32)
+    yield SavedTensor("ssd.out", x.out_width, x.v)
+    yield SavedTensor("ssd.decay", x.mixer.ssd_sizes(x.model).num_heads // x.setting.tensor, FLOAT32)
 
 
 def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:

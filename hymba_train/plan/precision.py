@@ -7,10 +7,11 @@ tensors in blocks, and each recipe wants whole blocks along both axes of what it
 from __future__ import annotations
 
 from hymba_train.config.nearest import did_you_mean
+from hymba_train.config.numbers import multiples_around
 from hymba_train.config.schema import Config, PhaseConfig
-from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack
+from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack, used_mixers
 from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, MOST_STATES, ON_GPU_ONLY, backends_of
-from hymba_train.plan.numbers import multiples_around
+from hymba_train.describe.mixers import SsdSizes
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
@@ -77,8 +78,9 @@ def _check_kernels(config: Config) -> list[str]:
     if attention == "cudnn" and precision.params != "bf16":
         problems.append(f"precision.attention_backend=cudnn has no {precision.params}; {instead}, or params=bf16")
     heads = f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim}"
-    if chosen["ssd_scan"] == "mamba_ssm" and any(layer.mixer == "mamba2" for layer in layers):
-        problems += _check_mamba_ssm(config)
+    scans = [sizes for mixer in used_mixers(layers) if (sizes := mixer.ssd_sizes(config.model))]
+    if chosen["ssd_scan"] == "mamba_ssm" and scans:
+        problems += _check_mamba_ssm(config, scans)
     if attention == "flex" and d.head_dim < FLEX_HEAD_DIM:
         fewer = d.hidden_size // FLEX_HEAD_DIM
         problems.append(f"{heads} are too narrow for FlexAttention; choose {fewer} at most, or {instead}")
@@ -102,9 +104,9 @@ def _check_kernels(config: Config) -> list[str]:
     return problems
 
 
-def _check_mamba_ssm(config: Config) -> list[str]:
-    """What the kernels of the package mamba_ssm ask of a mamba2 layer."""
-    model, instead = config.model, "or set precision.ssd_backend=torch"
+def _check_mamba_ssm(config: Config, scans: list[SsdSizes]) -> list[str]:
+    """What the kernels of the package mamba_ssm ask of the layers that run them."""
+    instead = "or set precision.ssd_backend=torch"
     problems = []
     if config.precision.params != "bf16":
         problems.append(
@@ -116,10 +118,10 @@ def _check_mamba_ssm(config: Config) -> list[str]:
             "precision.ssd_backend=mamba_ssm is not deterministic, run.deterministic=true; "
             "set precision.ssd_backend=torch"
         )
-    for key in ("mamba2_head_dim", "mamba2_state_dim"):
-        width = getattr(model, key)
+    widths = [(s.head_dim_key, s.head_dim) for s in scans] + [(s.state_dim_key, s.state_dim) for s in scans]
+    for key, width in widths:
         if width & (width - 1) or width < 16:
-            problems.append(f"model.{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
+            problems.append(f"{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
     return problems
 
 
