@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hymba_train.config.schema import ModelConfig
+from hymba_train.describe.attention_backends import ATTENTION, automatic_attention
 from hymba_train.describe.dims import padded_vocab_size
 from hymba_train.describe.saved import (
     FLOAT32,
@@ -22,7 +23,8 @@ from hymba_train.describe.saved import (
 )
 from hymba_train.describe.stack import LayerDescription, resolve_stack
 
-OPS = (*SAVED_BY, *NORMS, "linear_cross_entropy")
+_PARTS = {"attention": {name: backend.saved for name, backend in ATTENTION.items()}, **SAVED_BY}
+OPS = (*_PARTS, *NORMS, "linear_cross_entropy")
 BACKEND_KEYS = {
     "attention": "attention_backend", "selective_scan": "scan_backend", "ssd_scan": "ssd_backend",
     "causal_conv_rows": "conv_backend",
@@ -31,8 +33,8 @@ BACKEND_KEYS = {
     "linear_cross_entropy": "loss_backend",
 }  # fmt: skip
 """Op -> key below ``precision.`` that chooses its backend."""
-KNOWN_BACKENDS = {op: tuple((SAVED_BY | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
-ON_GPU_ONLY = ("flex", "cudnn", "cuda", "triton", "mamba_ssm")
+KNOWN_BACKENDS = {op: tuple((_PARTS | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
+ON_GPU_ONLY = ("cuda", "triton", "mamba_ssm", *(name for name, backend in ATTENTION.items() if backend.on_gpu_only))
 
 
 def backends_of(
@@ -46,7 +48,7 @@ def backends_of(
     auto = dict.fromkeys(OPS, "torch")
     if device != "cpu":
         auto = dict.fromkeys(OPS, "triton")
-        auto["attention"] = "cudnn" if is_bf16 else "torch" if deterministic else "flex"
+        auto["attention"] = automatic_attention(is_bf16, deterministic)
         auto["selective_scan"] = "cuda" if num_states <= MOST_STATES else "triton"
         auto["ssd_scan"] = "mamba_ssm" if is_bf16 and not deterministic else "torch"
         if head_dim & (head_dim - 1):
@@ -65,7 +67,7 @@ def _of_layer(x: Sizes) -> Iterator[SavedTensor]:
     backends = x.setting.backends
 
     def by(op: str) -> Iterator[SavedTensor]:
-        return SAVED_BY[op][backends[op]](x)
+        return _PARTS[op][backends[op]](x)
 
     yield from NORMS["rms_norm"][backends["rms_norm"]](x, "input_norm")
     yield from x.mixer.saved(x, by)

@@ -24,7 +24,6 @@ from hymba_train.describe.stack import LayerDescription
 
 FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
-ATTENTION_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time of attention's torch backend
 GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
 SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
 SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
@@ -138,74 +137,6 @@ def _rotate_torch(x: Sizes) -> Iterator[SavedTensor]:
 def nothing(x: Sizes) -> Iterator[SavedTensor]:
     """Its inputs are parameters, or what the whole micro-batch shares."""
     return iter(())
-
-
-def _attention_torch(x: Sizes) -> Iterator[SavedTensor]:
-    """Scores of a block of queries against every key that the block reaches: quadratic without a window."""
-    window, block = x.description.window, ATTENTION_BLOCK["cpu" if x.setting.device == "cpu" else "cuda"]
-    pairs = keys = 0
-    for first in range(0, x.S, block):
-        last = min(first + block, x.S)
-        reached = x.M + last - (0 if window is None else max(0, first - window))
-        pairs += (last - first) * reached
-        keys += reached
-    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    all_pairs, all_keys = x.B * pairs + x.M * x.M, x.B * keys + x.M
-    yield SavedTensor("attention.softmax", x.H * all_pairs / x.N, FLOAT32)
-    if x.is_bf16:
-        yield SavedTensor("attention.weights", x.H * all_pairs / x.N, x.v)
-    yield SavedTensor("attention.q", x.H * x.dk, FLOAT32)
-    text_keys = all_keys - x.M
-    if x.is_bf16 or x.heads.kv_index:
-        yield SavedTensor("attention.keys", groups * x.dk * all_keys / x.N, FLOAT32)
-    else:  # in float32 the meta tokens' keys are a view of where they were rotated
-        yield SavedTensor("attention.keys", groups * x.dk * text_keys / x.N, FLOAT32)
-        yield SavedTensor("attention.k_rotated", groups * x.dk if x.makes_kv else 0, FLOAT32)
-    if not x.heads.kv_index:  # the meta tokens' values are a view of where they were projected
-        if x.makes_kv and x.kv_in_projection:
-            yield SavedTensor(*x.projected, x.v)
-        elif x.makes_kv:
-            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
-    else:
-        text_keys = all_keys
-    yield SavedTensor("attention.values", groups * x.dv * text_keys / x.N, x.v)
-    masks = (x.B if x.setting.documents else 1) * pairs + x.M * x.M
-    yield SavedTensor("attention.mask", masks / x.N, BOOL)
-
-
-def _attention_flex(x: Sizes) -> Iterator[SavedTensor]:
-    """The kernel keeps its inputs, its output and one logarithm a query and head. K and V get the meta tokens in
-    front; those of the meta tokens' own call are views of where they were made."""
-    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    keys = x.B * (x.M + x.S) / x.N
-    yield SavedTensor("attention.q", x.H * x.dk, x.v)
-    yield SavedTensor("attention.keys", groups * x.dk * keys, x.v)
-    yield SavedTensor("attention.values", groups * x.dv * keys, x.v)
-    yield SavedTensor("attention.flex_out", x.H * x.dv, x.v)
-    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
-    if x.makes_kv and x.M and not x.heads.kv_index:
-        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
-        if x.kv_in_projection:
-            yield SavedTensor(*x.projected, x.v)
-        else:
-            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
-
-
-def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
-    """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected. The output is
-    what comes behind it saves, unless padding heads are put behind its own."""
-    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    yield SavedTensor("attention.q", x.H * x.dk, x.v)
-    if x.heads.kv_index:
-        yield SavedTensor("attention.keys", groups * x.dk, x.v)
-    elif x.makes_kv:
-        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
-    yield SavedTensor("attention.values", groups * x.dv, x.v)
-    behind = "out_proj.in"
-    if x.description.mixer == "hybrid":
-        behind = "concat.attention" if x.model.branch_fusion == "concat" else "average.attention"
-    yield SavedTensor(behind if x.H * x.dv == x.A else "attention.out", x.H * x.dv, x.v)
-    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
 
 
 def _conv_torch(x: Sizes) -> Iterator[SavedTensor]:
@@ -345,7 +276,6 @@ def loss_triton(model: ModelConfig, setting: Setting) -> SavedTensor:
 
 
 SAVED_BY: dict[str, dict[str, Part]] = {
-    "attention": {"flex": _attention_flex, "cudnn": _attention_cudnn, "torch": _attention_torch},
     "selective_scan": {
         "cuda": _scan_cuda,
         "triton": _scan_triton,
@@ -359,7 +289,8 @@ SAVED_BY: dict[str, dict[str, Part]] = {
     "normed_average": {"triton": _average_triton, "torch": _average_torch},
     "swiglu": {"triton": _swiglu_triton, "torch": _swiglu_torch},
 }
-"""Op -> backend -> what it saves. Where an op is fused with its neighbours, the entry names all that is left."""
+"""Op -> backend -> what it saves. Where an op is fused with its neighbours, the entry names all that is left. Those of
+attention are in :mod:`hymba_train.describe.attention_backends`."""
 NORMS: dict[str, dict[str, NormPart]] = {
     "rms_norm": {"triton": norm_triton, "torch": norm_torch},
     "add_rms_norm": {"triton": norm_triton, "torch": norm_torch},

@@ -8,9 +8,9 @@ import torch
 
 from hymba_train.config.schema import Config
 from hymba_train.describe import ModelDims, resolve_stack, used_mixers
+from hymba_train.describe.attention_backends import check_attention
 from hymba_train.errors import UserError
 from hymba_train.ops import Choice, select
-from hymba_train.plan.precision import cudnn_width_problems
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
     attention = select(
         "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
     )
-    problems = cudnn_width_problems(config) if attention.name == "cudnn" else []
+    has_attention = any(layer.has_attention for layer in resolve_stack(config.model))
+    problems = check_attention(config, attention.name) if has_attention else []
     if problems:  # the plan says so where run.device is cuda
         raise UserError(*problems)
     return Ops(

@@ -11,12 +11,11 @@ from hymba_train.config.numbers import multiples_around
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack, used_mixers
 from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, MOST_STATES, ON_GPU_ONLY, backends_of
+from hymba_train.describe.attention_backends import check_attention
 from hymba_train.describe.mixers import SsdSizes
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
-FLEX_HEAD_DIM = 16  # narrowest on a GPU
-CUDNN_META_WIDTHS = (16, 32, 64, 128)  # tiles of tl.dot in ops/attention_meta_kernels.py, and cuDNN's own limit
 PRODUCTS = ("mixer.in_proj.weight", "mixer.out_proj.weight", "ffn.linear_fc1.weight", "ffn.linear_fc2.weight")
 
 
@@ -71,21 +70,13 @@ def _check_kernels(config: Config) -> list[str]:
         )
     problems, layers = [], resolve_stack(config.model)
     has_attention = any(layer.has_attention for layer in layers)
-    attention, scan = chosen["attention"] if has_attention else "none", chosen["selective_scan"]
-    instead = "set precision.attention_backend=torch"
-    if config.run.deterministic and attention == "flex":
-        problems.append(f"precision.attention_backend=flex is not deterministic, run.deterministic=true; {instead}")
-    if attention == "cudnn" and precision.params != "bf16":
-        problems.append(f"precision.attention_backend=cudnn has no {precision.params}; {instead}, or params=bf16")
+    scan = chosen["selective_scan"]
+    if has_attention:
+        problems += check_attention(config, chosen["attention"])
     heads = f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim}"
     scans = [sizes for mixer in used_mixers(layers) if (sizes := mixer.ssd_sizes(config.model))]
     if chosen["ssd_scan"] == "mamba_ssm" and scans:
         problems += _check_mamba_ssm(config, scans)
-    if attention == "flex" and d.head_dim < FLEX_HEAD_DIM:
-        fewer = d.hidden_size // FLEX_HEAD_DIM
-        problems.append(f"{heads} are too narrow for FlexAttention; choose {fewer} at most, or {instead}")
-    if attention == "cudnn":
-        problems += cudnn_width_problems(config)
     if scan == "cuda" and d.state_dim > MOST_STATES:
         problems.append(
             f"model.mamba_state_dim={d.state_dim}: the CUDA scan takes {MOST_STATES} at most; set that, or set "
@@ -123,31 +114,6 @@ def _check_mamba_ssm(config: Config, scans: list[SsdSizes]) -> list[str]:
         if width & (width - 1) or width < 16:
             problems.append(f"{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
     return problems
-
-
-def cudnn_width_problems(config: Config) -> list[str]:
-    """A line if cuDNN's attention, or the kernels that join the meta tokens to it, cannot take heads of this width."""
-    d, model = ModelDims.of(config.model), config.model
-
-    def fits(num_heads: int) -> bool:
-        widths = [model.kv_channels or d.hidden_size / num_heads, model.v_head_dim or d.inner_size / num_heads]
-        if d.num_meta_tokens:
-            return all(width in CUDNN_META_WIDTHS for width in widths)
-        return all(width % 8 == 0 and width <= 128 for width in widths)
-
-    if fits(d.num_heads) or not any(layer.has_attention for layer in resolve_stack(model)):
-        return []
-    wants = "multiples of 8 up to 128"
-    if d.num_meta_tokens:
-        wants = f"{', '.join(map(str, CUDNN_META_WIDTHS))} with meta tokens"
-    fitting = [n for n in range(d.num_kv_heads, d.hidden_size + 1, d.num_kv_heads) if fits(n)]
-    near = sorted(fitting, key=lambda n: abs(n - d.num_heads))[:2]
-    choose = f"choose {' or '.join(map(str, sorted(near)))} heads" if near else "no number of heads fits"
-    other = "torch" if config.run.deterministic or d.head_dim < FLEX_HEAD_DIM else "flex"
-    return [
-        f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim} with values of {d.value_head_dim}: cuDNN "
-        f"takes {wants}; {choose}, or set precision.attention_backend={other}"
-    ]
 
 
 def _check_widths(config: Config, fp8: str) -> list[str]:
