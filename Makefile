@@ -66,6 +66,7 @@ test-full: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 wheel: setup
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -77,4 +78,4 @@ bench-data: setup
 	  --tokenizer build/bench-data/tokenizer --output-prefix build/bench-data/$$domain || exit; done
 
 clean:
-	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

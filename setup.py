@@ -34,7 +34,6 @@ setup(
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
         "safetensors>=0.4",
-        "xxhash>=3",
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.14",
@@ -59,6 +58,8 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",
+            "import-linter>=2.4",  # "protected" contracts
+            "mypy",
             "ruff",
             "setuptools>=77",
             "wheel",

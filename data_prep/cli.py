@@ -156,7 +156,7 @@ def run_train_tokenizer(args: argparse.Namespace) -> None:
 
 
 def run_convert_tokenizer(args: argparse.Namespace) -> None:
-    from data_prep.convert_tokenizer import write_tokenizer
+    from hymba_train.data.convert_tokenizer import write_tokenizer
 
     if not Path(args.model).is_file():
         raise UserError(f"{args.model} does not exist")

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.convert_tokenizer import write_tokenizer
 from data_prep.tokenize_corpus import tokenize_files
 from data_prep.train_tokenizer import train_sentencepiece
+from hymba_train.data.convert_tokenizer import write_tokenizer
 from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.data.manifest import MANIFEST_VERSION, file_sha256, manifest_path
 

@@ -14,8 +14,6 @@ from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError
 
-BORDER = "\u2502"
-
 
 def sample_text(config: Config, phase: str | None, number: int, show_ids: bool = False) -> str:
     """Description and text of global sample ``number`` of a phase (None: the first).

@@ -180,7 +180,7 @@ def _run_on_ranks(verb: str, argv: list[str]) -> int:
     resolved = _freeze(config, args.frozen) if not rank else None
     if args.nproc is not None:
         return _torchrun(verb, args.nproc, str(resolved))
-    from hymba_train.callbacks.stop_file import STOPPED_EARLY
+    from hymba_train.exit_codes import STOPPED_EARLY
 
     if verb == "train":
         from hymba_train.train.main import train as work
@@ -269,6 +269,13 @@ def _number_from_launcher(name: str) -> int | None:
     return int(text)
 
 
+def run_compare(argv: list[str]) -> int:
+    from hymba_train.compare.cli import main as compare
+    from launch.study import submit_study
+
+    return compare(argv, submit_study)
+
+
 def run_version(argv: list[str]) -> int:
     if argv:
         raise UserError("hymba version takes no arguments")
@@ -305,7 +312,7 @@ VERBS = {
         "held-out perplexity by domain, recall tasks, lm-evaluation-harness tasks",
         "hymba_train.evaluation.cli:run_eval",
     ),
-    "compare": Verb("train a set of models on identical data: one table, and plots", "hymba_train.compare.cli:main"),
+    "compare": Verb("train a set of models on identical data: one table, and plots", "hymba_train.cli:run_compare"),
     "convert": Verb("Hugging Face format in and out", "hymba_train.convert.cli:run_convert"),
     "data": Verb("prepare training data: tokenise, merge, inspect, validate", "data_prep.cli:main"),
     "bench": Verb("measure the speed of kernels and of a training step", "hymba_train.bench.cli:main"),

@@ -1,5 +1,6 @@
 """``hymba bench`` without a GPU: what is asked of the contenders, and what is made of their results."""
 
+import json
 import subprocess
 import sys
 
@@ -76,3 +77,28 @@ def test_every_benchmark_has_help(name):
         [sys.executable, "-m", "hymba_train", "bench", name, "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_products_are_the_models_matrices():
+    from hymba_train.bench.gemm import products
+    from hymba_train.describe.flops import flops_per_token
+
+    model = compose(["model=hymba_1p5b"]).model
+    found = {(p.name, p.out_size, p.in_size): p.count for p in products(model)}
+    assert found[("in_proj", 8960, 1600)] == 17 and found[("in_proj", 8000, 1600)] == 15
+    assert found[("head", 32128, 1600)] == 1
+    parts = flops_per_token(model, 10**9)  # so long that meta tokens weigh nothing
+    per_token = sum(p.flops(1) * p.count for p in products(model) if p.name != "head")
+    expected = sum(parts[part] for part in ("in_proj", "out_proj", "ffn", "ssm_proj"))
+    assert per_token == pytest.approx(expected, rel=1e-6)
+
+
+def test_products_are_measured(tmp_path, capsys):
+    """On a CPU, for the sake of the code: shapes, gradients into float32, the table, the file."""
+    output = tmp_path / "gemm.json"
+    arguments = ["gemm", "--device", "cpu", "--model", "hymba_tiny", "--rows", "32", "--output", str(output)]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("bf16, all of them: ") and "a step of 32 rows" in lines[-1]
+    assert all(row["both_ms"] > 0 for row in json.loads(output.read_text()))
+    assert "linear_fc1" in "".join(lines)

@@ -8,10 +8,10 @@ import torch
 
 from hymba_train import reference
 from hymba_train.config.schema import ModelConfig
-from hymba_train.convert.names import from_hf_state_dict, to_hf_state_dict
 from hymba_train.describe import model_tensors, resolve_stack
 from hymba_train.reference import ReferenceHymba
 from tests import golden_data
+from tests.hf_names import from_hf_state_dict, to_hf_state_dict
 
 
 def build(case, dtype=torch.float32):

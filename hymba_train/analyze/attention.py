@@ -101,7 +101,8 @@ def analyse(
     model: Any, texts: dict[str, list[Tensor]], num_channels: int, maps: Maps | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(results by domain and of the meta tokens, reason by what was left out). Raises UserError: no branch at all."""
-    has_meta, left_out = model.config.num_memory_tokens > 0, {}
+    has_meta = model.config.num_memory_tokens > 0
+    left_out: dict[str, str] = {}
     stats, domains = {}, {}
     for number, (domain, sequences) in enumerate(texts.items()):
         stats[domain] = collect(model, sequences, num_channels, maps if number == 0 else None)
@@ -123,6 +124,7 @@ def analyse(
 
 
 def main(argv: Sequence[str]) -> int:
+    """``hymba analyze attention``; returns the exit code. Raises UserError."""
     parser = common.make_parser("attention", "where attention heads and the SSM's implied attention look")
     common.add_model_arguments(parser)
     common.add_text_arguments(parser, sequences=2, length=512)

@@ -40,6 +40,7 @@ def _mass(domains: list[dict[str, Any]], branch: str, category: str) -> np.ndarr
 
 
 def draw_mass(domains: list[dict[str, Any]], branches: list[str], path: Path) -> None:
+    """Where the mass of a layer lies: stacked shares by category, mean over heads and domains."""
     plt = pictures.pyplot()
     figure, axes = pictures.grid(plt, 1, len(branches), width=5.0, height=3.2)
     for ax, branch in zip(axes[0], branches, strict=True):
@@ -54,6 +55,7 @@ def draw_mass(domains: list[dict[str, Any]], branches: list[str], path: Path) ->
 
 
 def draw_heads(domains: list[dict[str, Any]], branches: list[str], path: Path) -> None:
+    """Shares of every head of every layer, a map for each category."""
     plt = pictures.pyplot()
     figure, axes = pictures.grid(plt, len(branches), len(CATEGORIES), width=3.0, height=2.8)
     for row, branch in zip(axes, branches, strict=True):
@@ -67,6 +69,7 @@ def draw_heads(domains: list[dict[str, Any]], branches: list[str], path: Path) -
 
 
 def draw_entropy(domains: dict[str, Any], branches: list[str], path: Path) -> None:
+    """Mean entropy of a layer's heads, a line for each domain."""
     plt = pictures.pyplot()
     figure, axes = pictures.grid(plt, 1, len(branches), width=5.0, height=3.2)
     lines = {"entropy": ("with meta tokens", "-"), "entropy_without_meta_tokens": ("without", "--")}
@@ -102,6 +105,7 @@ def draw_maps(maps: Maps, path: Path, map_tokens: int) -> None:
 
 
 def draw_meta(found: dict[str, Any], path: Path) -> None:
+    """Mass on each meta token by domain, in the layer that :func:`specialisation` took."""
     plt = pictures.pyplot()
     figure, axes = pictures.grid(plt, len(found), 1, width=8.0, height=2.2)
     for (ax,), (branch, part) in zip(axes, found.items(), strict=True):

@@ -23,6 +23,7 @@ NAMES = {"ours": "true bytes", "published": "released code", "paper": "paper's a
 
 
 def main(argv: Sequence[str]) -> int:
+    """``hymba analyze cache``; returns the exit code. Raises UserError."""
     parser = common.make_parser("cache", "bytes of a sequence in generation, against its length, for all recipes")
     parser.add_argument("--models", metavar="LIST", help="recipes of recipes/model (default: all)")
     parser.add_argument(

@@ -29,6 +29,7 @@ def make_parser(name: str, description: str) -> Parser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model."""
     parser.add_argument(
         "--model", "--checkpoint", required=True, type=Path, metavar="DIR", help="run, step or exported directory"
     )
@@ -38,6 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, *, sequences: int, length: int) -> None:
+    """Flags that say which text, for :func:`hymba_train.analyze.texts.read_texts`."""
     parser.add_argument(
         "--text",
         type=Path,

@@ -153,6 +153,7 @@ def score_recall(loaded: LoadedModel, args: argparse.Namespace) -> Score:
 
 
 def main(argv: Sequence[str]) -> int:
+    """``hymba analyze importance``; returns the exit code. Raises UserError."""
     parser = common.make_parser("importance", "loss and task change without the attention or SSM branch of each layer")
     common.add_model_arguments(parser)
     common.add_text_arguments(parser, sequences=8, length=512)
@@ -182,6 +183,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def to_json(found: Importance) -> dict[str, Any]:
+    """What is written of the results: scores and changes by layer and branch, and means over the layers."""
     layers = [
         {"layer": layer, "branch": branch, "scores": scores,
          "change": {name: found.change(layer, branch, name) for name in found.base}}
@@ -236,6 +238,7 @@ def _print(found: Importance) -> None:
 
 
 def draw(found: Importance, path: Path) -> None:
+    """Change of every score without a branch, by layer."""
     plt = pictures.pyplot()
     figure, axes = pictures.grid(plt, len(found.base), 1, width=9.0, height=2.3)
     layers = sorted({layer for layer, _ in found.without})

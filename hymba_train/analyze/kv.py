@@ -86,6 +86,7 @@ def _off_diagonal(found: dict[str, Tensor]) -> dict[str, float | None]:
 
 
 def main(argv: Sequence[str]) -> int:
+    """``hymba analyze kv``; returns the exit code. Raises UserError."""
     parser = common.make_parser("kv", "how alike keys and values are across heads and layers")
     common.add_model_arguments(parser)
     common.add_text_arguments(parser, sequences=8, length=512)
@@ -131,6 +132,7 @@ def _cell(value: float | None) -> str:
 
 
 def draw(results: dict[str, Any], heads_path: Path, layers_path: Path) -> None:
+    """Similarity between the KV heads of each layer, and between layers."""
     plt, layers = pictures.pyplot(), results["layers"]
     columns = min(len(layers), 6)
     lines = -(-len(layers) // columns)

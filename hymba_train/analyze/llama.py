@@ -55,6 +55,7 @@ class LlamaRunner:
         self.takes_position = "cache_position" in inspect.signature(type(model.model).forward).parameters
 
     def new_cache(self, batch: int, capacity: int) -> Any:
+        """An empty static cache for ``batch`` rows of ``capacity`` tokens."""
         from transformers import StaticCache
 
         model = self.model
@@ -87,6 +88,7 @@ class LlamaRunner:
         return sum(t.nbytes for t in cache_tensors(cache)) // batch
 
     def step(self, cache: Any, batch: int, length: int, capacity: int, graph: bool) -> LlamaStep:
+        """What makes one token a call behind ``length`` tokens in ``cache``; ``graph``: captured as a CUDA graph."""
         step = LlamaStep(self, cache, batch, length, capacity)
         if graph:
             step.capture()
@@ -99,7 +101,9 @@ class LlamaStep:
 
     def __init__(self, runner: LlamaRunner, cache: Any, batch: int, length: int, capacity: int) -> None:
         device = runner.model.device
-        self.runner, self.cache, self.graph, self.out = runner, cache, None, None
+        self.runner, self.cache = runner, cache
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: Tensor | None = None
         self.token = torch.full((batch, 1), 5, device=device)
         self.position = torch.full((1, 1), length, device=device)
         self.slots = torch.arange(capacity, device=device)
@@ -131,7 +135,7 @@ class LlamaStep:
     def __call__(self, token: Tensor) -> Tensor:
         """Next tokens [B, 1] by the highest logit."""
         self.token.copy_(token)
-        if self.graph is None:
+        if self.graph is None or self.out is None:
             hidden = self.hidden_states()
         else:
             self.graph.replay()

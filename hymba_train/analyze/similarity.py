@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def mean_cosine(x: Tensor, y: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).mean())
 
 
-def pairwise(parts: list[Tensor], measure) -> Tensor:
+def pairwise(parts: list[Tensor], measure: Callable[[Tensor, Tensor], float]) -> Tensor:
     """Symmetric [K, K] of a measure between K sets of features."""
     found = torch.eye(len(parts), dtype=torch.float64)
     for i, x in enumerate(parts):

@@ -35,7 +35,8 @@ def read_texts(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[
 
 
 def _files(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[Tensor]]:
-    tokenizer, texts = loaded.require_tokenizer(), {}
+    tokenizer = loaded.require_tokenizer()
+    texts: dict[str, list[Tensor]] = {}
     length = min(args.length, loaded.model.config.max_position_embeddings)
     for path in args.text:
         try:
@@ -43,10 +44,10 @@ def _files(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[Tens
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {path}: cannot be read ({error})") from error
         name = path.stem if path.stem not in texts else str(path)
-        first = [loaded.token_ids.bos] if loaded.adds_bos and loaded.token_ids.bos is not None else []
+        first = [loaded.token_ids.bos] if loaded.adds_bos else []
         step = length - len(first)
-        pieces = [first + list(ids[i : i + step]) for i in range(0, min(len(ids), args.sequences * step), step)]
-        pieces = [torch.tensor(piece) for piece in pieces if len(piece) >= SHORTEST]
+        cuts = [first + ids[i : i + step] for i in range(0, min(len(ids), args.sequences * step), step)]
+        pieces = [torch.tensor(cut) for cut in cuts if len(cut) >= SHORTEST]
         whole = [piece for piece in pieces if len(piece) == length]  # a rest would weigh as much as a whole one
         if not pieces:
             raise UserError(f"--text {path}: holds {len(ids)} tokens; give a text of at least {SHORTEST}")
@@ -58,9 +59,9 @@ def _held_out(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[T
     from hymba_train.convert.source import TrainingCheckpoint
     from hymba_train.data import build_training_data, validation_batches
 
-    if args.data is None and loaded.checkpoint is None:
-        raise UserError("--data: an exported directory has no text; name a run whose held-out text to take, or --text")
     run = loaded.checkpoint if args.data is None else TrainingCheckpoint.find(Path(args.data))
+    if run is None:
+        raise UserError("--data: an exported directory has no text; name a run whose held-out text to take, or --text")
     if run.phase is None:
         raise UserError(f"{run.path}: this checkpoint was imported and has no data; give --data RUN, or --text")
     if args.data_path is not None:

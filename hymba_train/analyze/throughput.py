@@ -32,6 +32,8 @@ PAPER = {
 
 @dataclass
 class Prefill:
+    """Prompts of ``length`` tokens, ``rows`` at a time."""
+
     model: str
     length: int
     rows: int
@@ -55,6 +57,8 @@ class Decode:
 
 @dataclass
 class Measured:
+    """Everything that was timed, and why the rest was not."""
+
     prefill: list[Prefill] = field(default_factory=list)
     decode: list[Decode] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -67,6 +71,7 @@ class HymbaRunner:
         self.model = model
 
     def prefill(self, ids: Any, capacity: int) -> Any:
+        """The cache after a prompt [B, S]."""
         from hymba_train.hf.modeling_hymba import HymbaCache
 
         cache = HymbaCache(self.model.config, max_length=capacity)
@@ -88,6 +93,8 @@ class HymbaRunner:
         return sum(t.nbytes for t in rows) // batch + sum(t.nbytes for t in shared)
 
     def step(self, cache: Any, batch: int, length: int, capacity: int, graph: bool) -> Callable[[Any], Any]:
+        """As :meth:`LlamaRunner.step`."""
+
         def step(token: Any) -> Any:
             self.model.config.decode_backend = "graph" if graph else "eager"
             token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
@@ -224,6 +231,7 @@ def ratios(found: Measured, hymba: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
+    """``hymba analyze throughput``; returns the exit code. Raises UserError."""
     parser = common.make_parser("throughput", "speed and cache of a Hymba beside a Llama-style Transformer of its size")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", "--checkpoint", type=Path, metavar="DIR", help="run, step or exported directory")
@@ -336,6 +344,7 @@ def _facts(model: Any) -> dict[str, Any]:
 
 
 def report(settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """Print the tables."""
     for name, facts in settings["models"].items():
         print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in facts.items()))
     rows = [
@@ -361,9 +370,10 @@ def report(settings: dict[str, Any], results: dict[str, Any]) -> None:
 
 
 def draw(found: Measured, path: Path) -> None:
+    """Speed of steps and prefill and bytes of the cache against the number of tokens."""
     plt = pictures.pyplot()
     figure, axes = pictures.grid(plt, 1, 3, width=3.8, height=3.2)
-    parts = [
+    parts: list[tuple[str, Sequence[Any], Callable[[Any], str], Callable[[Any], float], str]] = [
         ("decode", found.decode, lambda r: f"{r.model}, {r.step}", lambda r: r.tokens_per_second, "tokens/s"),
         ("prefill", found.prefill, lambda r: r.model, lambda r: r.tokens_per_second, "tokens/s"),
         ("cache of a sequence", found.decode, lambda r: r.model, lambda r: r.cache_bytes / 1e6, "MB"),

@@ -11,6 +11,7 @@ from hymba_train.errors import UserError
 BENCHMARKS = {
     "step": "hymba_train.bench.step",
     "attention": "hymba_train.bench.attention",
+    "gemm": "hymba_train.bench.gemm",
 }
 
 

@@ -1,12 +1,8 @@
 """Stopping early, in good order: a file or a signal ends training after the current step, on all ranks, with a save.
 
-Whoever wants a run to stop writes ``stop_requested`` into its run directory (its text is the reason), or sends a rank
-SIGTERM or SIGUSR1. Rank 0 looks for the file before every step; the ranks agree within the step. A file, because
-signals to a job under torchrun end torchrun itself. How a process ended is left in ``outcome``, one line::
-
-    finished STEP
-    stopped STEP REASON
-    failed STEP REASON     (a guard ended the run: to start it again unchanged would be in vain)
+Whoever wants a run to stop asks for it by a file (:mod:`hymba_train.outcome`), or sends a rank SIGTERM or SIGUSR1.
+Rank 0 looks for the file before every step; the ranks agree within the step. A file, because signals to a job under
+torchrun end torchrun itself.
 
 An early stop also has its own exit code, 75 (EX_TEMPFAIL): start the run again and it goes on. Free of torch.
 """
@@ -16,27 +12,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.config.freeze import write_atomically
-from hymba_train.exit_codes import STOPPED_EARLY as STOPPED_EARLY
+from hymba_train.outcome import OUTCOME_FILE, STOP_FILE, first_line, write_outcome
 
-STOP_FILE = "stop_requested"
-OUTCOME_FILE = "outcome"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 1.0  # on a shared file system a look costs about a millisecond
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the last process of a run ended."""
-
-    finished: bool  # else stopped early, or failed
-    step: int
-    reason: str
-    failed: bool = False  # ended by a guard
 
 
 class StopOnRequest(Callback):
@@ -69,7 +51,7 @@ class StopOnRequest(Callback):
         self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
         # Listed, not asked for by name: NFS remembers for up to a minute that a file is not there.
         if any(entry.name == STOP_FILE for entry in self.directory.iterdir()):
-            loop.request_stop(_first_line(self.directory / STOP_FILE) or STOP_FILE)
+            loop.request_stop(first_line(self.directory / STOP_FILE) or STOP_FILE)
 
     def on_train_end(self, loop) -> None:
         if self.is_first_rank:
@@ -81,36 +63,3 @@ class StopOnRequest(Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._handlers.clear()
-
-
-def request_stop(directory: Path, reason: str) -> None:
-    """Ask a run to save and stop, from any process that sees its run directory."""
-    write_atomically(directory / STOP_FILE, reason + "\n")
-
-
-def write_outcome(directory: Path, word: str, step: int, reason: str) -> None:
-    """``word``: finished | stopped | failed."""
-    write_atomically(directory / OUTCOME_FILE, f"{word} {step} {' '.join(reason.split())}\n")
-
-
-def clear(directory: Path) -> None:
-    """Forget earlier requests and outcomes; call before a start."""
-    for name in (STOP_FILE, OUTCOME_FILE):
-        (directory / name).unlink(missing_ok=True)
-
-
-def read_outcome(directory: Path) -> Outcome | None:
-    """How the last process of a run ended; None if it runs, or died."""
-    word, _, rest = _first_line(directory / OUTCOME_FILE).partition(" ")
-    step, _, reason = rest.partition(" ")
-    if word not in ("finished", "stopped", "failed") or not step.isdigit():
-        return None
-    return Outcome(word == "finished", int(step), reason, word == "failed")
-
-
-def _first_line(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return lines[0].strip() if lines else ""

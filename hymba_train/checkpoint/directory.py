@@ -42,6 +42,13 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def _published_step(path: Path) -> int:
+    """:func:`step_of` a directory that is known to be published."""
+    step = step_of(path)
+    assert step is not None, path
+    return step
+
+
 def is_complete(path: Path) -> bool:
     """Whether ``path`` is a published step directory with the files that every checkpoint has."""
     return step_of(path) is not None and all((path / name).is_file() for name in _REQUIRED)
@@ -51,7 +58,7 @@ def complete_steps(root: Path) -> list[Path]:
     """Complete step directories below ``root``, oldest first. Others are ignored."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.iterdir() if is_complete(p)), key=step_of)
+    return sorted((p for p in root.iterdir() if is_complete(p)), key=_published_step)
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -59,7 +66,8 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
     Remarks say why ``latest`` was not followed. (None, remarks) if there is no complete checkpoint.
     """
-    steps, remarks = complete_steps(root), []
+    steps = complete_steps(root)
+    remarks: list[str] = []
     pointer = root / LATEST
     if pointer.exists():
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -76,7 +84,7 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
 def older(path: Path) -> list[Path]:
     """Complete step directories beside ``path`` of earlier steps, newest first."""
-    return [p for p in reversed(complete_steps(path.parent)) if step_of(p) < step_of(path)]
+    return [p for p in reversed(complete_steps(path.parent)) if _published_step(p) < _published_step(path)]
 
 
 def has_any(root: Path) -> bool:
@@ -130,12 +138,13 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[Path]:
     steps = complete_steps(root)
     keep = set(steps[-max(keep_last, 1) :])
     if keep_every:
-        keep |= {p for p in steps if step_of(p) % keep_every == 0}
+        keep |= {p for p in steps if _published_step(p) % keep_every == 0}
     current, _ = newest(root)
-    keep.add(current)
+    if current is not None:
+        keep.add(current)
     gone = [p for p in steps if p not in keep]
     if gone:
-        good = next((p for p in sorted(keep - {None}, reverse=True) if not manifest.verify(p)), None)
+        good = next((p for p in sorted(keep, reverse=True) if not manifest.verify(p)), None)
         good = good or next((p for p in reversed(gone) if not manifest.verify(p)), None)
         gone = [p for p in gone if p != good]
     for path in gone:

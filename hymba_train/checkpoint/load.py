@@ -25,6 +25,7 @@ from hymba_train.checkpoint.optimizer_state import (
 from hymba_train.checkpoint.restricted import nothing_runs
 from hymba_train.config.schema import Config
 from hymba_train.errors import UserError
+from hymba_train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 MOST_PROBLEMS = 5  # lines of a report; a lost directory can have thousands of damaged files
@@ -110,7 +111,7 @@ class Loaded:
     rng_restored: bool
 
 
-def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optimizer) -> Loaded:
+def load_checkpoint(source: Source, config: Config, runtime: Runtime, chunks: list, optimizer: Any) -> Loaded:
     """Load weights and, unless ``weights_only``, optimizer, RNG and position.
 
     Every rank calls it, with its model chunks in DistributedDataParallel. Nothing in the checkpoint is executed. Raises
@@ -138,7 +139,7 @@ def load_checkpoint(source: Source, config: Config, runtime, chunks: list, optim
     return Loaded(state, same_layout and not source.weights_only)
 
 
-def _load(source: Source, runtime, chunks: list, optimizer, same_layout: bool) -> dict[str, int] | None:
+def _load(source: Source, runtime: Runtime, chunks: list, optimizer: Any, same_layout: bool) -> dict[str, int] | None:
     path = str(source.path)
     stored = dist_checkpointing.load_tensors_metadata(path)
     model = tree.model_tree(chunks)

@@ -8,12 +8,15 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.checkpoint.directory import METADATA
 from hymba_train.config import flatten, to_plain
 from hymba_train.config.schema import Config
 from hymba_train.errors import UserError
+
+if TYPE_CHECKING:
+    from hymba_train.parallel.runtime import Runtime
 
 SCHEMA_VERSION = 1  # of our parameter names and of this file
 
@@ -35,7 +38,7 @@ class Layout:
     device: str
 
     @classmethod
-    def of(cls, config: Config, runtime) -> Layout:
+    def of(cls, config: Config, runtime: Runtime) -> Layout:
         p, r = config.parallel, runtime
         return cls(p.tensor, p.pipeline, p.virtual_pipeline, r.data_parallel_size, r.world_size, r.device.type)
 

@@ -26,11 +26,11 @@ def nothing_runs() -> Iterator[None]:
     variables = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     original = FileSystemReader.read_metadata
     os.environ[_FORCE] = "1"
-    FileSystemReader.read_metadata = _read_metadata
+    FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign]  # replaced on purpose
     try:
         yield
     finally:
-        FileSystemReader.read_metadata = original
+        FileSystemReader.read_metadata = original  # type: ignore[method-assign]  # as it was
         del os.environ[_FORCE]
         os.environ.update({name: value for name, value in variables.items() if value is not None})
 
@@ -38,7 +38,7 @@ def nothing_runs() -> Iterator[None]:
 def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
     """FileSystemReader.read_metadata with our unpickler. Raises UserError for anything but an index."""
     metadata = read_index(Path(self.path))
-    if getattr(metadata, "storage_meta", None) is None:
-        metadata.storage_meta = StorageMeta()
-    metadata.storage_meta.load_id = self.load_id
+    storage = getattr(metadata, "storage_meta", None) or StorageMeta()
+    storage.load_id = self.load_id
+    metadata.storage_meta = storage
     return metadata

@@ -22,6 +22,7 @@ from hymba_train.errors import UserError
 
 LOCK_FILE = "run.lock"
 PATIENCE_SECONDS = 3.0  # a process that was told to end may take a moment
+_CLOSED = -1  # no file's descriptor
 
 
 class RunLock:
@@ -33,7 +34,7 @@ class RunLock:
     def __init__(self, run_directory: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
         make_private(run_directory)
         self.path = run_directory / LOCK_FILE
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             self._acquire(time.monotonic() + patience_seconds)
             self._sign()
@@ -77,6 +78,6 @@ class RunLock:
         self._close()
 
     def _close(self) -> None:
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
+        if self._descriptor != _CLOSED:
+            descriptor, self._descriptor = self._descriptor, _CLOSED
             os.close(descriptor)

@@ -24,6 +24,7 @@ from hymba_train.checkpoint.together import first_cause
 from hymba_train.checkpoint.writing import publish, write_share
 from hymba_train.config.freeze import make_private
 from hymba_train.errors import UserError
+from hymba_train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -58,8 +59,9 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, root: Path, runtime, chunks: list, optimizer, metadata: Callable[[dict[str, int]], dict[str, Any]],
-        asynchronous: bool, retain: Callable[[], object] | None = None,
+        self, root: Path, runtime: Runtime, chunks: list, optimizer: Any,
+        metadata: Callable[[dict[str, int]], dict[str, Any]], asynchronous: bool,
+        retain: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
         self.root, self.runtime, self.chunks, self.optimizer = root, runtime, chunks, optimizer
         self.metadata, self.asynchronous, self.retain = metadata, asynchronous, retain
@@ -155,6 +157,7 @@ class CheckpointWriter:
     def _conclude(self, failed: int, running: int) -> None:
         """What follows, on all ranks alike, from how many of them have failed and how many still write."""
         current = self._under_way
+        assert current is not None
         if failed:
             self._under_way = None
             self._give_up(current, current.outcome())

@@ -60,6 +60,7 @@ class Planner:
                 content, str(directory), self._wrapper, content_metadata=dict(SHARDING), async_sharded_save=True,
                 **self._options,
             )  # fmt: skip
+        assert self._strategy.planned is not None, "Megatron-Core has planned nothing"
         writer, index = self._strategy.planned
         self._strategy.planned = None
         files = {}
@@ -75,7 +76,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
     planned: tuple[Any, Any] | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer, planned, *_):
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> AsyncRequest:
         self.planned = writer, planned[1]
         return AsyncRequest(None, (), [])
 

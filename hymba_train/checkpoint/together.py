@@ -45,9 +45,9 @@ def alike(work: Callable[[], Any]) -> Any:
     dist.all_gather_object(everyone, mine)
     for rank, problems in enumerate(everyone):
         if problems is not None:
-            error = UserError(*(f"[rank {rank}] {line}" if rank else line for line in problems))
-            error.said_by = 0
-            raise error
+            named = UserError(*(f"[rank {rank}] {line}" if rank else line for line in problems))
+            named.said_by = 0
+            raise named
     return result
 
 

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from hymba_train.checkpoint.optimizer_state import SHARDING
 from hymba_train.parallel.fp8_state import Fp8State
+from hymba_train.parallel.runtime import Runtime
 
 
 def model_tree(chunks: list) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def model_tree(chunks: list) -> dict[str, Any]:
     return {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(chunks)}
 
 
-def fp8_tree(chunks: list, runtime) -> dict[str, ShardedTensor]:
+def fp8_tree(chunks: list, runtime: Runtime) -> dict[str, ShardedTensor]:
     """Scales and amax histories of FP8's delayed scaling, as ``fp8.<module>.<tensor>``; every layout has the same."""
     replica = (0, runtime.tensor_rank, runtime.data_parallel_rank)
     return {

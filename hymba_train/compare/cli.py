@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hymba_train.compare.members import SETS, choose_members, parse_budget
 from hymba_train.compare.pool import Clock, Pool
@@ -20,10 +20,11 @@ FAILED = 1
 EXPERIMENT = "compare_20m"
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], submit: Callable[[Study, Sequence[str], str | None], int]) -> int:
     """Run the verb. Returns 0 (all runs finished), 75 (some are left: start again), 1 (a run failed, or data differed).
 
-    Raises UserError.
+    ``submit(study, cluster overrides, config_dir)`` gives the runs to a cluster instead: :mod:`launch.study`, on which
+    nothing here depends. Raises UserError.
     """
     clock = Clock()
     args = _parser().parse_intermixed_args(list(argv))
@@ -52,9 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         return 0
     if clusters:
-        from hymba_train.compare.slurm import submit_study
-
-        return submit_study(study, clusters, args.config_dir)
+        return submit(study, clusters, args.config_dir)
     failures: dict[str, str] = {}
     if not args.report:
         failures = Pool(args.jobs, clock, lambda line: _say(clock, line), args.fresh).train(study.runs)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.compare.results import CACHE_TOKENS, MemberResult, mean_and_spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SMOOTH = 9
 """Logged steps whose losses are averaged: the curves are of training loss, a noisy thing."""
@@ -44,7 +49,7 @@ def draw_all(directory: Path, members: Sequence[MemberResult], title: str) -> li
     return made
 
 
-def _draw_curve(axes, number: int, member: MemberResult, axis: str) -> bool:
+def _draw_curve(axes: Axes, number: int, member: MemberResult, axis: str) -> bool:
     """Mean over the seeds, and the range between them; one colour a member."""
     curves = [run.curve for run in member.runs if run.curve]
     steps = sorted(set.intersection(*({p.step for p in curve} for curve in curves))) if curves else []
@@ -66,7 +71,7 @@ def _smooth(values: list[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(values))]
 
 
-def _draw_point(axes, number: int, member: MemberResult, measure: str) -> bool:
+def _draw_point(axes: Axes, number: int, member: MemberResult, measure: str) -> bool:
     found = mean_and_spread(member.values(measure))
     if found is None:
         return False
@@ -76,7 +81,7 @@ def _draw_point(axes, number: int, member: MemberResult, measure: str) -> bool:
     return True
 
 
-def _save(figure, axes, path: Path) -> Path:
+def _save(figure: Figure, axes: Axes, path: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight", format="png")

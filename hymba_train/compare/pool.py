@@ -7,16 +7,17 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 
-from hymba_train.callbacks.stop_file import clear, read_outcome, request_stop
 from hymba_train.compare.child import PRELOAD, last_line, train_run
 from hymba_train.compare.study import Run
 from hymba_train.config import freeze_run
 from hymba_train.errors import UserError
 from hymba_train.exit_codes import STOPPED_EARLY
+from hymba_train.outcome import clear, read_outcome, request_stop
 from hymba_train.runs.metrics import counting, read_lines
 from hymba_train.runs.summary import METRICS
 
@@ -99,7 +100,7 @@ class Pool:
                     process.kill()
         return self.failures
 
-    def _start(self, waiting: list[Run], context) -> None:
+    def _start(self, waiting: list[Run], context: ForkServerContext) -> None:
         while waiting and len(self._running) < self.num_jobs and not self._stopping:
             run = waiting.pop(0)
             try:
@@ -146,7 +147,7 @@ class Pool:
             request_stop(run.directory, self._stopping)
 
     @contextlib.contextmanager
-    def _signals(self):
+    def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM has all runs save and stop, a second one ends them."""
 
         def handle(number: int, frame: object) -> None:

@@ -91,6 +91,7 @@ def read_results(study: Study, failures: dict[str, str], now: float) -> list[Mem
 
 
 def read_run(run: Run, failure: str | None, now: float) -> RunResult:
+    """One run by its log. ``failure``: why it has just failed, None if it has not; ``now``: seconds since the epoch."""
     path = run.directory / METRICS
     lines = read_lines(path)
     curve, seconds, before = [], 0.0, 0
@@ -162,10 +163,9 @@ def differences(members: Sequence[MemberResult]) -> list[Difference]:
                 for run in other.finished
                 if by_seed.get(run.seed) is not None and getattr(run, measure) is not None
             ]
-            if not deltas:
+            if (found_deltas := mean_and_spread(deltas)) is None:
                 continue
-            mean, spread = mean_and_spread(deltas)
-            n = len(deltas)
+            (mean, spread), n = found_deltas, len(deltas)
             half = None if n < 2 else T_95.get(n, 2.0) * spread / math.sqrt(n)
             found.append(Difference(reference.name, other.name, measure, mean, half, n))
     return found

@@ -14,7 +14,7 @@ from hymba_train.config.schema import TO_BE_GIVEN, Config
 from hymba_train.config.typed import flatten, to_plain
 from hymba_train.describe import model_tensors, training_flops
 from hymba_train.errors import UserError
-from hymba_train.plan import Plan, make_plan
+from hymba_train.plan import make_plan
 
 MOST_SPREAD = 0.03
 """Largest difference of parameter counts within a comparison, as a share of the smallest."""
@@ -165,7 +165,7 @@ def _disagreements(configs: dict[str, Config], budget: Budget | None) -> list[st
 
 def _sizes(configs: dict[str, Config]) -> list[str]:
     counts = {name: num_parameters(config) for name, config in configs.items()}
-    small, large = min(counts, key=counts.get), max(counts, key=counts.get)
+    small, large = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     spread = counts[large] / counts[small] - 1
     if spread <= MOST_SPREAD:
         return []
@@ -182,8 +182,3 @@ def _changes(run: Run) -> list[str]:
         return []
     lines = changed_keys(load_frozen(path), run.config)
     return [f"{run.name}: {line}" for line in lines if not line.startswith(MAY_CHANGE)]
-
-
-def plans(study: Study) -> dict[str, Plan]:
-    """The plan of each member, without looking for files again."""
-    return {member: make_plan(study.config(member), check_paths=False) for member in study.members}

@@ -16,7 +16,7 @@ def name_blends(plain: Plain) -> Plain:
     """
     data = plain.get("data")
     phases = data.get("phases") if isinstance(data, dict) else None
-    if not isinstance(phases, dict):
+    if not isinstance(data, dict) or not isinstance(phases, dict):
         return plain
     blends = data.get("blends") or {}
     problems = []

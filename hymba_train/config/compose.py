@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hymba_train.config.blends import name_blends
 from hymba_train.config.nearest import did_you_mean
@@ -118,7 +118,9 @@ def _hydra_compose(directories: list[Path], overrides: list[str]) -> Plain:
         if secrets := secrets_from_environment(plain):
             raise UserError(*secrets)
         merged = OmegaConf.create(_fill_in(plain, to_plain(Config())))
-        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+        assert isinstance(plain, dict)
+        return cast(Plain, plain)  # from_plain refuses keys that are no text
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, directories)) from error
     except yaml.YAMLError as error:
@@ -157,8 +159,8 @@ def _explain(error: Exception, directories: list[Path]) -> str:
         text = f"${{{unknown[1]}}} names no key; {did_you_mean(unknown[1], schema_keys())}"
     if text.startswith("Unsupported interpolation type"):
         text += "; ${...} takes another key, or oc.env:VARIABLE"
-    if getattr(error, "full_key", None):
-        return f"{error.full_key}: {text}"
+    if full_key := getattr(error, "full_key", None):
+        return f"{full_key}: {text}"
     mandatory = re.match(r"You must specify '([^']+)'", text)
     if mandatory:
         group = mandatory[1]

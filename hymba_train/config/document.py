@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import yaml
 
 from hymba_train.config import schema
-from hymba_train.config.typed import field_types, type_name
+from hymba_train.config.typed import field_types, is_schema, type_name
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def _meanings() -> dict[tuple[str, str], str]:
         if not isinstance(node, ast.ClassDef):
             continue
         for item, after in zip(node.body, node.body[1:], strict=False):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(item, ast.AnnAssign) and is_text and isinstance(after.value.value, str):
-                found[node.name, item.target.id] = " ".join(after.value.value.split())
+            match item, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[node.name, name] = " ".join(text.split())
     return found
 
 
@@ -48,15 +48,17 @@ def key_docs() -> list[KeyDoc]:
         defaults = {f.name: f for f in dataclasses.fields(cls)}
         for name, annotation in field_types(cls).items():
             dotted, args = f"{prefix}{name}", typing.get_args(annotation)
-            if dataclasses.is_dataclass(annotation):
+            if is_schema(annotation):
                 walk(annotation, f"{dotted}.")
                 continue
             field = defaults[name]
-            value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            value = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                value = field.default_factory()
             default = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
             default = "to be given" if value == schema.TO_BE_GIVEN else default
             docs.append(KeyDoc(dotted, _short(annotation), default, _meanings().get((cls.__name__, name), "")))
-            if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(args[1]):
+            if typing.get_origin(annotation) is dict and is_schema(args[1]):
                 walk(args[1], f"{dotted}.NAME.")
 
     walk(schema.Config, "")
@@ -65,7 +67,7 @@ def key_docs() -> list[KeyDoc]:
 
 def _short(annotation: object) -> str:
     args = typing.get_args(annotation)
-    if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(args[1]):
+    if typing.get_origin(annotation) is dict and is_schema(args[1]):
         return "mapping of names to what follows"
     return type_name(annotation)
 

@@ -7,12 +7,17 @@ import functools
 import math
 import types
 import typing
-from typing import Any
+from typing import Any, TypeGuard
 
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.schema import TO_BE_GIVEN, Config, Plain
 from hymba_train.config.secrets import secrets_in_urls
 from hymba_train.errors import UserError
+
+
+def is_schema(annotation: Any) -> TypeGuard[type]:
+    """Whether a field's type is a dataclass, whose fields are keys of their own."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
 
 
 @functools.cache
@@ -62,7 +67,7 @@ def type_name(annotation: Any) -> str:
     """How an error line or the key list names a type: ``int``, ``list of str``, ``float or null``."""
     if annotation is type(None):
         return "null"
-    if dataclasses.is_dataclass(annotation):
+    if is_schema(annotation):
         return f"mapping with {', '.join(field_types(annotation))}"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
@@ -70,7 +75,7 @@ def type_name(annotation: Any) -> str:
     if origin is list:
         return f"list of {type_name(args[0])}"
     if origin is dict:
-        element = "(" + type_name(args[1]) + ")" if dataclasses.is_dataclass(args[1]) else type_name(args[1])
+        element = "(" + type_name(args[1]) + ")" if is_schema(args[1]) else type_name(args[1])
         return f"mapping of names to {element}"
     return "text" if annotation is str else annotation.__name__
 
@@ -102,7 +107,7 @@ _INVALID = object()
 
 
 def _convert_field(annotation: Any, value: Any, dotted: str, problems: list[str], root: type) -> Any:
-    if dataclasses.is_dataclass(annotation):
+    if is_schema(annotation):
         return _build(annotation, value, dotted, problems, root)
     if typing.get_origin(annotation) is dict and isinstance(value, dict):
         element = typing.get_args(annotation)[1]
@@ -215,9 +220,9 @@ def schema_keys(schema: type = Config) -> tuple[str, ...]:
         for name, annotation in field_types(cls).items():
             dotted = f"{prefix}{name}"
             args = typing.get_args(annotation)
-            if dataclasses.is_dataclass(annotation):
+            if is_schema(annotation):
                 walk(annotation, f"{dotted}.")
-            elif typing.get_origin(annotation) is dict and dataclasses.is_dataclass(args[1]):
+            elif typing.get_origin(annotation) is dict and is_schema(args[1]):
                 walk(args[1], f"{dotted}.NAME.")
             else:
                 keys.append(dotted)

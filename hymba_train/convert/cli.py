@@ -6,20 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.errors import UserError
+from hymba_train.parser import Parser
 
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as one line through UserError."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+if TYPE_CHECKING:
+    from hymba_train.convert.load import LoadedModel
 
 
 def run_convert(argv: list[str]) -> int:
     """``hymba convert to-hf | from-hf``; returns the exit code."""
-    parser = _Parser(prog="hymba convert", description="Hugging Face format in and out", allow_abbrev=False)
+    parser = Parser(prog="hymba convert", description="Hugging Face format in and out")
     commands = parser.add_subparsers(dest="command", required=True, metavar="to-hf | from-hf")
     out = commands.add_parser("to-hf", help="training checkpoint -> directory for plain transformers")
     out.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="of a run: its newest step")
@@ -59,8 +57,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def load_from(args: argparse.Namespace):
-    """The model (LoadedModel) that :func:`add_model_arguments`'s flags name. Raises UserError."""
+def load_from(args: argparse.Namespace) -> LoadedModel:
+    """The model that :func:`add_model_arguments`'s flags name. Raises UserError."""
     from hymba_train.convert.load import load_model, require_transformers
 
     require_transformers()
@@ -80,7 +78,7 @@ def pick_device(name: str) -> str:
 
 def run_generate(argv: list[str]) -> int:
     """``hymba generate``; returns the exit code."""
-    parser = _Parser(prog="hymba generate", description="continue prompts with a model", allow_abbrev=False)
+    parser = Parser(prog="hymba generate", description="continue prompts with a model")
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")

@@ -47,6 +47,7 @@ class CheckpointReader:
     def read(self, key: str) -> Tensor:
         """A whole tensor, on the CPU. Raises UserError if a file is missing or damaged."""
         stored = self.metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata), key
         target = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,10 +45,11 @@ def import_hf(model_directory: Path, output: Path) -> Path:
             for key, tensor in iterate_tensors(model, weights):
                 writer.write(key, tensor.float() if key in float32 or tensor.dtype is torch.float16 else tensor)
         tokenizer = copy_tokenizer(model_directory, directory / "tokenizer")
+        source = _plain(str(raw.get("_name_or_path") or model_directory.resolve().name))
         imported = {
-            "source": _plain(str(raw.get("_name_or_path") or model_directory.resolve().name)),
+            "source": source,
             "license": _license(model_directory),
-            "token_ids": _token_ids(raw),
+            "token_ids": vars(TokenIds.of(raw)),
             "tokenizer_files": tokenizer,
         }
         state = dict.fromkeys(("step", "phase", "samples_in_phase", "samples", "tokens"), 0)
@@ -57,19 +57,13 @@ def import_hf(model_directory: Path, output: Path) -> Path:
         write_metadata(step, metadata | {"weights_only": True, "imported": imported})
         manifest.write(step, manifest.make(step))
         (directory / CHECKPOINTS / LATEST).write_text(step.name + "\n")
-        _write_recipe(directory / RECIPE, model, imported["source"])
+        _write_recipe(directory / RECIPE, model, source)
     return output
 
 
 def _plain(text: str) -> str:
     """A name from a foreign file, fit for a model card and a comment."""
     return re.sub(r"[^\w./+-]", "_", text)[:100]
-
-
-def _token_ids(raw: dict[str, Any]) -> dict[str, int]:
-    default = vars(TokenIds())
-    given = {key: raw.get(f"{key}_token_id") for key in default}
-    return {key: default[key] if value is None else value for key, value in given.items()}
 
 
 def _license(directory: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ class TokenIds:
     bos: int = 1
     eos: int = 2
     pad: int = 0
+
+    @classmethod
+    def of(cls, config_json: Mapping[str, Any]) -> TokenIds:
+        """What a config.json gives; the defaults for those that it lacks or has as null."""
+        given = {key: config_json.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        return cls(**{key: value for key, value in given.items() if value is not None})
 
 
 def require_exportable(model: ModelConfig) -> None:

@@ -51,6 +51,7 @@ class LoadedModel:
         from transformers import AutoTokenizer
 
         self.require_tokenizer()
+        assert self.tokenizer_source is not None
         with tempfile.TemporaryDirectory() as directory:
             write_tokenizer_files(self.tokenizer_source, Path(directory))
             return AutoTokenizer.from_pretrained(directory)
@@ -82,13 +83,13 @@ def load_model(
     else:
         checkpoint = TrainingCheckpoint.find(path)
         native = "bfloat16" if checkpoint.config.precision.params == "bf16" else "float32"
-        weights = HubWeights(checkpoint)
+        hub = HubWeights(checkpoint)
         raw = checkpoint.hf_config("float32", TokenIds(**checkpoint.imported.get("token_ids", {})))
-        model = _build(raw, weights.read, _dtype(dtype or native), device)
+        model = _build(raw, hub.read, _dtype(dtype or native), device)
         source = checkpoint.tokenizer_path()
     source = tokenizer or source
     text = Tokenizer.load(source) if source is not None else None
-    ids = TokenIds(*(raw.get(f"{key}_token_id") for key in ("bos", "eos", "pad")))
+    ids = TokenIds.of(raw)
     if text is not None and checkpoint is not None and not checkpoint.imported:
         ids = token_ids(text)
     return LoadedModel(model, text, source, ids, _adds_bos(source), checkpoint)

@@ -5,60 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hymba_train.config.schema import ModelConfig
-from hymba_train.describe.tensors import TensorDescription, model_tensors
+from hymba_train.describe.tensors import TensorDescription
 from hymba_train.errors import UserError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def from_hf_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names -> ours, true shapes; dtypes are kept, nothing is copied that needs no change.
-
-    gate_proj and up_proj become the rows [gate; up] of ffn.linear_fc1; conv1d.weight [E, 1, K] becomes [E, K]. Where
-    the embedding is tied an equal lm_head.weight is accepted and dropped. Raises UserError with a line for every tensor
-    that is missing, has the wrong shape or is not known.
-    """
-    left, result, problems = dict(tensors), {}, []
-    for description in model_tensors(config):
-        parts = []
-        for name, shape in hf_parts(description):
-            tensor = left.pop(name, None)
-            if tensor is None:
-                problems.append(f"{name}: missing; the configuration asks for it with shape {list(shape)}")
-            elif tuple(tensor.shape) != shape:
-                problems.append(f"{name}: has shape {list(tensor.shape)}, the configuration asks for {list(shape)}")
-            else:
-                parts.append(tensor)
-        if parts:
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            result[description.name] = whole.reshape(-1, whole.shape[-1]) if whole.dim() == 3 else whole
-    if not config.untie_embeddings_and_output_weights and HEAD in left:
-        head, embedding = left.pop(HEAD), tensors.get(EMBEDDING)
-        if embedding is not None and not torch.equal(head, embedding):
-            problems.append(f"{HEAD}: differs from {EMBEDDING}; set model.untie_embeddings_and_output_weights")
-    problems += [f"{name}: no such tensor in this configuration" for name in left]
-    if problems:
-        raise UserError(*problems)
-    return result
-
-
-def to_hf_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ours (true shapes) -> published names: the inverse of :func:`from_hf_state_dict`; a tied lm_head is left out."""
-    result = {}
-    for description in model_tensors(config):
-        tensor = tensors.get(description.name)
-        if tensor is None or tuple(tensor.shape) != description.shape:
-            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-            raise UserError(f"{description.name}: {found}; the configuration asks for {list(description.shape)}")
-        row = 0
-        for name, shape in hf_parts(description):
-            result[name] = tensor[row : row + shape[0]].reshape(shape).contiguous()
-            row += shape[0]
-    return result
 
 
 def hf_parts(description: TensorDescription) -> list[tuple[str, tuple[int, ...]]]:
@@ -81,14 +34,14 @@ def checkpoint_keys(description: TensorDescription) -> list[tuple[str, tuple[int
         return [(description.name, description.shape)]
     shapes = [list(description.shape) for _ in description.slices]
     for shape, piece in zip(shapes, description.slices, strict=True):
-        shape[description.axis] = piece.size
+        shape[description.cut_axis] = piece.size
     return [(f"{description.name}.{s.name}", tuple(shape)) for s, shape in zip(description.slices, shapes, strict=True)]
 
 
 def checkpoint_entries(description: TensorDescription, full: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) in our checkpoints of one described tensor ``full``, in its true shape."""
     keys = [key for key, _ in checkpoint_keys(description)]
-    parts = [full] if len(keys) == 1 else full.split([s.size for s in description.slices], dim=description.axis)
+    parts = [full] if len(keys) == 1 else full.split([s.size for s in description.slices], dim=description.cut_axis)
     yield from zip(keys, parts, strict=True)
 
 
@@ -136,30 +89,30 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> ModelConfig:
     rank = get("mamba_dt_rank", "auto")
     return ModelConfig(
         name="hymba",
-        num_layers=get("num_hidden_layers"),
-        hidden_size=get("hidden_size"),
-        ffn_hidden_size=get("intermediate_size"),
-        num_attention_heads=get("num_attention_heads"),
-        num_query_groups=get("num_key_value_heads"),
-        vocab_size=get("vocab_size"),
+        num_layers=config_json["num_hidden_layers"],
+        hidden_size=config_json["hidden_size"],
+        ffn_hidden_size=config_json["intermediate_size"],
+        num_attention_heads=config_json["num_attention_heads"],
+        num_query_groups=config_json["num_key_value_heads"],
+        vocab_size=config_json["vocab_size"],
         kv_channels=get("attention_head_dim"),
         v_head_dim=get("attention_v_head_dim"),
         layer_pattern=_layer_pattern(config_json),
         branch_fusion=get("branch_fusion", "mean"),
         global_layers=list(get("global_attn_idx") or []),
         kv_groups=[list(group) for group in get("kv_reuse_group") or []],
-        window_size=get("sliding_window"),
-        num_meta_tokens=get("num_memory_tokens"),
-        mamba_expand=get("mamba_expand"),
-        mamba_state_dim=get("mamba_d_state"),
-        mamba_conv_width=get("mamba_d_conv"),
+        window_size=config_json["sliding_window"],
+        num_meta_tokens=config_json["num_memory_tokens"],
+        mamba_expand=config_json["mamba_expand"],
+        mamba_state_dim=config_json["mamba_d_state"],
+        mamba_conv_width=config_json["mamba_d_conv"],
         mamba_dt_rank=None if rank == "auto" else rank,
         rotary_base=get("rope_theta", 10000.0),
         rope_type=_ROPE_TYPES[get("rope_type")],
-        max_position_embeddings=get("max_position_embeddings"),
-        rope_original_max_positions=get("orig_max_position_embeddings") or get("max_position_embeddings"),
-        layernorm_epsilon=get("rms_norm_eps"),
-        untie_embeddings_and_output_weights=not get("tie_word_embeddings"),
+        max_position_embeddings=config_json["max_position_embeddings"],
+        rope_original_max_positions=get("orig_max_position_embeddings") or config_json["max_position_embeddings"],
+        layernorm_epsilon=config_json["rms_norm_eps"],
+        untie_embeddings_and_output_weights=not config_json["tie_word_embeddings"],
         init_method_std=get("initializer_range", 0.02),
     )
 

@@ -104,9 +104,9 @@ class PublishedWeights:
                     index, said = self.directory / INDEX, mapped.get(name)
                     raise UserError(f"{index}: {name} lies in {file}, the index says {said}")
                 where[name], self._paths[name] = opened, self.directory / file
-        absent = sorted(set(mapped or {}) - set(where))
-        if absent:
-            raise UserError(f"{self.directory / INDEX}: {absent[0]} is not in {mapped[absent[0]]}")
+        for name, file in sorted((mapped or {}).items()):
+            if name not in where:
+                raise UserError(f"{self.directory / INDEX}: {name} is not in {file}")
         return where
 
     def _index(self) -> dict[str, str] | None:
@@ -168,6 +168,7 @@ def iterate_tensors(model: ModelConfig, weights: PublishedWeights) -> Iterator[t
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a directory from elsewhere. Raises UserError: missing, too large, or something else."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than any such file")

@@ -79,6 +79,6 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], read: Callable[[st
         for t in ordered:
             tensor = read(t.name).to(t.dtype).contiguous()
             assert tuple(tensor.shape) == t.shape, (t.name, tensor.shape)
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -116,7 +116,7 @@ class HubWeights:
         if len(hf_parts(description)) > 1:  # published in as many tensors as the checkpoint has: gate and up
             keys = keys[number : number + 1]
         tensors = [self.reader.read(key) for key in keys]
-        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=description.axis)).reshape(shape)
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=description.cut_axis)).reshape(shape)
 
     def plan(self, dtype: torch.dtype) -> list[PlannedTensor]:
         """Every tensor of an export of type ``dtype``, in forward order.

@@ -92,7 +92,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _from_sentencepiece(directory: Path) -> None:
-    from data_prep.convert_tokenizer import write_tokenizer
+    from hymba_train.data.convert_tokenizer import write_tokenizer
 
     added = directory / "added_tokens.json"
     special = json.loads(added.read_text()) if added.is_file() else {}

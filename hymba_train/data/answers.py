@@ -21,6 +21,7 @@ import numpy as np
 
 from hymba_train.data.indexed_writer import sync_and_close, sync_directory, temporary_path, write_atomically
 from hymba_train.data.manifest import check_spots, spot_hashes
+from hymba_train.data.packs import Packs
 from hymba_train.data.windows import Sequences
 from hymba_train.errors import UserError
 
@@ -61,8 +62,10 @@ class LossMask:
 def over(sequences: Sequences, mask: LossMask) -> Sequences:
     """The same sequences, read from the mask instead of the tokens; padding is 0."""
     twin = copy.copy(sequences)
-    twin.part = replace(sequences.part, tokens=mask)
-    twin.pad_id = 0
+    # Reading asks for tokens() alone, which a mask has as well.
+    twin.part = replace(sequences.part, tokens=mask)  # type: ignore[arg-type]
+    if isinstance(twin, Packs):
+        twin.pad_id = 0
     return twin
 
 

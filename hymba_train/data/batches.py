@@ -104,15 +104,16 @@ def batch_hash(data: TrainingData, phase_index: int, first_sample: int, global_b
 def stack_samples(samples: Sequence[Sample]) -> MicroBatch:
     """Samples of one length as the rows of a micro-batch."""
 
-    def rows(key: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    def stack(rows: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(rows))
 
-    masked = samples[0]["segment_ids"] is not None
+    positions = [sample["positions"] for sample in samples if sample["positions"] is not None]
+    segment_ids = [sample["segment_ids"] for sample in samples if sample["segment_ids"] is not None]
     batch: MicroBatch = {
-        "tokens": torch.from_numpy(np.stack([sample["tokens"][:-1] for sample in samples])),
-        "labels": rows("labels"),
-        "positions": rows("positions") if masked else None,
-        "segment_ids": rows("segment_ids") if masked else None,
+        "tokens": stack([sample["tokens"][:-1] for sample in samples]),
+        "labels": stack([sample["labels"] for sample in samples]),
+        "positions": stack(positions) if positions else None,
+        "segment_ids": stack(segment_ids) if segment_ids else None,
     }
     if any("reference" in sample for sample in samples):
         references = [torch.from_numpy(sample["reference"]) for sample in samples]

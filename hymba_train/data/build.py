@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.data.answers import LossMask, Reference, reference_path
 from hymba_train.data.blend import Blend, WholeEpochs
@@ -81,8 +81,8 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
         validation_sequences=config.validation_sequences,
     )
     for domain in data.validation_domains:
-        for phase in phases:
-            data.num_validation_samples(domain, phase.seq_length)  # raises when the held-out part is too short
+        for opened in phases:
+            data.num_validation_samples(domain, opened.seq_length)  # raises when the held-out part is too short
     return data
 
 
@@ -129,6 +129,7 @@ def _open_chat(
     """What lies beside a source of conversations. Raises UserError."""
     if is_url(resolve_path(config, source.path)):
         raise UserError(f"{key}.path={source.path}: conversations are read from a local disk alone; copy them there")
+    assert manifest.chat is not None
     if not config.document_mask:
         raise UserError(
             f"data.document_mask=false: {manifest.chat['kind']} must not see one another; set data.document_mask=true"
@@ -203,7 +204,7 @@ def _open_phase(
             continue
         part = sources[source].training
         if sources[source].mask is not None and not _fits_whole(sources[source], phase):
-            facts = sources[source].manifest.chat
+            facts = _chat_facts(sources[source])
             if facts["kind"] == SOURCE_KIND:
                 raise UserError(
                     f"{key}.seq_length={phase.seq_length} would cut documents of {source}, made for sequences of "
@@ -234,9 +235,15 @@ def _open_phase(
     )
 
 
+def _chat_facts(source: Source) -> dict[str, Any]:
+    """Of a source with a loss mask, which is opened only where its manifest has them."""
+    assert source.manifest is not None and source.manifest.chat is not None
+    return source.manifest.chat
+
+
 def _fits_whole(source: Source, phase: PhaseConfig) -> bool:
     """Whether plain concatenation cuts none of its documents: recall tasks fill blocks of their sequence length."""
-    facts = source.manifest.chat
+    facts = _chat_facts(source)
     return facts["kind"] == SOURCE_KIND and facts["seq_length"] == phase.seq_length
 
 

@@ -6,8 +6,6 @@ read before play no part. So the data state of a run is (phase index, samples co
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -171,7 +169,9 @@ class TrainingData:
             "window": window,
         }
         if self.document_mask:
-            sample.update(mask_documents(tokens, sequences.borders(window)))
+            masked = mask_documents(tokens, sequences.borders(window))
+            sample["labels"] = masked["labels"]
+            sample["positions"], sample["segment_ids"] = masked["positions"], masked["segment_ids"]
         if (num_tokens := sequences.num_tokens(window)) < tokens.size:
             sample["labels"] = sample["labels"].copy()
             sample["labels"][num_tokens - 1 :] = IGNORED_LABEL
@@ -240,10 +240,6 @@ class TrainingData:
             "phases": phases,
             "sources": sources,
         }
-
-    def fingerprint(self) -> str:
-        """sha256 (hex) of :meth:`identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> list[str]:
         """Lines for the log: what each source holds, and how often each phase goes through it."""

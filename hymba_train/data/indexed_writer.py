@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -137,7 +137,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
-def sync_and_close(stream) -> None:
+def sync_and_close(stream: IO[bytes]) -> None:
+    """Bring what was written to the disk, and close."""
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hymba_train.data.indexed import bin_path, idx_path
 from hymba_train.data.indexed_writer import write_atomically
@@ -142,7 +142,7 @@ def check_spots(path: Path, facts: Mapping[str, Any]) -> None:
                 )
 
 
-def _block_hash(stream, offset: int) -> str:
+def _block_hash(stream: IO[bytes], offset: int) -> str:
     return hashlib.blake2b(os.pread(stream.fileno(), SPOT_BYTES, offset), digest_size=8).hexdigest()
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STRATEGIES = ("best_fit", "length_buckets")
 FILLER_SHARE = 16
 """Under length_buckets, pieces of at most 1/16 of a sequence may fill the holes of any bucket."""
 

@@ -29,6 +29,7 @@ from hymba_train.errors import UserError
 MAGIC = b"HYPACK\x00\x01"
 _TAIL = struct.Struct("<Q8s")
 _AGAIN = "build it again with `hymba data pack --overwrite`"
+_Ordered = tuple[np.ndarray, np.ndarray | None]  # values, and the order in which they are written
 
 
 class Packs:
@@ -163,14 +164,15 @@ def _facts_of(
     }
 
 
-def _write(path: Path, starts, first: np.ndarray, lengths, facts: dict[str, Any]) -> None:
-    """``starts`` and ``lengths`` are (values, order): written in that order, a bounded piece at a time."""
+def _write(path: Path, starts: _Ordered, first: np.ndarray, lengths: _Ordered, facts: dict[str, Any]) -> None:
+    """A bounded piece at a time."""
     temporary = temporary_path(path)
     digest, num_bytes = hashlib.sha256(), 0
     try:
         with open(temporary, "wb") as stream:
             stream.write(MAGIC)
-            for values, order in (starts, (first, None), lengths):
+            parts: tuple[_Ordered, ...] = (starts, (first, None), lengths)
+            for values, order in parts:
                 for begin in range(0, values.size, BLOCK_ITEMS):
                     chosen = slice(begin, begin + BLOCK_ITEMS) if order is None else order[begin : begin + BLOCK_ITEMS]
                     data = np.ascontiguousarray(values[chosen]).data

@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from typing import TypeVar
 
 import numpy as np
 
 NUM_ROUNDS = 8
 _MASK = 2**64 - 1
+_Positions = TypeVar("_Positions", int, np.ndarray)
 
 
-def _mix(x):
+def _mix(x: _Positions) -> _Positions:
     """Finaliser of SplitMix64, on a Python int or an array of uint64."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -45,7 +47,7 @@ class Permutation:
         digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8 * NUM_ROUNDS).digest()
         self._round_keys = struct.unpack(f"<{NUM_ROUNDS}Q", digest)
 
-    def _encrypt(self, x):
+    def _encrypt(self, x: _Positions) -> _Positions:
         left, right = x >> self._right_bits, x & self._right_mask
         for i in range(0, NUM_ROUNDS, 2):
             left = left ^ (_mix((right + self._round_keys[i]) & _MASK) & self._left_mask)

@@ -132,7 +132,7 @@ def upload(path: str | Path, url: str) -> None:
         system.put_file(str(path), target)
 
 
-def _open(url: str):
+def _open(url: str) -> Any:
     return import_extra("fsspec", f"reading {url}").open(url, "rb")
 
 

@@ -111,7 +111,7 @@ class Tokenizer:
         """Ids of several texts, each as :meth:`encode` gives them."""
         if add_bos and self.bos_id is None:
             raise UserError(f"{self.path} has no token that begins a text ({', '.join(BOS_NAMES)})")
-        head = [self.bos_id] if add_bos else []
+        head = [self.bos_id] if add_bos and self.bos_id is not None else []
         tail = [self.eod_id] if add_eod else []
         encoded = self._backend.encode(texts)
         return [head + ids + tail for ids in encoded] if add_bos or add_eod else encoded
@@ -157,7 +157,7 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special)
 
     def piece(self, token_id: int) -> str:
-        """The vocabulary's string for one id."""
+        """The vocabulary's string for one id; '' for an id below vocab_size that it skips."""
         return self._backend.piece(int(token_id))
 
 

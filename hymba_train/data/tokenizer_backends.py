@@ -45,7 +45,7 @@ class HuggingFace:
         return self._fast.decode(ids, skip_special_tokens=skip_special)
 
     def piece(self, token_id: int) -> str:
-        return self._fast.id_to_token(token_id)
+        return self._fast.id_to_token(token_id) or ""  # tokenizer.json may skip ids
 
     def find(self, piece: str) -> int | None:
         return self._fast.token_to_id(piece)
@@ -66,10 +66,12 @@ class SentencePiece:
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
+        """Text of ``ids``; without ``skip_special`` special pieces show their names, which SentencePiece would hide."""
         if skip_special:  # SentencePiece never shows control pieces, but writes <unk> as " ⁇ "
             ids = [i for i in ids if not self._processor.is_unknown(i)]
             return self._processor.decode(ids)
-        text, run = "", []
+        text = ""
+        run: list[int] = []
         for i in ids:
             if self._processor.is_control(i) or self._processor.is_unknown(i):
                 text += self._processor.decode(run) + self.piece(i)
@@ -90,7 +92,7 @@ class GigaToken:
     """``gigatoken`` for encoding only. Whether its ids are the same is for the caller to prove.
 
     It must be told not to see special tokens in a text, and it knows no Split pre-tokenizer in a byte-fallback model;
-    the one that :mod:`data_prep.convert_tokenizer` writes only makes ``tokenizers`` faster, and is taken away.
+    the one that :mod:`hymba_train.data.convert_tokenizer` writes only makes ``tokenizers`` faster, and is taken away.
     """
 
     name = "gigatoken"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -113,7 +113,15 @@ class Windows:
         return self.seq_length + 1
 
 
-def mask_documents(tokens: np.ndarray, borders: np.ndarray) -> dict[str, np.ndarray]:
+class Masked(TypedDict):
+    """int64 [S] each."""
+
+    labels: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+
+
+def mask_documents(tokens: np.ndarray, borders: np.ndarray) -> Masked:
     """Labels, positions and segment ids that keep the documents of one sample apart.
 
     Args:

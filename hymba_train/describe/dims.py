@@ -37,6 +37,7 @@ class ModelDims:
 
     @classmethod
     def of(cls, model: ModelConfig) -> ModelDims:
+        """Dimensions of a model with every derived width filled in. Expects sizes that are given and divide."""
         inner = model.mamba_expand * model.hidden_size
         return cls(
             hidden_size=model.hidden_size,

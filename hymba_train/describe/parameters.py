@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,19 @@ class TensorDescription:
     @property
     def num_parameters(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def cut_axis(self) -> int:
+        """:attr:`axis`, of a tensor that has one."""
+        assert self.axis is not None, self.name
+        return self.axis
+
+
+class Cut(TypedDict):
+    """Where tensors of one kind are cut alike: keyword arguments of :class:`TensorDescription`."""
+
+    axis: int
+    slices: tuple[Slice, ...]
 
 
 def partition(units: int, ranks: int, rank: int) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, padded_vocab_size
 from hymba_train.describe.heads import heads_of_rank
-from hymba_train.describe.mixers import MIXERS
+from hymba_train.describe.mixers import MIXERS, SsdSizes
 from hymba_train.describe.parameters import capacity
 from hymba_train.describe.stack import LayerDescription
 
@@ -102,12 +102,16 @@ class Sizes:
         return SavedTensor(name, width, self.v)
 
     @property
+    def ssd(self) -> SsdSizes:
+        """Sizes of the SSD scan, of a mixer that has one."""
+        sizes = self.mixer.ssd_sizes(self.model)
+        assert sizes is not None, self.mixer.name
+        return sizes
+
+    @property
     def projected(self) -> tuple[str, float]:
         """in_proj's output: its parts are views, so one saved part keeps all of it."""
         return "in_proj.out", self.in_width
-
-
-Part = Callable[[Sizes], Iterator[SavedTensor]]
 
 
 Part = Callable[[Sizes], Iterator[SavedTensor]]
@@ -221,13 +225,13 @@ def _ssd_torch(x: Sizes) -> Iterator[SavedTensor]:
 def _ssd_reference(x: Sizes) -> Iterator[SavedTensor]:
     """Through autograd, a step at a time: about three copies of the state a step."""
     yield from _ssd_torch(x)
-    yield SavedTensor("ssd.every_step", 3 * x.out_width * x.mixer.ssd_sizes(x.model).state_dim, FLOAT32)
+    yield SavedTensor("ssd.every_step", 3 * x.out_width * x.ssd.state_dim, FLOAT32)
 
 
 def _ssd_mamba_ssm(x: Sizes) -> Iterator[SavedTensor]:
     yield SavedTensor(*x.projected, x.v)
     yield SavedTensor("ssd.out", x.out_width, x.v)
-    yield SavedTensor("ssd.decay", x.mixer.ssd_sizes(x.model).num_heads // x.setting.tensor, FLOAT32)
+    yield SavedTensor("ssd.decay", x.ssd.num_heads // x.setting.tensor, FLOAT32)
 
 
 def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:

@@ -31,7 +31,6 @@ PACKAGES = (
     ("transformers", "transformers", False),
     ("wandb", "wandb", False),
 )
-CLOCK_WARN_SECONDS = 1.0
 
 
 def packages() -> list[Finding]:

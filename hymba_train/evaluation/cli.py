@@ -6,11 +6,15 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.convert.cli import add_model_arguments, load_from
 from hymba_train.errors import UserError
 from hymba_train.parser import Parser
+
+if TYPE_CHECKING:
+    from hymba_train.config.schema import EvaluationConfig
+    from hymba_train.convert.source import TrainingCheckpoint
 
 
 def run_eval(argv: list[str]) -> int:
@@ -57,7 +61,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _run_of(args: argparse.Namespace):
+def _run_of(args: argparse.Namespace) -> TrainingCheckpoint:
     """The training checkpoint whose data and settings count."""
     from hymba_train.convert.published import CONFIG
     from hymba_train.convert.source import TrainingCheckpoint
@@ -100,7 +104,7 @@ def _recall(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     )
 
 
-def _recipe(name: str):
+def _recipe(name: str) -> EvaluationConfig:
     """The evaluation group of a recipe, checked. Raises UserError."""
     from hymba_train.config import compose
     from hymba_train.config.choices import check_values

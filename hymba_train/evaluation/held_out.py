@@ -72,7 +72,7 @@ def _domain_loss(model: Any, data: TrainingData, domain: str, seq_length: int, b
 
 def apart(tokens: Tensor, labels: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Documents of packed rows [B, S] as rows of their own, padded on the right: tokens, labels and mask [rows, S']."""
-    pieces = []
+    pieces: list[tuple[Tensor, Tensor]] = []
     for row_tokens, row_labels, row_ids in zip(tokens, labels, segment_ids, strict=True):
         lengths = torch.unique_consecutive(row_ids, return_counts=True)[1].tolist()
         pieces += zip(row_tokens.split(lengths), row_labels.split(lengths), strict=True)

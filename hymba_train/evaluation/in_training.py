@@ -15,6 +15,7 @@ from hymba_train.data import TrainingData, validation_batches
 from hymba_train.data.build import load_tokenizer
 from hymba_train.evaluation.scoring import NUM_SUMS, RecallBatch, Task, batches, make_tasks, score, scores_of
 from hymba_train.evaluation.symbols import choose_symbols
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.step import MicroBatch, Stepper
 
 Losses = dict[str, float]
@@ -22,7 +23,7 @@ Scores = dict[str, dict[str, Any]]
 
 
 def make_evaluate(
-    data: TrainingData, stepper: Stepper, runtime, current_phase: Callable[[], PhaseConfig]
+    data: TrainingData, stepper: Stepper, runtime: Runtime, current_phase: Callable[[], PhaseConfig]
 ) -> Callable[[], Losses]:
     """A function domain -> mean loss in nats per labelled token, at the current phase's sequence length.
 
@@ -45,7 +46,7 @@ def make_evaluate(
 
 
 def make_recall(
-    config: Config, stepper: Stepper, runtime, current_phase: Callable[[], PhaseConfig]
+    config: Config, stepper: Stepper, runtime: Runtime, current_phase: Callable[[], PhaseConfig]
 ) -> Callable[[], Scores]:
     """A function task -> scores (:func:`hymba_train.evaluation.scoring.scores_of`) on the tasks of evaluation.recall.
 
@@ -76,10 +77,12 @@ def rows_of(length: int, phase: PhaseConfig) -> int:
 def recall_sums(stepper: Stepper, found: Sequence[RecallBatch], buckets: int) -> list[list[float]]:
     """:func:`score` of all ranks' batches together, on every rank."""
     runtime = stepper.runtime
-    outputs = stepper.look([batch.tensors() for batch in found], Recall(buckets))
+    inputs: list[MicroBatch] = [dict(batch.tensors()) for batch in found]
+    outputs = stepper.look(inputs, Recall(buckets))
     sums = torch.zeros(buckets, NUM_SUMS, dtype=torch.float64, device=runtime.device)
     if runtime.is_last_stage and runtime.tensor_rank == 0:  # all ranks of a stage have the whole logits
-        sums += sum(output["sums"] for output in outputs).to(runtime.device)
+        for output in outputs:
+            sums += output["sums"].to(runtime.device)
     dist.all_reduce(sums)
     return sums.tolist()
 
@@ -97,4 +100,5 @@ class Recall:
     def loss(self, batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """``losses`` are logits [B, S, V] here."""
         nothing = losses.new_zeros(())
-        return nothing, nothing.int(), {"sums": score(losses, RecallBatch(**batch), self.buckets)}
+        asked = RecallBatch(**{name: tensor for name, tensor in batch.items() if tensor is not None})
+        return nothing, nothing.int(), {"sums": score(losses, asked, self.buckets)}

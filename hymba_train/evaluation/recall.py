@@ -68,7 +68,15 @@ def num_buckets(kind: str) -> int:
     return NUM_DEPTHS if kind == "needle" else 1
 
 
-def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
+def _mqar(
+    rng: np.random.Generator,
+    symbols: Symbols,
+    n: int,
+    bucket: int,
+    tokens: np.ndarray,
+    answers: np.ndarray,
+    known: np.ndarray,
+) -> None:
     keys = rng.choice(symbols.keys, n, replace=False)
     values = rng.choice(symbols.values, n, replace=n > symbols.values.size)
     tokens[0 : 2 * n : 2], tokens[1 : 2 * n : 2] = keys, values
@@ -79,14 +87,14 @@ def _mqar(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) ->
     answers[places + 1] = np.arange(n)
 
 
-def _keys(rng, symbols: Symbols, n: int) -> np.ndarray:
+def _keys(rng: np.random.Generator, symbols: Symbols, n: int) -> np.ndarray:
     """n different keys, int64 [n, KEY_TOKENS]."""
     size = symbols.keys.size
     numbers = rng.choice(size**KEY_TOKENS, n, replace=False)
     return symbols.keys[np.stack([numbers // size**i % size for i in range(KEY_TOKENS)], axis=1)]
 
 
-def _values(rng, symbols: Symbols, n: int) -> np.ndarray:
+def _values(rng: np.random.Generator, symbols: Symbols, n: int) -> np.ndarray:
     return rng.choice(symbols.values, (n, VALUE_TOKENS))
 
 
@@ -98,7 +106,15 @@ def _question(symbols: Symbols, key: np.ndarray, value: np.ndarray) -> np.ndarra
     return np.concatenate([[symbols.ask], key, [symbols.equals], value])
 
 
-def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
+def _phonebook(
+    rng: np.random.Generator,
+    symbols: Symbols,
+    n: int,
+    bucket: int,
+    tokens: np.ndarray,
+    answers: np.ndarray,
+    known: np.ndarray,
+) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     asked = rng.choice(n, num_questions("phonebook", n), replace=False)
     text = [_entry(symbols, keys[i], values[i]) for i in range(n)]
@@ -110,7 +126,15 @@ def _phonebook(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, know
         answers[end - VALUE_TOKENS : end] = number
 
 
-def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
+def _needle(
+    rng: np.random.Generator,
+    symbols: Symbols,
+    n: int,
+    bucket: int,
+    tokens: np.ndarray,
+    answers: np.ndarray,
+    known: np.ndarray,
+) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     sentence = rng.choice(np.concatenate([symbols.keys, symbols.values]), SENTENCE_TOKENS)
     size = tokens.size - QUESTION_TOKENS - n * (ENTRY_TOKENS + 1)
@@ -127,7 +151,15 @@ def _needle(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) 
     answers[-VALUE_TOKENS:] = 0
 
 
-def _selective_copy(rng, symbols: Symbols, n: int, bucket: int, tokens, answers, known) -> None:
+def _selective_copy(
+    rng: np.random.Generator,
+    symbols: Symbols,
+    n: int,
+    bucket: int,
+    tokens: np.ndarray,
+    answers: np.ndarray,
+    known: np.ndarray,
+) -> None:
     said = rng.choice(symbols.values[:ALPHABET], n)
     context = tokens.size - 1 - n
     tokens[np.sort(rng.choice(context, n, replace=False))] = said

@@ -63,4 +63,5 @@ def choose_symbols(tokenizer: Tokenizer, num_symbols: int, separators: Sequence[
         )
     places = np.linspace(0, len(ordinary) - 1, num_symbols).round().astype(np.int64)
     chosen = np.array(ordinary, dtype=np.int64)[places]
-    return Symbols(chosen[0::2], chosen[1::2], *marks, eod=tokenizer.eod_id)
+    equals, end, ask, blank = marks
+    return Symbols(chosen[0::2], chosen[1::2], equals, end, ask, blank, tokenizer.eod_id)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.stop_file import OUTCOME_FILE, read_outcome
+from hymba_train.outcome import OUTCOME_FILE, read_outcome
 
 STARTS = "starts.jsonl"
 

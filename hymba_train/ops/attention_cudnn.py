@@ -123,10 +123,11 @@ class MetaLaunch:
 
     @classmethod
     def of(cls, q: Tensor, meta_k: Tensor, meta_v: Tensor, lse: Tensor, scale: float) -> MetaLaunch:
+        """Of q [B, S, H, dk], meta_k [M, G, dk], meta_v [M, G, dv] and the forward pass's ``lse``."""
         batch, seq, heads, dk = q.shape
         num_meta, groups, dv = meta_v.shape
-        strides = tuple(lse.stride()[:3]) if lse.ndim == 4 else (seq * heads, 1, heads)
-        return cls(batch * seq, seq, heads, groups, dk, dv, num_meta, scale, strides)
+        row, head, token = lse.stride()[:3] if lse.ndim == 4 else (seq * heads, 1, heads)
+        return cls(batch * seq, seq, heads, groups, dk, dv, num_meta, scale, (row, head, token))
 
     def _grid(self, programs: int, device: torch.device) -> tuple[int, int]:
         """(strips, items of a program): strips for every KV head fill ``programs`` a multiprocessor."""

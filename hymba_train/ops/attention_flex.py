@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,10 @@ def mask_mod(num_meta: int, window: int | None, segment_ids: Tensor | None) -> M
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
     """q [B, n, H, dk], k [B, T, G, dk], v [B, T, G, dv] -> [B, n, H, dv]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    kernel = _compiled() if q.is_cuda else flex_attention
-    return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    options: dict[str, Any] = dict(block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = _compiled()(q, k, v, **options) if q.is_cuda else flex_attention(q, k, v, **options)
+    assert isinstance(out, Tensor)  # without return_lse
+    return out.transpose(1, 2)
 
 
 @functools.cache

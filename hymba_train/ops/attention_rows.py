@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from hymba_train.ops.registry import Choice
 
 
 def attention_rows(
-    attention: Choice, meta_q: Tensor, q: Tensor, k: Tensor, v: Tensor, *, batch: int, **kwargs
+    attention: Choice, meta_q: Tensor, q: Tensor, k: Tensor, v: Tensor, *, batch: int, **kwargs: Any
 ) -> Tensor:
     """:func:`hymba_train.ops.attention.attention` by the chosen backend, from rows to rows.
 

@@ -6,9 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""A label that is not predicted; any negative one is taken for it."""
-
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, *, recompute: bool = False

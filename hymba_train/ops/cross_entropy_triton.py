@@ -6,6 +6,8 @@ torch's. The weight's gradient goes straight into Megatron-Core's float32 ``main
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -70,8 +72,9 @@ class _WeightGradient:
     """Sum of products d_logits.T @ hidden in float32, in main_grad or in memory of its own. ``once``: of one only."""
 
     def __init__(self, weight: Tensor, main_grad_of: Tensor | None, once: bool) -> None:
-        self.weight, self.owner, self.once = weight, main_grad_of, once
-        self.sum = None if main_grad_of is None else main_grad_of.main_grad
+        owner: Any = main_grad_of  # with Megatron-Core's attributes
+        self.weight, self.owner, self.once = weight, owner, once
+        self.sum: Tensor | None = None if owner is None else owner.main_grad
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
         left = d_logits.t()

@@ -50,6 +50,7 @@ class GradientSlot:
         return self.buffer.get()[slice(*self.rows), slice(*self.columns)]
 
     def part(self, dim: int, start: int, stop: int) -> GradientSlot:
+        """The slot of rows (``dim`` 0) or columns (1) start..stop of this one, counted from its own first."""
         rows, columns = self.rows, self.columns
         if dim == 0:
             return GradientSlot(self.buffer, (rows[0] + start, rows[0] + stop), columns)
@@ -82,12 +83,13 @@ def slot_of(x: Tensor) -> GradientSlot | None:
 
 def new_slot(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> GradientSlot:
     """A slot that is the whole of a gradient [N, W]."""
-    return GradientSlot(_Buffer(tuple(shape), dtype, device), (0, shape[0]), (0, shape[1]))
+    rows, columns = shape
+    return GradientSlot(_Buffer((rows, columns), dtype, device), (0, rows), (0, columns))
 
 
 def view_with_slot(part: Tensor, view: Tensor) -> Tensor:
     """``view``, a view of all of ``part`` with the same columns, with part's slot: it is used in part's place."""
-    view._gradient_slot = slot_of(part)
+    view._gradient_slot = slot_of(part)  # type: ignore[attr-defined]  # ours, on torch's class
     return view
 
 

@@ -16,6 +16,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ class Module:
         finally:
             _checked(self._driver.cuCtxSetCurrent(before))
 
-    def _function(self, name: str, shared_bytes: int):
+    def _function(self, name: str, shared_bytes: int) -> Any:
         driver = self._driver
         (function,) = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
         attributes = driver.CUfunction_attribute

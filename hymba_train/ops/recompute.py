@@ -27,7 +27,9 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         inputs = [None if x is None else x.detach() for x in ctx.saved_tensors]
-        wanted = [x.requires_grad_() for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed and x is not None]
+        for x in wanted:
+            x.requires_grad_()
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
         made = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]

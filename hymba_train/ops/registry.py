@@ -38,6 +38,7 @@ ALL_DTYPES = frozenset(DTYPE_NAMES)
 
 
 def is_importable(package: str) -> bool:
+    """Whether a package is installed; it is looked for, not imported."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # a.b without a

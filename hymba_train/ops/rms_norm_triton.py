@@ -41,7 +41,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        dx, d_weight = _gradients(*ctx.saved_tensors, None, d_out, ctx.slot)
+        rows, weight, scale = ctx.saved_tensors
+        dx, d_weight = _gradients(rows, weight, scale, None, d_out, ctx.slot)
         return dx.view(ctx.shape), d_weight, None, None
 
 
@@ -60,7 +61,8 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx, d_total, d_out):
         if d_out is None:
             return d_total, d_total, None, None
-        dx, d_weight = _gradients(*ctx.saved_tensors, d_total, d_out, None)
+        total, weight, scale = ctx.saved_tensors
+        dx, d_weight = _gradients(total, weight, scale, d_total, d_out, None)
         dx = dx.view(d_out.shape)
         return dx, dx, d_weight, None
 

@@ -56,6 +56,7 @@ CHUNKS: Chunks | None = None
 
 
 def choose_chunks(batch: int, num_tokens: int, channels: int, multiprocessors: int, chain_tokens: int) -> Chunks:
+    """How a launch cuts time: not at all, in a chain, or side by side where chains do not fill the GPU."""
     if CHUNKS:
         return CHUNKS
     chains = batch * -(-channels // BLOCK_CHANNELS)
@@ -194,10 +195,11 @@ class _Run:
     def __init__(self, find: Callable[..., Module], way: str, **tensors: Tensor) -> None:
         u, A_log = tensors["u"], tensors["A_log"]
         self.device = u.device
-        self.chunks = chunks = choose_chunks(*u.shape, _multiprocessors(u.device), CHAIN_TOKENS[way])
-        self.params, self.tensors = Params(), []
-        p = self.params
-        (p.batch, p.tokens, p.channels), p.states = u.shape, A_log.shape[1]
+        batch, num_tokens, channels = u.shape
+        self.chunks = chunks = choose_chunks(batch, num_tokens, channels, _multiprocessors(u.device), CHAIN_TOKENS[way])
+        self.params = p = Params()
+        self.tensors: list[Tensor] = []
+        p.batch, p.tokens, p.channels, p.states = batch, num_tokens, channels, A_log.shape[1]
         p.blocks = -(-p.channels // BLOCK_CHANNELS)
         p.chunk_tokens, p.chunks, p.chained = chunks.tokens, chunks.count, chunks.chained and chunks.count > 1
         self.chains = p.batch * p.blocks
@@ -308,6 +310,7 @@ def shared_bytes() -> dict[str, int]:
 
 
 def defines(x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool) -> dict[str, int]:
+    """Preprocessor names of the kernels for these dtypes; ``exact``: without guards at the ends of channels."""
     kind = {"X_BF16": x_dtype == torch.bfloat16, "BC_BF16": bc_dtype == torch.bfloat16, "EXACT": exact}
     build = dict(BUILD)
     if x_dtype == torch.float32:  # inputs take twice the registers

@@ -38,12 +38,12 @@ def selective_scan_rows(
         meta.append(view_with_slot(meta_rows, meta_rows.unsqueeze(0)))
         text.append(view_with_slot(text_rows, text_rows.unflatten(0, (batch, seq))))
 
-    def run(u, dt, B, C, z, initial_state, segment_ids):
-        kwargs = dict(initial_state=initial_state, segment_ids=segment_ids)
-        return scan(u, dt, A_log, B, C, D, dt_bias, z, **kwargs)
+    def run(part: list[Tensor], initial_state: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        u, dt, B, C, z = part
+        return scan(u, dt, A_log, B, C, D, dt_bias, z, initial_state=initial_state, segment_ids=segment_ids)
 
-    meta_y, state = run(*meta, None, None)
-    text_y, _ = run(*text, state[0], segment_ids)
+    meta_y, state = run(meta, None, None)
+    text_y, _ = run(text, state[0], segment_ids)
     parts = [meta_y[0], text_y.flatten(0, 1)]
     if counts[2]:
         parts.append(parts[1].new_zeros(counts[2], u.shape[1]))

@@ -7,6 +7,7 @@ through one function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hymba_train.ops import selective_scan_cuda as scan
 from hymba_train.ops.gradient_slots import GradientSlot, new_slot, slot_of
+from hymba_train.ops.nvrtc import Module
 
 
 def can_scan_rows(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, *channel: Tensor) -> bool:
@@ -42,6 +44,8 @@ class _Part:
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor | None, ...] = ()
+    slots: tuple[GradientSlot | None, ...] = ()
+    find_kernels: Callable[..., Module] | None = None
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -60,11 +64,12 @@ class _ScanRows(torch.autograd.Function):
         y[num_meta + batch * seq :].zero_()
         rows, meta_rows, text_rows = (u, dt, z, B, C), *_places(sizes)
         meta, text = _Part((keep,) * 12), _Part((keep,) * 12)
-        _, state = scan.CudaScan.forward(
+        forward: Callable[..., tuple[Tensor, Tensor]] = scan.CudaScan.forward
+        _, state = forward(
             meta, *(x[meta_rows][None] for x in rows), A_log, D, bias, None, None,
             keep, (None,) * 3, y[meta_rows][None],
         )  # fmt: skip
-        scan.CudaScan.forward(
+        forward(
             text, *(x[text_rows].unflatten(0, (batch, seq)) for x in rows), A_log, D, bias, state[0], ids,
             keep, (None,) * 3, y[text_rows].unflatten(0, (batch, seq)),
         )  # fmt: skip
@@ -84,8 +89,9 @@ class _ScanRows(torch.autograd.Function):
         dy = dy.contiguous()
         slots = [slot or new_slot(ctx.shape, ctx.dtype, dy.device) for slot in ctx.slots]
         whole = [slot.take() for slot in slots]
-        *of_text, d_state = _backward(text, slots, text_rows, dy[text_rows].unflatten(0, (batch, seq)), None)
-        *of_meta, _ = _backward(meta, slots, meta_rows, dy[meta_rows][None], d_state[None])
+        of_text, d_state = _backward(text, slots, text_rows, dy[text_rows].unflatten(0, (batch, seq)), None)
+        assert d_state is not None
+        of_meta, _ = _backward(meta, slots, meta_rows, dy[meta_rows][None], d_state[None])
         padding = slice(text_rows.stop, None)
         for place in whole:
             place[padding].zero_()
@@ -106,10 +112,11 @@ def _places(sizes: tuple[int, int, int]) -> tuple[slice, slice]:
 
 def _backward(
     part: _Part, slots: list[GradientSlot], rows: slice, dy: Tensor, d_state: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """(dB, dC, dA_log, dD, dbias, d_initial) of one part; those of u, dt and z are put into its rows of ``slots``."""
-    part.slots = tuple(slot.part(0, rows.start, rows.stop) for slot in slots)
+) -> tuple[list[Tensor], Tensor | None]:
+    """([dB, dC, dA_log, dD, dbias], d_initial) of one part; those of u, dt and z are put into its rows of ``slots``."""
+    places = tuple(slot.part(0, rows.start, rows.stop) for slot in slots)
+    part.slots = places
     gradients = scan.CudaScan.backward(part, dy, d_state)
-    for slot, gradient in zip(part.slots, gradients[:3], strict=True):
+    for slot, gradient in zip(places, gradients[:3], strict=True):
         slot.put(gradient)
-    return gradients[3:9]
+    return list(gradients[3:8]), gradients[8]

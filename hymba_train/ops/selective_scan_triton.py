@@ -8,6 +8,7 @@ kept; the backward recomputes the others. The kernels are in :mod:`hymba_train.o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,8 +116,8 @@ class _Launch:
         self.num_chunks = -(-self.num_tokens // CHUNK_TOKENS)
         self.grid = (-(-self.channels // CHANNELS), self.num_chunks, batch)
         self.has_starts = starts is not None
-        self.starts = starts if self.has_starts else a2  # any pointer, not read
-        if self.has_starts:
+        self.starts = a2 if starts is None else starts  # any pointer, not read
+        if starts is not None:
             padded = torch.nn.functional.pad(starts, (0, self.num_chunks * CHUNK_TOKENS - self.num_tokens))
             self.keep = (padded.view(batch, self.num_chunks, CHUNK_TOKENS).sum(-1) == 0).int()
         else:
@@ -127,7 +128,7 @@ class _Launch:
         shape = (self.grid[2], self.num_chunks, *sizes, self.channels)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def __call__(self, kernel, *tensors: Tensor) -> None:
+    def __call__(self, kernel: Any, *tensors: Tensor) -> None:
         with torch.cuda.device_of(tensors[0]):
             kernel[self.grid](
                 *tensors, self.num_tokens, self.channels, self.num_chunks, CHUNK=CHUNK_TOKENS, N=self.num_states,

@@ -58,7 +58,8 @@ def ssd_scan(
             y, state = y + added, state + last
         return y.to(x.dtype), state
 
-    return recomputed(scan, x, dt, A_log, B, C, D, dt_bias, initial_state)
+    y, state = recomputed(scan, x, dt, A_log, B, C, D, dt_bias, initial_state)
+    return y, state
 
 
 def ssd_scan_reference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ class Runtime:
     """Where this process stands. ``groups`` is Megatron-Core's ProcessGroupCollection."""
 
     device: torch.device
-    groups: object
+    groups: Any
     rank: int
     world_size: int
 

@@ -26,8 +26,9 @@ def fill_in_epochs(config: Config) -> None:
             continue
         names = [name for name, weight in phase.blend.items() if weight > 0 and name in config.data.sources]
         paths = [config.data.sources[name].path for name in names]
-        counts = [_num_sequences(config, path, phase) for path in paths if path != TO_BE_GIVEN]
-        if names and len(counts) == len(names) and None not in counts:
+        found = [_num_sequences(config, path, phase) for path in paths if path != TO_BE_GIVEN]
+        counts = [count for count in found if count is not None]
+        if names and len(counts) == len(names):
             phase.tokens = phase.tokens_of(phase.epochs * sum(counts))
 
 

@@ -117,8 +117,8 @@ class TimeEstimate:
     @property
     def days(self) -> float | None:
         """Of all phases together; None while one of them is not measured."""
-        seconds = [phase.seconds for phase in self.phases]
-        return None if None in seconds or not seconds else sum(seconds) / DAY_SECONDS
+        seconds = [phase.seconds for phase in self.phases if phase.seconds is not None]
+        return sum(seconds) / DAY_SECONDS if seconds and len(seconds) == len(self.phases) else None
 
 
 def estimate_times(plan: Plan, gpu: str | None = None, rows: Sequence[Row] | None = None) -> list[TimeEstimate]:

@@ -96,7 +96,9 @@ def setting_of(config: Config, phase: PhaseConfig) -> Setting:
 class _Stage:
     """One pipeline rank."""
 
-    def __init__(self, config, layers, chunks, data_parallel: int, rank: int) -> None:
+    def __init__(
+        self, config: Config, layers: Sequence[LayerDescription], chunks: Sequence[Chunk], data_parallel: int, rank: int
+    ) -> None:
         self.config, self.layers, self.data_parallel, self.rank = config, layers, data_parallel, rank
         self.own = [chunk for chunk in chunks if chunk.pipeline_rank == rank]
         self.kinds = Counter(layers[index].kind for chunk in self.own for index in chunk.layers)

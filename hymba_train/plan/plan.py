@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hymba_train.config.choices import check_values
@@ -203,7 +204,9 @@ def _spell_out(config: Config, world_size: int) -> Plan:
     )
 
 
-def _layer_plans(config: Config, layers, chunks, costs) -> list[LayerPlan]:
+def _layer_plans(
+    config: Config, layers: Sequence[LayerDescription], chunks: Sequence[Chunk], costs: Sequence[float]
+) -> list[LayerPlan]:
     return [
         LayerPlan(
             layers[index], chunk.index, chunk.pipeline_rank, chunk.virtual_rank,

@@ -10,9 +10,10 @@ from hymba_train.config.nearest import did_you_mean
 from hymba_train.config.numbers import multiples_around
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack, used_mixers
-from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, MOST_STATES, ON_GPU_ONLY, backends_of
+from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of
 from hymba_train.describe.attention_backends import check_attention
 from hymba_train.describe.mixers import SsdSizes
+from hymba_train.describe.saved import MOST_STATES
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
@@ -44,7 +45,7 @@ def check_precision(config: Config) -> list[str]:
         problems.append(
             f"{fp8} needs precision.params=bf16, not {precision.params}; set that, or set precision.fp8=null"
         )
-    return problems + _check_widths(config, fp8)
+    return problems + _check_widths(config, fp8, BLOCK[precision.fp8])
 
 
 def _check_backends(config: Config) -> list[str]:
@@ -116,9 +117,9 @@ def _check_mamba_ssm(config: Config, scans: list[SsdSizes]) -> list[str]:
     return problems
 
 
-def _check_widths(config: Config, fp8: str) -> list[str]:
+def _check_widths(config: Config, fp8: str, block: int) -> list[str]:
     """Widths of every product on a rank, each named once by the key that decides it."""
-    model, tp, block = config.model, config.parallel.tensor, BLOCK[config.precision.fp8]
+    model, tp = config.model, config.parallel.tensor
     problems: dict[str, None] = {}
     try:
         stack = resolve_stack(model)

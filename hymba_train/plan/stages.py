@@ -6,7 +6,7 @@ interleaved schedule; with one chunk a rank, chunk and rank are the same).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hymba_train.describe import LayerDescription, kv_crossing
@@ -79,16 +79,20 @@ def balance(
     return _dynamic_program(len(layers), num_chunks, chunk_cost, cuts, limit)[1]
 
 
-def _dynamic_program(num_layers, num_chunks, chunk_cost, cuts, limit):
+def _dynamic_program(
+    num_layers: int, num_chunks: int, chunk_cost: Callable[[int, int], float], cuts: Sequence[int], limit: float | None
+) -> tuple[tuple[float, ...], list[int]]:
     """((score), layers per chunk): score is (dearest chunk,) without a limit, else (KV groups cut, sum of squares)."""
-    table = {0: ((0.0,) if limit is None else (0, 0.0), [])}  # layers placed -> best score, counts
+    # layers placed -> best score, counts
+    table: dict[int, tuple[tuple[float, ...], list[int]]] = {0: ((0.0,) if limit is None else (0, 0.0), [])}
     for chunk in range(num_chunks):
-        following = {}
+        following: dict[int, tuple[tuple[float, ...], list[int]]] = {}
         room = num_layers - (num_chunks - chunk - 1)  # each later chunk needs a layer
         for placed, (score, counts) in table.items():
             ends = range(placed + 1, room + 1) if chunk < num_chunks - 1 else [num_layers]
             for end in ends:
                 cost = chunk_cost(placed, end)
+                new: tuple[float, ...]
                 if limit is None:
                     new = (max(score[0], cost),)
                 elif cost > limit:

@@ -103,15 +103,6 @@ class StepPlan:
                 return s.first_step + past
         raise ValueError(f"phase {phase_index}: no step starts after {num_samples} samples")
 
-    def phase_steps(self, phase: str) -> range:
-        """Steps of a phase."""
-        own = [s for s in self.segments if s.phase == phase]
-        return range(own[0].first_step, own[-1].end_step) if own else range(0)
-
-    def phase_tokens(self, phase: str) -> int:
-        """Text tokens that the steps of a phase train."""
-        return sum(s.num_steps * s.tokens_per_step for s in self.segments if s.phase == phase)
-
     def _segment(self, step: int) -> Segment:
         return self.segments[bisect_right(self.segments, step, key=lambda s: s.first_step) - 1]
 
@@ -143,14 +134,14 @@ def plan_steps(phases: Mapping[str, PhaseConfig]) -> StepPlan:
 def _phase_segments(phase: PhaseConfig) -> list[tuple[int, int, int]]:
     """(batch size, first sample, steps) of a phase; sizes that no step uses are left out."""
     num_samples = phase.tokens // phase.seq_length
-    sizes = batch_sizes(phase)
+    sizes, rampup = batch_sizes(phase), phase.rampup_batch_size
     seen = 0
     segments = []
     for level, size in enumerate(sizes):
         end = num_samples
-        if level < len(sizes) - 1:
+        if rampup is not None and level < len(sizes) - 1:
             # The share of this size ends after (level + 1) / (sizes - 1) of the ramp's tokens, rounded up to samples.
-            ramp_tokens = phase.rampup_batch_size[2] * (level + 1)
+            ramp_tokens = rampup[2] * (level + 1)
             end = min(num_samples, -(-ramp_tokens // ((len(sizes) - 1) * phase.seq_length)))
             num_steps = max(0, -(-(end - seen) // size))
             num_steps = min(num_steps, (num_samples - seen) // size)

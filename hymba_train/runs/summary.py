@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.callbacks.progress import format_seconds
-from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.checkpoint import manifest
 from hymba_train.config import FROZEN_NAME, load_frozen
 from hymba_train.errors import UserError
+from hymba_train.outcome import read_outcome
 from hymba_train.plan import plan_steps
 from hymba_train.runs.metrics import Line, counting, goodput, read_lines
 

@@ -64,7 +64,8 @@ class Objective(Protocol):
         metrics: names of further means for the log.
     """
 
-    metrics: tuple[str, ...]
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
 
     def inputs(self, batch: MicroBatch) -> MicroBatch:
         """Arguments for the model's forward pass."""

@@ -9,15 +9,8 @@ import threading
 import pytest
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.stop_file import (
-    OUTCOME_FILE,
-    STOP_FILE,
-    Outcome,
-    StopOnRequest,
-    clear,
-    read_outcome,
-    request_stop,
-)
+from hymba_train.callbacks.stop_file import StopOnRequest
+from hymba_train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, clear, read_outcome, request_stop
 from tests.train.test_loop import make
 
 

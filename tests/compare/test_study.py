@@ -154,9 +154,9 @@ def test_a_table_without_results_and_one_with_a_nan(study_dir, tmp_path):
 
 def test_a_slurm_array_takes_the_runs_that_are_left(study_dir, monkeypatch, tmp_path, capsys):
     """One array, a task a run; what has finished is not among them."""
-    from hymba_train.callbacks.stop_file import write_outcome
-    from hymba_train.compare.slurm import submit_study
+    from hymba_train.outcome import write_outcome
     from launch import slurm
+    from launch.study import submit_study
 
     study = study_of(study_dir, overrides=["run.name=array"])
     done = study.runs[0].directory

@@ -7,11 +7,12 @@ import torch
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.convert.hf_config import TokenIds, hf_config, require_exportable
-from hymba_train.convert.names import model_config_from_hf, to_hf_state_dict
+from hymba_train.convert.names import model_config_from_hf
 from hymba_train.errors import UserError
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM
 from hymba_train.reference import ReferenceHymba
+from tests.hf_names import to_hf_state_dict
 
 SIZES = dict(
     num_layers=4, hidden_size=48, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, vocab_size=61,

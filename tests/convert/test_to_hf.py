@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as Fast
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from hymba_train.checkpoint import manifest
 from hymba_train.convert.cli import run_convert, run_generate
@@ -163,6 +165,23 @@ def test_generate_prints_prompts_with_their_continuations(runs, exported, tmp_pa
         run_generate([*sampling, "--seed", seed])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_prompts_of_several_lengths_without_a_pad_token(exported, tmp_path, capsys):
+    """Many a published config.json has none: prompts are padded with the published model's id then, unseen."""
+    model = shutil.copytree(exported, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    words = Fast.from_file(str(exported / "tokenizer.json"))
+    words.pre_tokenizer = WhitespaceSplit()  # else a text is one token
+    words.save(str(tmp_path / "tokenizer.json"))
+    common = ["--model", str(model), "--tokenizer", str(tmp_path), "--max-new-tokens", "6", "--device", "cpu"]
+    prompts = ["--prompt", "w1 w2 w3 w4"], ["--prompt", "w7"]
+    for prompt in prompts:
+        run_generate([*common, *prompt])
+    one_by_one = capsys.readouterr().out
+    run_generate([*common, *prompts[0], *prompts[1]])
+    assert capsys.readouterr().out == one_by_one
 
 
 def test_what_cannot_be_is_one_line(runs, exported, tmp_path):

@@ -198,18 +198,18 @@ def test_batch_hash_is_pinned_to_the_samples(demo):
     assert data.batch_hash(build(demo, seed=9), 0, 32, 16) != reference
 
 
-def test_fingerprint_follows_what_decides_the_samples(demo):
-    reference = build(demo).fingerprint()
-    assert build(demo).fingerprint() == reference
-    assert build(demo, seed=9).fingerprint() != reference
-    assert build(demo, document_mask=True).fingerprint() != reference
-    assert build(demo, sources={name: SourceConfig(name, 0.1) for name in BLEND}).fingerprint() != reference
+def test_identity_follows_what_decides_the_samples(demo):
+    reference = build(demo).identity()
+    assert build(demo).identity() == reference
+    assert build(demo, seed=9).identity() != reference
+    assert build(demo, document_mask=True).identity() != reference
+    assert build(demo, sources={name: SourceConfig(name, 0.1) for name in BLEND}).identity() != reference
     longer = make_config(demo)
     longer.phases["main"].tokens *= 2
-    assert data.build_training_data(longer, seed=1234, vocab_size=4096).fingerprint() == reference
+    assert data.build_training_data(longer, seed=1234, vocab_size=4096).identity() == reference
     blended = make_config(demo)
     blended.phases["main"].blend = {**BLEND, "books": 0.5}
-    assert data.build_training_data(blended, seed=1234, vocab_size=4096).fingerprint() != reference
+    assert data.build_training_data(blended, seed=1234, vocab_size=4096).identity() != reference
 
 
 def test_description_tells_tokens_and_epochs(demo):

@@ -178,6 +178,18 @@ def test_without_byte_pieces_the_rarest_ids_are_marks():
     assert [s.equals, s.end, s.ask, s.blank] == [99, 100, 101, 102]
 
 
+def test_ids_that_a_tokenizer_skips_are_no_symbols(tmp_path):
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.models import WordLevel
+
+    words = {"</s>": 0, **{f"w{i}": i for i in range(1, 41) if i not in (7, 30)}}
+    Fast(WordLevel(words, unk_token="</s>")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.piece(7), tokenizer.piece(8)) == (41, "", "w8")
+    s = choose_symbols(tokenizer, 34)
+    assert not {7, 30} & {*s.keys, *s.values, s.equals, s.end, s.ask, s.blank}
+
+
 def test_a_source_of_recall_tasks_is_read_a_whole_document_at_a_time(tmp_path):
     """Blocks of the source are windows of the run: every window holds whole documents, whose answers can be solved."""
     write_data(tmp_path)

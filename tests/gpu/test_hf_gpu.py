@@ -55,7 +55,7 @@ def test_golden_logits_and_loss(name, kernels):
 
 @pytest.mark.parametrize("name", golden_data.cases())
 def test_golden_gradients(name, kernels):
-    from hymba_train.convert.names import from_hf_state_dict
+    from tests.hf_names import from_hf_state_dict
 
     case, model = load(name, use_mamba_kernels=kernels)
     ids = case.tensors["input_ids"]

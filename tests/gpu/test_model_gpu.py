@@ -54,7 +54,7 @@ def errors_in_bf16(case, runtime, **precision) -> dict[str, float]:
     with torch.no_grad():
         logits = model(case.tensors["input_ids"])
     _, _, found = forward_backward(case, model)
-    from hymba_train.convert.names import to_hf_state_dict
+    from tests.hf_names import to_hf_state_dict
 
     gradients = to_hf_state_dict(case.config, {k: g.float().cpu() for k, g in found.items()})
     pairs = {"logits": (logits.float(), case.tensors["logits"])}

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from hymba_train.callbacks.stop_file import write_outcome
 from hymba_train.guards.progress import (
     STARTS,
     Starts,
@@ -14,6 +13,7 @@ from hymba_train.guards.progress import (
     forget_earlier_outcome,
     too_many_starts,
 )
+from hymba_train.outcome import write_outcome
 
 
 def start(directory, loop_of, step: int) -> None:

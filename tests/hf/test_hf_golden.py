@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hymba_train.convert.names import from_hf_state_dict
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM
 from tests import golden_data
+from tests.hf_names import from_hf_state_dict
 
 
 @pytest.fixture(params=golden_data.cases(), scope="module")

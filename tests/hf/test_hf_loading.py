@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hymba_train.config import compose
 from hymba_train.config.schema import ModelConfig
 from hymba_train.convert.hf_config import TokenIds, hf_config
-from hymba_train.convert.names import hf_parts, model_config_from_hf, to_hf_state_dict
+from hymba_train.convert.names import hf_parts, model_config_from_hf
 from hymba_train.describe import model_tensors
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM
 from hymba_train.reference import ReferenceHymba
 from tests.convert.test_hf_names import HYMBA_1_5B
 from tests.hf_models import make_model
+from tests.hf_names import to_hf_state_dict
 
 E, D, R, N, F = 3200, 1600, 100, 16, 5504
 PUBLISHED_LAYER = {

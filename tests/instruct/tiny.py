@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import data_prep.cli
-from data_prep.convert_tokenizer import write_tokenizer
 from data_prep.demo import CORPUS, DOMAINS
 from data_prep.train_tokenizer import train_sentencepiece
+from hymba_train.data.convert_tokenizer import write_tokenizer
 
 VOCAB = 384
 SEQ_LENGTH = 384

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.outcome import read_outcome
 
 
 class KillAtStep(Callback):

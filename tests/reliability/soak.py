@@ -24,8 +24,9 @@ from pathlib import Path
 import psutil
 
 from hymba_train.callbacks.jsonl import read_events
-from hymba_train.callbacks.stop_file import STOPPED_EARLY, read_outcome, request_stop
 from hymba_train.checkpoint import directory as checkpoints
+from hymba_train.exit_codes import STOPPED_EARLY
+from hymba_train.outcome import read_outcome, request_stop
 from tests.reliability.test_integrity import flip
 from tests.reliability.warm import Warm
 from tests.train.tiny_run import write_data

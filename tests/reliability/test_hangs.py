@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.checkpoint.save import CheckpointWriter
 from hymba_train.guards import marks, stacks
 from hymba_train.guards.drift import DriftGuard
 from hymba_train.guards.hang import Report, find_guilty, verdict
+from hymba_train.outcome import read_outcome
 from hymba_train.train.step import Stepper
 from tests.reliability.conftest import call, left_behind, start_of_ranks, torchrun
 from tests.reliability.test_numerics import PHASE

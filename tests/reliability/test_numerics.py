@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.outcome import read_outcome
 from tests.reliability.conftest import call
 from tests.train.test_training import exact, run
 from tests.train.tiny_run import write_data

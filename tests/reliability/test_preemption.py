@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hymba_train.callbacks.stop_file import STOPPED_EARLY, read_outcome
 from hymba_train.checkpoint import directory, manifest
+from hymba_train.exit_codes import STOPPED_EARLY
+from hymba_train.outcome import read_outcome
 from tests.distributed.test_resume import COMMON
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.train.test_training import ROOT, events, exact

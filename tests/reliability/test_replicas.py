@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.checkpoint.directory import complete_steps, step_of
 from hymba_train.exit_codes import DRIFTED
 from hymba_train.guards.drift import CHUNK_VALUES, checksum, differing
+from hymba_train.outcome import read_outcome
 from tests.reliability.conftest import torchrun
 from tests.reliability.test_numerics import PHASE, guard_events
 from tests.train.test_training import exact, run

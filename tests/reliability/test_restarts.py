@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.outcome import read_outcome
 from tests.reliability.conftest import call, left_behind
 from tests.reliability.test_numerics import PHASE, bad_run
 from tests.train.test_training import ROOT, run

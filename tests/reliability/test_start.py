@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hymba_train.callbacks.stop_file import read_outcome, write_outcome
+from hymba_train.outcome import read_outcome, write_outcome
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.train.tiny_run import write_data
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hymba_train.callbacks.stop_file import read_outcome
+from hymba_train.outcome import read_outcome
 from tests.reliability import test_hangs as hangs
 from tests.reliability import test_replicas as replicas
 from tests.reliability.conftest import left_behind, torchrun

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from hymba_train.callbacks.stop_file import read_outcome
 from hymba_train.config import to_plain
+from hymba_train.outcome import read_outcome
 from hymba_train.runs.metrics import read_lines
 from tests.train.tiny_run import tiny_config, write_data
 

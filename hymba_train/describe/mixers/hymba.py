@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims
 from hymba_train.describe.mixers.base import By, Mixer
-from hymba_train.describe.parameters import Slice, TensorDescription, norm_tensor
+from hymba_train.describe.parameters import Cut, Slice, TensorDescription, norm_tensor
 
 if TYPE_CHECKING:
     from hymba_train.describe.saved import SavedTensor, Sizes
@@ -45,7 +45,7 @@ class HymbaMixer(Mixer):
         ]
         if self.has_ssm:
             e, n, r = d.inner_size, d.state_dim, d.dt_rank
-            cut = dict(axis=0, slices=(channels,))
+            cut = Cut(axis=0, slices=(channels,))
             tensors += [
                 TensorDescription("mixer.conv.weight", (e, d.conv_width), "mamba.conv1d.weight", **cut),
                 TensorDescription("mixer.conv.bias", (e,), "mamba.conv1d.bias", **cut),

@@ -13,7 +13,7 @@ from hymba_train.config.numbers import divisors_around
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, inner_size_in_words
 from hymba_train.describe.mixers.base import By, Mixer, SsdSizes
-from hymba_train.describe.parameters import Slice, TensorDescription
+from hymba_train.describe.parameters import Cut, Slice, TensorDescription
 
 if TYPE_CHECKING:
     from hymba_train.describe.saved import SavedTensor, Sizes
@@ -50,7 +50,7 @@ class Mamba2(Mixer):
         e, heads, bc = d.inner_size, own.num_heads, own.bc_size
         channels, per_head = Slice("channels", heads, own.head_dim), Slice("heads", heads)
         proj = (Slice("x", heads, own.head_dim), Slice("z", heads, own.head_dim), Slice("dt", heads))
-        cut, one_a_head = dict(axis=0, slices=(channels,)), dict(axis=0, slices=(per_head,), float32=True)
+        cut, one_a_head = Cut(axis=0, slices=(channels,)), Cut(axis=0, slices=(per_head,))
         return [
             TensorDescription("mixer.in_proj.weight", (2 * e + heads, d.hidden_size), "", 0, proj, True),
             TensorDescription("mixer.bc_proj.weight", (bc, d.hidden_size), "", weight_decay=True),
@@ -58,9 +58,9 @@ class Mamba2(Mixer):
             TensorDescription("mixer.conv.bias", (e,), "", **cut),
             TensorDescription("mixer.bc_conv.weight", (bc, d.conv_width), ""),
             TensorDescription("mixer.bc_conv.bias", (bc,), ""),
-            TensorDescription("mixer.dt_bias", (heads,), "", **one_a_head),
-            TensorDescription("mixer.A_log", (heads,), "", **one_a_head),
-            TensorDescription("mixer.D", (heads,), "", **one_a_head),
+            TensorDescription("mixer.dt_bias", (heads,), "", **one_a_head, float32=True),
+            TensorDescription("mixer.A_log", (heads,), "", **one_a_head, float32=True),
+            TensorDescription("mixer.D", (heads,), "", **one_a_head, float32=True),
             TensorDescription("mixer.gated_norm.weight", (e,), "", **cut, float32=True),
             TensorDescription("mixer.out_proj.weight", (d.hidden_size, e), "", 1, (channels,), True),
         ]

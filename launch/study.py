@@ -1,4 +1,4 @@
-"""The runs of a comparison as one Slurm job array, through ``hymba launch slurm``'s machinery."""
+"""The runs of a comparison as one Slurm job array, as ``hymba launch slurm`` would."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from hymba_train.compare.pool import is_finished
 from hymba_train.compare.study import Study
 from hymba_train.errors import UserError
+from launch.cluster_files import load_cluster
+from launch.points import point_of
+from launch.slurm import submit_points
 
 
 def submit_study(study: Study, clusters: Sequence[str], config_dir: str | None) -> int:
     """Submit every run that has not finished; returns the exit code. Raises UserError."""
-    from launch.cluster_files import load_cluster
-    from launch.points import point_of
-    from launch.slurm import submit_points
-
     name, cluster = load_cluster(clusters, config_dir)
     if cluster.restart.chain > 1:
         raise UserError("cluster.restart.chain: a chain of arrays is not possible; set cluster.restart.chain=1")
