@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class HymbaMixer(Mixer):
+    """One branch, or both: their normed outputs are averaged, or go into out_proj side by side."""
+
     def __init__(self, name: str, has_attention: bool, has_ssm: bool) -> None:
         self.name, self.has_attention, self.has_ssm = name, has_attention, has_ssm
 
@@ -24,6 +26,7 @@ class HymbaMixer(Mixer):
         return self.has_attention and self.has_ssm
 
     def tensors(self, model: ModelConfig, layer: LayerDescription) -> list[TensorDescription]:
+        """A consumer has no keys and values in in_proj."""
         d = ModelDims.of(model)
         heads = d.num_heads
         values, channels = Slice("values", heads, d.value_head_dim), Slice("channels", heads, d.head_channels)
@@ -82,6 +85,7 @@ class HymbaMixer(Mixer):
         return (channels,) if self.has_ssm else (values,)
 
     def scan_flops(self, model: ModelConfig) -> float:
+        """Scan 7N + 10 and convolution 2 K a channel of the Mamba-1 branch."""
         if not self.has_ssm:
             return 0.0
         d = ModelDims.of(model)
@@ -92,6 +96,7 @@ class HymbaMixer(Mixer):
         return (d.inner_size * d.state_dim, d.inner_size) if self.has_ssm else (0, 0)
 
     def saved(self, x: Sizes, by: By) -> Iterator[SavedTensor]:
+        """Branch by branch, then what joins them."""
         if self.has_attention:
             yield from by("rotate_heads")
             if x.makes_kv and not x.kv_in_projection and x.setting.sequence:  # gathered, to project K/V from

@@ -41,11 +41,14 @@ class Mamba2Dims:
 
 
 class Mamba2(Mixer):
+    """A scan with one decay a head, between a convolution and a norm behind the gate."""
+
     name = "mamba2"
     branch = "hymba_train.model.mamba2:Mamba2Branch"
     in_published_format = False
 
     def tensors(self, model: ModelConfig, layer: LayerDescription) -> list[TensorDescription]:
+        """Not in the published format: no names there."""
         d, own = ModelDims.of(model), Mamba2Dims.of(model)
         e, heads, bc = d.inner_size, own.num_heads, own.bc_size
         channels, per_head = Slice("channels", heads, own.head_dim), Slice("heads", heads)
@@ -76,6 +79,7 @@ class Mamba2(Mixer):
         return inner * own.state_dim, inner + own.bc_size
 
     def saved(self, x: Sizes, by: By) -> Iterator[SavedTensor]:
+        """B and C are whole on every rank."""
         if x.setting.sequence:  # gathered, to project B and C from
             yield x.kept("bc_proj.in", x.whole_D)
         yield from by("causal_conv_rows")
@@ -95,6 +99,7 @@ class Mamba2(Mixer):
         return SsdSizes(own.num_heads, own.head_dim, own.state_dim, "model.mamba2_head_dim", "model.mamba2_state_dim")
 
     def check_model(self, model: ModelConfig) -> list[str]:
+        """Whole heads, in groups of equal size."""
         inner, width, groups = ModelDims.of(model).inner_size, model.mamba2_head_dim, model.mamba2_num_groups
         if inner % width:
             return [
