@@ -12,7 +12,7 @@ from typing import Any
 from hymba_train.callbacks.progress import format_count
 from hymba_train.compare.results import CACHE_TOKENS, DataCheck, Difference, MemberResult, mean_and_spread
 from hymba_train.compare.study import Study
-from hymba_train.config.freeze import write_atomically
+from hymba_train.files import write_atomically
 
 MEASURES = {"mean_recall": "recall", "mean_held_out": "held-out loss"}
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hymba_train.checkpoint import manifest
-from hymba_train.checkpoint.directory import fsync
 from hymba_train.convert.hf_config import TokenIds, generation_config
 from hymba_train.convert.model_card import model_card
 from hymba_train.convert.shards import write_shards
 from hymba_train.convert.source import DTYPES, HubWeights, TrainingCheckpoint
 from hymba_train.convert.tokenizer_files import write_chat_template, write_tokenizer_files
 from hymba_train.errors import UserError
+from hymba_train.files import fsync
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 CODE = ("configuration_hymba.py", "modeling_hymba.py")
