@@ -53,6 +53,7 @@ setup(
         "eval": ["transformers>=4.50,<6", "lm-eval[hf]>=0.4.9"],
         # zstd and Parquet input, near-duplicates (0.5 changed the signatures), the fast tokenizer, object stores
         "data": ["zstandard>=0.22", "pyarrow>=15", "rensa>=0.5,<0.6", "gigatoken>=0.10", "fsspec>=2024.6"],
+        "docs": ["mkdocs-material>=9.5,<10"],
         "dev": [
             "hymba-train[hf,data]",
             "pytest>=8",

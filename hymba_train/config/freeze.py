@@ -42,7 +42,7 @@ def to_yaml(config: Config) -> str:
 
 
 def freeze(config: Config, path: str | Path) -> Path:
-    """Write the configuration to ``path``: complete or not at all (temporary file, fsync, rename)."""
+    """Write the configuration to ``path``: complete or not at all (temporary file, fsync, rename). Raises UserError."""
     path = Path(path)
     try:
         make_private(path.parent)

@@ -72,7 +72,10 @@ def export_hf(
 
 @contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write into beside ``output``. It takes that name when all is written, and vanishes otherwise."""
+    """A directory to write into beside ``output``. It takes that name when all is written, and vanishes otherwise.
+
+    Raises UserError: ``output`` exists, or cannot be written.
+    """
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already; choose another --output or remove it")
     temporary = output.with_name(f".{output.name}.incomplete-{os.getpid()}")

@@ -72,7 +72,10 @@ class Packs:
         return self.facts["num_sequences"]
 
     def pieces(self, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-        """(offset in .bin of the first token, tokens) of each piece of a sequence, in their order there."""
+        """(offset in .bin of the first token, tokens) of each piece of a sequence, in their order there.
+
+        Raises IndexError.
+        """
         if not 0 <= sequence < len(self):
             raise IndexError(f"sequence {sequence} is outside the {len(self)} of {self.part.tokens.prefix}")
         begin, end = self._first[sequence : sequence + 2].tolist()

@@ -108,7 +108,7 @@ class Tokenizer:
         return self.encode_batch([text], add_bos=add_bos, add_eod=add_eod)[0]
 
     def encode_batch(self, texts: Sequence[str], *, add_bos: bool = False, add_eod: bool = False) -> list[list[int]]:
-        """Ids of several texts, each as :meth:`encode` gives them."""
+        """Ids of several texts, each as :meth:`encode` gives them. Raises UserError: no token to begin with."""
         if add_bos and self.bos_id is None:
             raise UserError(f"{self.path} has no token that begins a text ({', '.join(BOS_NAMES)})")
         head = [self.bos_id] if add_bos and self.bos_id is not None else []

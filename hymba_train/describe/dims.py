@@ -71,6 +71,7 @@ def effective_rotary_base(model: ModelConfig, rope_type: str | None = None) -> f
     """RoPE base b' (hymba-architecture 2.6).
 
     ``default``: rotary_base. ``ntk``: rotary_base * (2 * max / original - 1) ** (dk / (dk - 2)); 74,534.83 for 1.5B.
+    Raises ValueError for another ``rope_type``.
     """
     rope_type = rope_type or model.rope_type
     if rope_type == "default":
