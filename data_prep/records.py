@@ -140,8 +140,6 @@ class ShardReader:
             while lines := self._readlines(stream):
                 yield Chunk(str(path), self.num_records + 1, lines, False, raw.tell())
                 self.num_records += len(lines)
-            while raw.read(READ_BYTES):  # what may stand after the end of compressed text
-                pass
         self.num_bytes, self.sha256 = hashed.num_bytes, hashed.sha256
 
     def _readlines(self, stream: Any) -> list[bytes]:
