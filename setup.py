@@ -33,6 +33,7 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
+        "orjson>=3.10",
         "safetensors>=0.4",
         "rich>=13",
         "matplotlib>=3.8",

@@ -39,6 +39,7 @@ class IndexedWriter:
         self._bin = open(self._temporary[0], "wb")  # noqa: SIM115  closed in publish() or discard()
         self._lengths: list[np.ndarray] = []
         self._hash = hashlib.sha256()
+        self._published = False
         self.num_tokens = 0
         self.num_documents = 0
 
@@ -81,6 +82,7 @@ class IndexedWriter:
             raise _cannot_write(self._paths[1], index_bytes, error) from error
         for temporary, path in zip(self._temporary, self._paths, strict=True):
             os.replace(temporary, path)
+        self._published = True
         fsync(self._paths[0].parent)
         return {
             self._paths[0].name: {"bytes": bin_bytes, "sha256": self._hash.hexdigest()},
@@ -104,6 +106,8 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what was written and not published."""
+        if self._published:
+            return
         with contextlib.suppress(OSError):  # a full disk says so once more when the rest of the buffer is flushed
             self._bin.close()
         for path in self._temporary:

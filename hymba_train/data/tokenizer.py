@@ -103,6 +103,11 @@ class Tokenizer:
         """Library that encodes batches."""
         return self._fast.name if self._fast else self._backend.name
 
+    @property
+    def is_fast(self) -> bool:
+        """True: batches are encoded by another library than the file's own."""
+        return self._fast is not None
+
     def encode(self, text: str, *, add_bos: bool = False, add_eod: bool = False) -> list[int]:
         """Token ids of ``text``; names of special tokens inside it are plain text. "" gives []."""
         return self.encode_batch([text], add_bos=add_bos, add_eod=add_eod)[0]
