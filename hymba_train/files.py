@@ -36,6 +36,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def sync_and_close(file: BinaryIO) -> None:
+    """Bring what was written to the disk, and close."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
