@@ -113,9 +113,12 @@ class Pool:
             process = context.Process(target=train_run, args=arguments)
             process.start()
             self._running[run] = process
-            if self._stopping:  # a signal came in between, and asked the others
-                request_stop(run.directory, self._stopping)
+            self._tell_if_stopping(run)  # a signal may have come in between, and asked the others
             self.say(f"{run.name}: started, {_where(run)}")
+
+    def _tell_if_stopping(self, run: Run) -> None:
+        if self._stopping:
+            request_stop(run.directory, self._stopping)
 
     def _reap(self) -> None:
         for run, process in list(self._running.items()):
