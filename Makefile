@@ -12,13 +12,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-slurm test-reliability soak lint wheel bench-data clean
+.PHONY: setup demo test test-full test-slurm test-reliability soak lint docs wheel bench-data clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a small Hymba on real text, resume it once, draw its loss curves"
 	@echo "make test       the default tests;  make test-full  all layouts and versions;  make test-reliability, make soak"
-	@echo "make setup      only install, into $(VENV);  make lint, make wheel, make clean"
+	@echo "make setup      only install, into $(VENV);  make lint, make docs, make wheel, make clean"
 
 setup: $(STAMP)
 
@@ -67,6 +67,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site; a link that leads nowhere is an error.
+docs: setup
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 wheel: setup
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -33,6 +33,7 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
+        "orjson>=3.10",
         "safetensors>=0.4",
         "rich>=13",
         "matplotlib>=3.8",
@@ -53,6 +54,7 @@ setup(
         "eval": ["transformers>=4.50,<6", "lm-eval[hf]>=0.4.9"],
         # zstd and Parquet input, near-duplicates (0.5 changed the signatures), the fast tokenizer, object stores
         "data": ["zstandard>=0.22", "pyarrow>=15", "rensa>=0.5,<0.6", "gigatoken>=0.10", "fsspec>=2024.6"],
+        "docs": ["mkdocs-material>=9.5,<10"],
         "dev": [
             "hymba-train[hf,data]",
             "pytest>=8",

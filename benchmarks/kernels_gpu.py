@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.fused_gpu import DEVICE, HEADS, KV_HEADS, META, Case, cases, milliseconds, randn, results, tune
+from benchmarks.fused_cases import DEVICE, HEADS, KV_HEADS, META, Case, cases, randn
+from benchmarks.fused_gpu import results, tune
+from benchmarks.gpu_timing import milliseconds, profiled_kernels, settings
 from hymba_train.ops import attention_cudnn
 
 OPS = ("normed_average", "conv_rows", "add_rms_norm", "rms_norm", "group_rms_norm", "rope of q")
@@ -46,32 +48,26 @@ def tune_meta(tokens: int, deadline: float) -> dict[str, list[tuple[float, dict]
     for kernel, function in meta_kernels(tokens).items():
         prefix, combinations = META_KNOBS[kernel]
         names = [f"{prefix}_{name}" for name in ("WARPS", "STAGES", "PROGRAMS")]
-        before, tried = [getattr(attention_cudnn, name) for name in names], []
+        tried = []
         for combination in combinations:
             if time.monotonic() > deadline:
                 print(f"  out of time: tuning {kernel}", flush=True)
                 break
-            settings = dict(zip(names, combination, strict=True))
-            for name, value in settings.items():
-                setattr(attention_cudnn, name, value)
+            values = dict(zip(names, combination, strict=True))
             try:
-                tried.append((milliseconds(function)[0], settings))
+                with settings(attention_cudnn, values):
+                    tried.append((milliseconds(function)[0], values))
             except Exception as error:
-                print(f"  FAILED {kernel} {settings}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        for name, value in zip(names, before, strict=True):
-            setattr(attention_cudnn, name, value)
+                print(f"  FAILED {kernel} {values}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         found[kernel] = sorted(tried, key=lambda x: x[0])
     return found
 
 
 def kernel_times(chosen: Sequence[Case], tokens: int) -> dict[str, float]:
     """Kernel -> microseconds a call, as a profiler sees them."""
-    from torch.profiler import ProfilerActivity, profile
-
     runs = list(meta_kernels(tokens).values())
     for case in chosen:
-        inputs = [x.to(torch.float32 if i in case.float32 else torch.bfloat16)
-                  for i, x in enumerate(case.make(tokens + META, torch.bfloat16))]  # fmt: skip
+        inputs = case.inputs(tokens + META, torch.bfloat16)
         runs.append(lambda case=case, inputs=inputs: results(case, case.fused["triton"], inputs))
 
     def all_of(times: int) -> None:
@@ -81,9 +77,8 @@ def kernel_times(chosen: Sequence[Case], tokens: int) -> dict[str, float]:
         torch.cuda.synchronize()
 
     all_of(2)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        all_of(5)
-    kernels = [e for e in profiled.key_averages() if "::" not in e.key and not e.key.startswith(("Mem", "cuda"))]
+    averages = profiled_kernels(lambda: all_of(5))
+    kernels = [e for e in averages if "::" not in e.key and not e.key.startswith(("Mem", "cuda"))]
     return {e.key: e.device_time_total / e.count for e in sorted(kernels, key=lambda e: -e.device_time_total)}
 
 
@@ -101,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.tune:
         return
     for kernel, tried in tune_meta(given.tokens, deadline).items():
-        print(f"{kernel}: ms", *(f"   {ms:.3f} {settings}" for ms, settings in tried), sep="\n", flush=True)
+        print(f"{kernel}: ms", *(f"   {ms:.3f} {values}" for ms, values in tried), sep="\n", flush=True)
     for case in chosen:
         if case.knobs and case.name in OPS[:3]:
             print(f"{case.name}: ms both, forward", flush=True)
-            for both, forward, settings in tune(case, given.tokens + META, deadline):
-                print(f"   {both:.3f} {forward:.3f} {settings}", flush=True)
+            for both, forward, values in tune(case, given.tokens + META, deadline):
+                print(f"   {both:.3f} {forward:.3f} {values}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_timing import profiled_kernels, settings
 from hymba_train.ops import nvrtc
 from hymba_train.ops import selective_scan as plain
 from hymba_train.ops import selective_scan_cuda as cuda_scan
@@ -54,17 +55,11 @@ class Variant:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         build = getattr(self.module, "BUILD", {})
-        settings = {k: v for k, v in self.settings.items() if k not in build}
-        saved, saved_build = {k: getattr(self.module, k) for k in settings}, dict(build)
-        for k, v in settings.items():
-            setattr(self.module, k, v)
-        build.update({k: v for k, v in self.settings.items() if k in build})
-        try:
+        changed = {k: v for k, v in self.settings.items() if k not in build}
+        if build:
+            changed["BUILD"] = build | {k: v for k, v in self.settings.items() if k in build}
+        with settings(self.module, changed):
             yield
-        finally:
-            for k, v in saved.items():
-                setattr(self.module, k, v)
-            build.update(saved_build)
 
 
 def variants(before: Path | None = None) -> list[Variant]:
@@ -231,13 +226,8 @@ def empty_host_time() -> float:
 
 def kernel_times(run: Callable[[int], Any]) -> dict[str, float]:
     """Microseconds of each kernel in one call."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for i in range(6):
-            run(i)
-        torch.cuda.synchronize()
-    return {e.key[:40]: round(e.device_time_total / 6, 1) for e in profiler.key_averages() if e.device_time_total > 0}
+    averages = profiled_kernels(lambda: [run(i) for i in range(6)])
+    return {e.key[:40]: round(e.device_time_total / 6, 1) for e in averages}
 
 
 def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: float, deep: bool) -> dict[str, Any]:

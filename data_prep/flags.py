@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from data_prep.duplicates import DedupSettings
 from data_prep.inputs import SUFFIXES
+from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.data.tokenizer import BACKENDS
 from hymba_train.errors import UserError
 from hymba_train.parser import Parser
-from hymba_train.plan.recall import KINDS, NUM_MARKS
+from hymba_train.plan.recall import NUM_MARKS
 
 FILES = f"files, directories or patterns: {', '.join(SUFFIXES)}"
 
@@ -161,7 +162,8 @@ def _recall(commands) -> None:
     add("--tokenizer", "--tokenizer-model", required=True, metavar="PATH", help="directory or .model file of the run")
     add("--tokens", type=float, required=True, metavar="N", help="how many, e.g. 20e6")
     add("--seq-length", type=int, default=512, help="of the run that trains on it: documents fill it (default: 512)")
-    add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"default: {' '.join(KINDS)}")
+    kinds = list(RECALL_KINDS)
+    add("--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=f"default: {' '.join(kinds)}")
     add("--seed", type=int, default=1, help="another one gives other documents (default: 1)")
     add("--num-symbols", type=int, default=256, metavar="N", help="evaluation.recall_symbols of the run (256)")
     add("--separators", type=int, nargs=NUM_MARKS, default=[], metavar="ID", help="evaluation.recall_separators")

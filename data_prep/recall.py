@@ -19,6 +19,7 @@ import numpy as np
 import hymba_train
 from data_prep.merge import refuse_to_overwrite
 from data_prep.tokenize_shard import tokenizer_facts
+from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.data.answers import MaskWriter, mask_path
 from hymba_train.data.indexed import token_dtype
 from hymba_train.data.indexed_writer import IndexedWriter
@@ -27,7 +28,7 @@ from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 from hymba_train.evaluation.recall import TRAINING, Sample, draw
 from hymba_train.evaluation.symbols import Symbols, choose_symbols
-from hymba_train.plan.recall import KINDS, SOURCE_KIND, most_items
+from hymba_train.plan.recall import SOURCE_KIND, most_items
 
 SHORTEST_DOCUMENT = 32
 HALVINGS = 4
@@ -38,7 +39,8 @@ FEW_ITEMS = 4
 
 def write_recall(
     prefix: str | Path, tokenizer: str | Path, num_tokens: int, seq_length: int, *, seed: int = 1,
-    num_symbols: int = 256, separators: Sequence[int] = (), kinds: Sequence[str] = KINDS, overwrite: bool = False,
+    num_symbols: int = 256, separators: Sequence[int] = (), kinds: Sequence[str] = tuple(RECALL_KINDS),
+    overwrite: bool = False,
 ) -> tuple[Manifest, dict[str, int]]:  # fmt: skip
     """Write PREFIX.bin, .idx and .json with at least ``num_tokens`` tokens; returns (manifest, documents by kind).
 

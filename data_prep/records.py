@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import orjson
 
 from data_prep.inputs import PARQUET, InputFile
 from hymba_train.data.extras import import_extra
+from hymba_train.data.manifest import file_sha256
 from hymba_train.errors import UserError
 
 READ_BYTES = 2**17
@@ -50,16 +55,29 @@ def parse_chunk(chunk: Chunk, json_key: str) -> ParsedChunk:
     for number, record in enumerate(chunk.records, chunk.first):
         try:
             if chunk.is_column:
-                parsed.texts.append(check_text(record, json_key))
-            elif record.strip():
-                parsed.texts.append(parse_line(record.rstrip(b"\r\n"), json_key))
-            else:
-                continue
+                text = check_text(record, json_key)
+            elif (text := quick_text(record, json_key)) is None:
+                if not record.strip():
+                    continue
+                text = parse_line(record.rstrip(b"\r\n"), json_key)
+            parsed.texts.append(text)
             parsed.numbers.append(number)
         except ValueError as error:
             row = "row " if chunk.is_column else ""
             parsed.bad_lines.append(f"{chunk.path}:{row}{number}: {error}")
     return parsed
+
+
+def quick_text(line: bytes, json_key: str) -> str | None:
+    """Text of a line without fault, in half the time of :func:`parse_line`; None: that has to look at the line.
+
+    The quick parser is the stricter one (no NaN, no half of a surrogate pair), so what it takes both take.
+    """
+    try:
+        text = orjson.loads(line)[json_key]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def parse_line(line: bytes, json_key: str) -> str:
@@ -95,13 +113,21 @@ def check_text(text: Any, json_key: str) -> str:
 
 
 class ShardReader:
-    """Chunks of one shard, in order. ``num_records`` counts the lines or rows read so far.
+    """Chunks of one shard, in order.
+
+    Args:
+        chunk_bytes: bytes of text in a chunk; None: CHUNK_BYTES.
+
+    Attributes:
+        num_records: lines or rows read so far.
+        num_bytes, sha256: of the file as stored, once all chunks have been taken.
 
     Raises UserError (while reading): a damaged file, a Parquet file without the column, a missing package.
     """
 
-    def __init__(self, file: InputFile, json_key: str) -> None:
+    def __init__(self, file: InputFile, json_key: str, chunk_bytes: int | None = None) -> None:
         self.file, self.json_key = file, json_key
+        self.chunk_bytes = chunk_bytes or CHUNK_BYTES
         self.num_records = 0
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -109,14 +135,16 @@ class ShardReader:
 
     def _lines(self) -> Iterator[Chunk]:
         path = self.file.path
-        with open(path, "rb", buffering=BUFFER_BYTES) as raw, open_lines(self.file, raw) as stream:
+        hashed = HashedFile(path)
+        with io.BufferedReader(hashed, BUFFER_BYTES) as raw, open_lines(self.file, raw) as stream:
             while lines := self._readlines(stream):
                 yield Chunk(str(path), self.num_records + 1, lines, False, raw.tell())
                 self.num_records += len(lines)
+        self.num_bytes, self.sha256 = hashed.num_bytes, hashed.sha256
 
     def _readlines(self, stream: Any) -> list[bytes]:
         try:
-            return stream.readlines(CHUNK_BYTES)
+            return stream.readlines(self.chunk_bytes)
         except Exception as error:  # each compression has errors of its own
             if isinstance(error, (OSError, EOFError, zlib.error)) or type(error).__name__ == "ZstdError":
                 raise UserError(f"{self.file.path}: cannot be read after line {self.num_records}: {error}") from error
@@ -125,6 +153,7 @@ class ShardReader:
     def _rows(self) -> Iterator[Chunk]:
         parquet = import_extra("pyarrow.parquet", f"reading {self.file.path}")
         path = self.file.path
+        self.num_bytes, self.sha256 = self.file.num_bytes, file_sha256(path)  # it is not read from end to end
         try:
             with parquet.ParquetFile(path) as table:
                 if self.json_key not in table.schema_arrow.names:
@@ -158,6 +187,38 @@ class ShardReader:
             return column.to_pylist()
         except UnicodeDecodeError:  # Arrow believes that a string column is UTF-8: look at each value
             return column.cast("binary").to_pylist()
+
+
+class HashedFile(io.RawIOBase):
+    """A file read from beginning to end, with the sha256 (hex) and the number of the bytes read so far.
+
+    The hash in a manifest is then that of the bytes that were tokenised, and a shard on slow storage is read once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed in close()
+        self._hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._hash.update(memoryview(buffer)[:count])
+        self.num_bytes += count
+        return count
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def open_lines(file: InputFile, raw: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,28 +10,18 @@ from typing import Any, BinaryIO
 from data_prep.inputs import PARQUET, InputFile
 from data_prep.records import ShardReader
 from hymba_train.data.extras import import_extra
-from hymba_train.data.indexed_writer import sync_directory, temporary_path
-from hymba_train.errors import UserError
+from hymba_train.data.indexed_writer import replacing_or_refused
 
 
 def rewrite_shard(file: InputFile, target: Path, removed: Container[int], json_key: str) -> None:
     """Write a shard without the records of these numbers, whole or not at all. Lines that stay are copied byte by
     byte. Raises UserError."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(target)
-    try:
+    with replacing_or_refused(target) as temporary:
         if file.format == PARQUET:
             _rewrite_rows(file, temporary, removed)
         else:
             _rewrite_lines(file, temporary, removed, json_key)
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); nothing of it was kept") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(target.parent)
 
 
 def _rewrite_lines(file: InputFile, temporary: Path, removed: Container[int], json_key: str) -> None:

@@ -29,7 +29,10 @@ from hymba_train.errors import UserError
 MAX_BAD_LINES_SHOWN = 20
 HOPELESS_BAD_LINES = 10_000
 """A shard that begins with so many bad lines and no good one is given up."""
-CHECKED_CHUNKS, CHECKED_CHARACTERS = 16, 4_000
+FAST_CHUNK_BYTES = 2**21
+"""Text of a chunk for gigatoken, which begins every call with an empty cache of words: faster by 5 to 10 % than with
+1 MB. With 4 MB memory goes back to the system between chunks, and taking it again costs more than that."""
+CHECKED_CHUNKS, CHECKED_CHARACTERS = 8, 4_000
 """A faster backend is held to the tokenizer's own library on the beginning of one text in every 16 MB, so that a
 difference shows on the user's own text as well."""
 
@@ -116,8 +119,7 @@ def tokenize_shard(
     Raises UserError: too many bad lines, unreadable input, storage full, or no document and not ``allow_empty``.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    facts = input_facts(file)
-    reader = ShardReader(file, settings.json_key)
+    reader = ShardReader(file, settings.json_key, FAST_CHUNK_BYTES if tokenizer.is_fast else None)
     bad_lines: list[str] = []
     num_empty, text_bytes, max_token_id = 0, 0, -1
     counts: Counter[str] = Counter()
@@ -155,7 +157,15 @@ def tokenize_shard(
         append_eod=settings.append_eod,
         tokenizer=tokenizer_facts(tokenizer),
         files=files,
-        inputs=[{**facts, "records": reader.num_records, "text_bytes": text_bytes}],
+        inputs=[
+            {
+                "name": file.name,
+                "bytes": reader.num_bytes,
+                "sha256": reader.sha256,
+                "records": reader.num_records,
+                "text_bytes": text_bytes,
+            }
+        ],
         json_key=settings.json_key,
         num_empty_documents=num_empty,
         num_bad_lines=len(bad_lines),

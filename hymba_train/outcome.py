@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hymba_train.config.freeze import write_atomically
+from hymba_train.files import write_atomically
 
 STOP_FILE = "stop_requested"
 OUTCOME_FILE = "outcome"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, effective_rotary_base
+from hymba_train.describe.mixers.mamba2 import Mamba2Dims
 from hymba_train.describe.stack import LayerDescription, resolve_stack
 
 IGNORE = -100
@@ -148,7 +149,7 @@ class _Layer(nn.Module):
         d = ModelDims.of(config)
         self.has_ffn = layer.has_ffn
         self.input_norm = _RMSNorm(d.hidden_size, config.layernorm_epsilon)
-        self.mixer = _Mamba2(config, layer) if layer.mixer == "mamba2" else _Mixer(config, layer)
+        self.mixer = _OWN.get(layer.mixer, _Mixer)(config, layer)
         if self.has_ffn:
             self.ffn_norm = _RMSNorm(d.hidden_size, config.layernorm_epsilon)
             self.ffn = nn.Module()
@@ -257,7 +258,8 @@ class _Mamba2(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerDescription) -> None:
         super().__init__()
         d = self.dims = ModelDims.of(config)
-        heads, bc = d.mamba2_num_heads, d.mamba2_bc_size
+        self.own = Mamba2Dims.of(config)
+        heads, bc = self.own.num_heads, self.own.bc_size
         self.in_proj = _matrix(config, 2 * d.inner_size + heads, d.hidden_size)
         self.bc_proj = _matrix(config, bc, d.hidden_size)
         self.conv, self.bc_conv = _conv(d.inner_size, d.conv_width), _conv(bc, d.conv_width)
@@ -269,7 +271,7 @@ class _Mamba2(nn.Module):
 
     def forward(self, x: Tensor, context: _Context) -> Tensor:
         d = self.dims
-        inner, z, dt = self.in_proj(x).split([d.inner_size, d.inner_size, d.mamba2_num_heads], dim=-1)
+        inner, z, dt = self.in_proj(x).split([d.inner_size, d.inner_size, self.own.num_heads], dim=-1)
         bc = F.silu(_convolve(self.bc_proj(x), self.bc_conv, context))
         y = self._scan(F.silu(_convolve(inner, self.conv, context)), dt, *bc.chunk(2, dim=-1), context)
         wide_z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -277,12 +279,12 @@ class _Mamba2(nn.Module):
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, context: _Context) -> Tensor:
         """u [B, T, E], dt [B, T, heads], B and C [B, T, groups * N] -> y [B, T, E], float32 or wider."""
-        d, wide = self.dims, torch.promote_types(u.dtype, torch.float32)
-        heads, groups = d.mamba2_num_heads, d.mamba2_num_groups
+        wide = torch.promote_types(u.dtype, torch.float32)
+        heads, groups = self.own.num_heads, self.own.num_groups
         u = u.to(wide).unflatten(-1, (heads, -1))
         B, C = (t.to(wide).unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2) for t in (B, C))
         delta, A = F.softplus(dt.to(wide) + self.dt_bias.to(wide)), -torch.exp(self.A_log.to(wide))
-        h = after_meta = u.new_zeros(len(u), heads, u.shape[-1], d.mamba2_state_dim)
+        h = after_meta = u.new_zeros(len(u), heads, u.shape[-1], self.own.state_dim)
         outputs = []
         for t in range(u.shape[1]):
             if t == context.num_meta:
@@ -292,6 +294,10 @@ class _Mamba2(nn.Module):
             h = torch.exp(delta[:, t] * A)[:, :, None, None] * h + added
             outputs.append((h * C[:, t, :, None, :]).sum(-1) + self.D.to(wide)[:, None] * u[:, t])
         return torch.stack(outputs, dim=1).flatten(2)
+
+
+_OWN: dict[str, type[nn.Module]] = {"mamba2": _Mamba2}
+"""Mixers that are neither attention nor Mamba-1."""
 
 
 def _conv(channels: int, width: int) -> nn.Module:

@@ -21,42 +21,70 @@ from pathlib import Path
 
 from benchmarks.data.index_speed import build_times
 from benchmarks.data.loader_speed import BATCH_TOKENS, rates
-from benchmarks.data.tokenize_speed import BACKENDS, scaling, speeds
+from benchmarks.data.tokenize_speed import BACKENDS, speeds
+from benchmarks.data.worker_speed import scaling
 from data_prep.demo import CORPUS, DOMAINS
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 32_000
 LARGE, LARGE_MB = "large", 24
+SECTIONS = {
+    "tokenising": "Tokenising: MB of text a CPU second, one core",
+    "workers": "Two workers against one",
+    "loader": "Loader",
+    "index": "Packing index",
+}
+"""Word for --only -> title."""
 GOALS = {"tokenizers": 2.0, "gigatoken": 6.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the data path.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, a tenth of the documents")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS), help="parts to measure; the "
+                        "others stay as they are in the output")  # fmt: skip
     parser.add_argument("--corpus", type=Path, default=CORPUS)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "data.md")
     parser.add_argument("--step-ms", type=float, default=100.0, help="length of the training step that is simulated")
     args = parser.parse_args()
     domains = {domain: args.corpus / f"{domain}.jsonl" for domain in DOMAINS}
-    load_before = os.getloadavg()[0]
+    kept = _sections(args.output) if set(args.only) != set(SECTIONS) else {}
+    sections = []
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = _tokenizer(Path(scratch) / "tokenizer", domains)
-        say("tokenising, one core")
-        large = _installed_sources(Path(scratch) / "large.jsonl", (6 if args.quick else LARGE_MB) * 10**6)
-        small = {domain: (path, 1 if args.quick else 5) for domain, path in domains.items()}
-        table = speeds({**small, LARGE: (large, 1 if args.quick else 3)}, tokenizer)
-        say("tokenising, several workers")
-        workers = scaling(domains, tokenizer, (1, 2), 4 if args.quick else 40)
-        say("building packings")
-        builds = build_times(Path(scratch), 10**6 if args.quick else 10**7)
-        say("loading")
-        loads = rates(Path(scratch), 20_000 if args.quick else 200_000, args.step_ms / 1e3)
-    lines = [
-        *_head(load_before, args), *_tokenize_table(table), *_worker_table(workers), *_loader_table(loads),
-        *_index_table(builds),
-    ]  # fmt: skip
-    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+        for name, title in SECTIONS.items():
+            if name not in args.only:
+                sections.append(kept[title])
+                continue
+            say(title)
+            load_before = os.getloadavg()[0]
+            table = _measure(name, args, domains, tokenizer, Path(scratch))
+            sections.append("\n".join([f"## {title}", "", _state(load_before, args), "", *table]) + "\n")
+    text = "\n".join(["\n".join(_head(args)) + "\n", *sections])
+    args.output.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _measure(
+    name: str, args: argparse.Namespace, domains: dict[str, Path], tokenizer: Path, scratch: Path
+) -> list[str]:
+    """Lines of one section."""
+    quick = args.quick
+    if name == "tokenising":
+        large = _installed_sources(scratch / "large.jsonl", (6 if quick else LARGE_MB) * 10**6)
+        small = {domain: (path, 1 if quick else 5) for domain, path in domains.items()}
+        return _tokenize_table(speeds({**small, LARGE: (large, 1 if quick else 3)}, tokenizer))
+    if name == "workers":
+        return _worker_table(scaling(domains, tokenizer, 4 if quick else 40, 1 if quick else 3))
+    if name == "loader":
+        return _loader_table(rates(scratch, 20_000 if quick else 200_000, args.step_ms / 1e3))
+    return _index_table(build_times(scratch, 10**6 if quick else 10**7))
+
+
+def _sections(path: Path) -> dict[str, str]:
+    """Title -> text of the sections of an earlier result."""
+    parts = path.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 def say(text: str) -> None:
@@ -83,31 +111,40 @@ def _installed_sources(path: Path, num_bytes: int) -> Path:
     return path
 
 
-def _head(load_before: float, args: argparse.Namespace) -> list[str]:
+def _head(args: argparse.Namespace) -> list[str]:
     cpu = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].strip() if names else cpu
-    packages = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "sentencepiece", "gigatoken", "numpy"))
-    busy = load_before / (os.cpu_count() or 1)
-    state = "idle" if busy < 0.3 else f"busy: load average {load_before:.1f} when it began, so clock times are too long"
+    names = ("tokenizers", "sentencepiece", "gigatoken", "orjson", "numpy")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
     return [
         "# Speed of the data path", "",
         "Written by `python -m benchmarks.data.run`; run it again on your own machine.", "",
-        f"- {datetime.date.today().isoformat()}, {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{packages}",
-        f"- the machine was {state}; \"a CPU second\" counts the time this process had a core, whatever else ran",
+        f"- {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}",
         f"- text: {'the bundled corpus' if args.corpus == CORPUS else 'another corpus'} "
         f"({sum((args.corpus / f'{d}.jsonl').stat().st_size for d in DOMAINS) / 1e6:.1f} MB), tokenizer of "
-        f"{VOCAB_SIZE:,} pieces in Llama's form, trained on it"
-        + ("; a quick run (one repeat, a tenth of the documents)" if args.quick else ""),
+        f"{VOCAB_SIZE:,} pieces in Llama's form, trained on it",
+        '- "a CPU second" counts the time this process had a core (all its threads together), whatever else ran',
     ]  # fmt: skip
+
+
+def _state(load_before: float, args: argparse.Namespace) -> str:
+    """When, and how busy the machine was."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = max(load_before, load) / cores
+    state = "idle" if busy < 0.3 else (
+        f"shared with other work (load average {load_before:.1f} when this part began, {load:.1f} with this part when "
+        "it ended): clock times are too long, and CPU times too, since caches are shared"
+    )  # fmt: skip
+    return f"Measured {datetime.date.today().isoformat()}; the machine was {state}." + (
+        " A quick run: one repeat, a tenth of the documents." if args.quick else ""
+    )
 
 
 def _tokenize_table(table: dict) -> list[str]:
     lines = [
-        "", "## Tokenising: MB of text a CPU second, one core", "",
         "*bare*: the library's own call on texts in memory. *ours*: from the JSONL file to the published, fsynced pair "
         "with manifest: hashing, reading, parsing, encoding, checking, writing. Every figure is the median of fresh "
         "processes, so caches start cold; loading the tokenizer is in neither. The four domains are shards of 0.3 to "
@@ -132,23 +169,28 @@ def _tokenize_table(table: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def _worker_table(rows: list[dict]) -> list[str]:
-    one, two = rows
-    possible = two["workers"] * one["cpu_seconds"] / two["cpu_seconds"]
-    return [
-        "", "## Two workers against one", "",
-        "Whole shards, backend tokenizers, start-up of the processes included (goal: 1.8x by the clock, on an idle "
-        "machine with two free cores). Processes share nothing, so what two free cores can give follows from the CPU "
-        "time of all processes together: the last column.", "",
-        "| workers | MB/s by the clock | | CPU s, all processes | 2 x CPU ratio |", "|---|---:|---:|---:|---:|",
-        f"| 1 | {one['rate']:.2f} | | {one['cpu_seconds']:.1f} | |",
-        f"| 2 | {two['rate']:.2f} | {two['rate'] / one['rate']:.2f}x | {two['cpu_seconds']:.1f} | {possible:.2f}x |",
+def _worker_table(rows: dict[str, dict[str, float]]) -> list[str]:
+    names = {"ours": "`hymba data tokenize`, workers", "bare": "the bare library, processes"}
+    lines = [
+        "Library tokenizers, whole shards, whole processes from their start (goal: 1.8x by the clock, on an idle "
+        "machine with two free cores). The bare library, encoding the same copies of the same texts in one and in two "
+        "processes that share nothing, shows what two cores of this machine give beside each other. The last column "
+        "does not see the clock: what the CPU time of all processes would give on two cores that are free. Medians of "
+        "runs back to back.", "",
+        "| | MB/s, one | MB/s, two | two against one | CPU s, one | CPU s, two | 2 x CPU ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
+    for side, name in names.items():
+        row = rows[side]
+        lines.append(
+            f"| {name} | {row['rate1']:.2f} | {row['rate2']:.2f} | **{row['gain']:.2f}x** | {row['cpu1']:.1f} | "
+            f"{row['cpu2']:.1f} | {row['cpu_gain']:.2f}x |"
+        )
+    return lines
 
 
 def _loader_table(rows: list[dict]) -> list[str]:
     lines = [
-        "", "## Loader", "",
         "One thread, document mask on (tokens, labels, positions, segment ids as tensors), random tokens in a file of "
         f"{rows[0]['source_mb']:,.0f} MB. A step of {rows[0]['step_ms']:.0f} ms over {BATCH_TOKENS:,} tokens stands "
         f"for the model, {BATCH_TOKENS / rows[0]['step_ms'] * 1e3:,.0f} tokens/s, more than three times what a rank "
@@ -169,7 +211,6 @@ def _loader_table(rows: list[dict]) -> list[str]:
 
 def _index_table(rows: list[dict]) -> list[str]:
     lines = [
-        "", "## Packing index", "",
         f"`hymba data pack` on {rows[0]['num_documents']:,} synthetic documents (log-normal lengths, mean about 1,000 "
         "tokens). Plain windows and shuffling need no index at all.", "",
         "| packing | sequence | CPU s | clock s | peak memory MB | file MB | opens in ms | sequences | full |",

@@ -80,7 +80,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(output: Path, name: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """``output``/``name``.json: analysis, version, settings, and the results beside them."""
+    """``output``/``name``.json: analysis, version, settings, and the results beside them. Raises UserError."""
     content = {"analysis": name, "hymba_train": __version__, "settings": settings, **results}
     path = output / f"{name}.json"
     try:

@@ -136,7 +136,7 @@ def _accuracy(name: str, values: dict[str, float]) -> float:
 
 
 def score_recall(loaded: LoadedModel, args: argparse.Namespace) -> Score:
-    """Accuracy of the recall tasks of recipes/evaluation/RECIPE.yaml."""
+    """Accuracy of the recall tasks of recipes/evaluation/RECIPE.yaml. Raises UserError: it has none."""
     from hymba_train.config import compose
     from hymba_train.config.schema import PhaseConfig
     from hymba_train.evaluation.held_out import recall_scores

@@ -9,8 +9,8 @@ from typing import Any
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.scalars import recall_scalars, train_scalars, validation_scalars
-from hymba_train.config.freeze import write_atomically
 from hymba_train.errors import UserError
+from hymba_train.files import write_atomically
 
 ID_FILE = "wandb_run_id"
 

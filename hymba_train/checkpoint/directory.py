@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from hymba_train.checkpoint import manifest
-from hymba_train.config.freeze import make_private, write_atomically
+from hymba_train.files import fsync, make_private, write_atomically
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -175,12 +175,3 @@ def remove(path: Path) -> None:
         os.rename(path, doomed)
         path = doomed
     shutil.rmtree(path)
-
-
-def fsync(path: Path) -> None:
-    """Bring a file's or directory's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

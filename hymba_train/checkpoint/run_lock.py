@@ -17,8 +17,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from hymba_train.config.freeze import make_private
 from hymba_train.errors import UserError
+from hymba_train.files import make_private
 
 LOCK_FILE = "run.lock"
 PATIENCE_SECONDS = 3.0  # a process that was told to end may take a moment

@@ -22,8 +22,8 @@ from hymba_train.checkpoint.optimizer_state import optimizer_state, optimizer_st
 from hymba_train.checkpoint.share import Planner, Share
 from hymba_train.checkpoint.together import first_cause
 from hymba_train.checkpoint.writing import publish, write_share
-from hymba_train.config.freeze import make_private
 from hymba_train.errors import UserError
+from hymba_train.files import make_private
 from hymba_train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from hymba_train.checkpoint import directory, manifest
 from hymba_train.checkpoint.metadata import write_metadata
 from hymba_train.checkpoint.share import BACKEND, BACKEND_VERSION, Share
-from hymba_train.config.freeze import write_atomically
+from hymba_train.files import write_atomically
 
 REPORT = "written_{rank:05d}.json"
 SECONDS_BETWEEN_LOOKS = 0.05

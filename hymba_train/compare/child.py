@@ -14,6 +14,8 @@ from pathlib import Path
 
 PRELOAD = ("hymba_train.cli", "hymba_train.plan", "hymba_train.train.main")
 """Modules that the fork server imports once. None of them may touch a GPU, which forks would inherit broken."""
+SERVER = "hymba_train.compare.server"
+"""What the fork server imports before anything else."""
 CUDA_ERROR_NOT_INITIALIZED = 3  # what the driver answers a fork of a process that uses it
 
 

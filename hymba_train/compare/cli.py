@@ -11,9 +11,9 @@ from hymba_train.compare.pool import Clock, Pool
 from hymba_train.compare.report import as_json, table_lines, write_report
 from hymba_train.compare.results import check_data, differences, read_results
 from hymba_train.compare.study import Study, flops_at, make_study, num_parameters
-from hymba_train.config.freeze import make_private
 from hymba_train.errors import UserError
 from hymba_train.exit_codes import STOPPED_EARLY
+from hymba_train.files import make_private
 from hymba_train.parser import Parser
 
 FAILED = 1

@@ -73,7 +73,7 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 def parse_budget(text: str) -> Budget:
-    """Tokens (``10M``, ``2e7``) or FLOPs (``1e17flops``) a member.
+    """Tokens (``10M``, ``2e7``) or FLOPs (``1e17flops``) a member. Raises UserError.
 
     >>> parse_budget("10M"), parse_budget("1e17flops")
     (Budget(amount=10000000.0, in_flops=False), Budget(amount=1e+17, in_flops=True))

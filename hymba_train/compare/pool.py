@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 
-from hymba_train.compare.child import PRELOAD, last_line, train_run
+from hymba_train.compare.child import PRELOAD, SERVER, last_line, train_run
 from hymba_train.compare.study import Run
 from hymba_train.config import freeze_run
 from hymba_train.errors import UserError
@@ -66,6 +66,7 @@ class Pool:
         self.failures: dict[str, str] = {}
         self._stopping = ""
         self._running: dict[Run, BaseProcess] = {}
+        self._ended: set[Run] = set()  # by us, because nobody could wait for them
 
     def train(self, runs: Sequence[Run]) -> dict[str, str]:
         """Train what is not finished. Returns name -> reason of the runs that failed; one that was stopped has not."""
@@ -77,7 +78,7 @@ class Pool:
         if not waiting:
             return self.failures
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([] if self.fresh else list(PRELOAD))
+        context.set_forkserver_preload([SERVER] if self.fresh else [SERVER, *PRELOAD])
         # Asking CUDA how many GPUs there are would spoil it for forks; NVML tells as well.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_jobs)))
@@ -96,8 +97,7 @@ class Pool:
                         self.say("  ".join(f"{run.name} {_where(run)}" for run in self._running))
                     time.sleep(LOOK_SECONDS)
             finally:
-                for process in self._running.values():
-                    process.kill()
+                self._end_all()
         return self.failures
 
     def _start(self, waiting: list[Run], context: ForkServerContext) -> None:
@@ -110,9 +110,15 @@ class Pool:
                 continue
             clear(run.directory)
             arguments = (str(resolved), str(run.directory / LOG), self.fresh)
-            self._running[run] = context.Process(target=train_run, args=arguments)
-            self._running[run].start()
+            process = context.Process(target=train_run, args=arguments)
+            process.start()
+            self._running[run] = process
+            self._tell_if_stopping(run)  # a signal may have come in between, and asked the others
             self.say(f"{run.name}: started, {_where(run)}")
+
+    def _tell_if_stopping(self, run: Run) -> None:
+        if self._stopping:
+            request_stop(run.directory, self._stopping)
 
     def _reap(self) -> None:
         for run, process in list(self._running.items()):
@@ -125,7 +131,7 @@ class Pool:
                 self.say(f"{run.name}: finished")
             elif code == STOPPED_EARLY:
                 self.say(f"{run.name}: saved and stopped, {_where(run)}")
-            elif code == -signal.SIGKILL and self.clock.is_over():
+            elif code == -signal.SIGKILL and run in self._ended:
                 self.say(f"{run.name}: {KILLED}")
             else:
                 self._failed(run, f"exit code {code}: {last_line(run.directory / LOG)}")
@@ -139,8 +145,12 @@ class Pool:
             self._stopping = f"--time-limit {self.clock.limit_seconds:.0f}"
             self._ask_to_stop()
         if self.clock.is_over():
-            for process in self._running.values():
-                process.kill()
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for run, process in self._running.items():
+            process.kill()
+            self._ended.add(run)
 
     def _ask_to_stop(self) -> None:
         for run in self._running:
@@ -152,8 +162,7 @@ class Pool:
 
         def handle(number: int, frame: object) -> None:
             if self._stopping:
-                for process in self._running.values():
-                    process.kill()
+                self._end_all()
                 return
             self._stopping = signal.Signals(number).name
             self._ask_to_stop()

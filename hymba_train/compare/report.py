@@ -12,7 +12,7 @@ from typing import Any
 from hymba_train.callbacks.progress import format_count
 from hymba_train.compare.results import CACHE_TOKENS, DataCheck, Difference, MemberResult, mean_and_spread
 from hymba_train.compare.study import Study
-from hymba_train.config.freeze import write_atomically
+from hymba_train.files import write_atomically
 
 MEASURES = {"mean_recall": "recall", "mean_held_out": "held-out loss"}
 
@@ -33,7 +33,8 @@ def table_lines(
         if names:
             lines += ["", f"## {title}", "", _row(["model", *names]), _row(["---", *["---:"] * len(names)])]
             for m in members:
-                values = [[getattr(run, attribute)[name] for run in m.finished] for name in names]
+                found = [getattr(run, attribute) for run in m.finished]
+                values = [[scores[name] for scores in found if name in scores] for name in names]
                 lines.append(_row([m.name, *(_pm(v, form) for v in values)]))
     if differences:
         lines += ["", "## Differences, paired by seed", ""]
@@ -87,8 +88,16 @@ def _notes(members: Sequence[MemberResult], check: DataCheck, num_jobs: int) -> 
         f"tokens/s: as trained{shared}. Cache: keys and values in bf16, SSM state in float32, of one sequence of "
         f"{CACHE_TOKENS:,} tokens."
     )
+    finished = [run for m in members for run in m.finished]
     for m in members:
         notes += [f"{m.name} seed {run.seed}: {run.state}" for run in m.runs if not run.is_finished]
+        for measure, what in MEASURES.items():
+            if any(getattr(run, measure) is not None for run in finished):
+                notes += [
+                    f"{m.name} seed {run.seed}: finished, but its metrics.jsonl has no {what}: not in those means"
+                    for run in m.finished
+                    if getattr(run, measure) is None
+                ]
     return notes
 
 

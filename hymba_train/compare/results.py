@@ -15,8 +15,9 @@ from hymba_train.runs.summary import METRICS, state_of
 
 CACHE_TOKENS = 8192
 """Length of the sequence whose cache is given."""
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Two-sided 95 % quantiles of Student's t by the number of values."""
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them see :func:`t_95`."""
+Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,17 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float] | None:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def t_95(num_values: int) -> float:
+    """Two-sided 95 % quantile of Student's t for the mean of two or more values, to three digits behind the point."""
+    freedom = num_values - 1
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z = Z_95  # Cornish and Fisher's series in 1 / freedom
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
 @dataclass(frozen=True)
 class Difference:
     """``other`` minus ``reference``, over the seeds that both have finished: pairs that saw the same data."""
@@ -166,7 +178,7 @@ def differences(members: Sequence[MemberResult]) -> list[Difference]:
             if (found_deltas := mean_and_spread(deltas)) is None:
                 continue
             (mean, spread), n = found_deltas, len(deltas)
-            half = None if n < 2 else T_95.get(n, 2.0) * spread / math.sqrt(n)
+            half = None if n < 2 else t_95(n) * spread / math.sqrt(n)
             found.append(Difference(reference.name, other.name, measure, mean, half, n))
     return found
 

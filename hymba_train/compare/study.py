@@ -113,7 +113,8 @@ def _run(member: str, seed: int, config: Config) -> Run:
 
 
 def cut_to(config: Config, budget: Budget) -> None:
-    """Set the tokens of all phases, in their proportions and in whole steps, to a budget. Changes ``config``."""
+    """Set the tokens of all phases, in their proportions and in whole steps, to a budget. Changes ``config``.
+    Raises UserError: no phase has tokens."""
     phases = config.data.phases
     if not phases or any(phase.tokens == TO_BE_GIVEN for phase in phases.values()):
         raise UserError("budget: the experiment has no phases to cut; choose one that has, or give their tokens")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hymba_train.config.decays import DECAYS, STYLES
 from hymba_train.config.nearest import nearest
+from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.config.schema import TO_BE_GIVEN, Config
 from hymba_train.config.typed import flatten, to_plain
 
@@ -18,12 +20,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision.fp8": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "precision.layer_spec": ("local", "transformer_engine", "auto"),
     "optim.name": ("adamw",),
-    "schedule.lr_decay_style": ("wsd", "cosine", "linear", "constant"),
-    "schedule.lr_wsd_decay_style": ("linear", "cosine", "exponential", "minus_sqrt"),
+    "schedule.lr_decay_style": STYLES,
+    "schedule.lr_wsd_decay_style": tuple(DECAYS),
     "data.phases.NAME.rope_type": ("default", "ntk"),
     "checkpoint.export_dtype": ("bfloat16", "float32"),
     "data.phases.NAME.packing": ("concat", "best_fit", "length_buckets"),
-    "evaluation.recall.NAME.kind": ("mqar", "phonebook", "needle", "selective_copy"),
+    "evaluation.recall.NAME.kind": tuple(RECALL_KINDS),
     "guards.on_data": ("skip", "rewind", "stop"),
     "guards.on_persistent": ("skip", "rewind", "stop"),
     "run.objective": ("pretrain", "sft", "dpo"),
@@ -31,27 +33,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Words. null is allowed wherever the schema allows it."""
 
-_FROM_1, _FROM_0 = (1, math.inf), (0, math.inf)
+FROM_1, FROM_0 = (1, math.inf), (0, math.inf)
 BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads",
-            "model.num_query_groups", "model.kv_channels", "model.v_head_dim", "model.mamba2_state_dim",
-            "model.mamba2_head_dim", "model.mamba2_num_groups", "model.vocab_size", "model.window_size",
-            "model.mamba_expand",
-            "model.mamba_state_dim", "model.mamba_conv_width", "model.mamba_dt_rank", "model.max_position_embeddings",
-            "model.rope_original_max_positions", "model.make_vocab_size_divisible_by", "parallel.tensor",
-            "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.world_size",
-            "data.phases.NAME.tokens", "data.phases.NAME.seq_length", "data.phases.NAME.global_batch_size",
-            "data.phases.NAME.micro_batch_size", "data.phases.NAME.epochs", "data.validation_sequences",
-            "checkpoint.keep_last", "logging.log_interval", "evaluation.recall.NAME.length",
-            "evaluation.recall.NAME.items", "evaluation.recall.NAME.num_samples", "run.train_steps",
-            "guards.window_steps", "guards.min_window_steps", "guards.skip_window_steps", "guards.grad_spike_ratio",
-            "guards.straggler_ratio",
-            "guards.max_starts_without_progress",
-        ),
-        _FROM_1,
-    ),
     **dict.fromkeys(
         (
             "model.num_meta_tokens", "model.init_method_std", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
@@ -60,12 +43,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
             "guards.spike_sigmas", "guards.loss_spike_nats",
             "guards.max_skips", "guards.max_rewinds", "guards.rewind_skip_steps", "guards.drift_interval",
         ),
-        _FROM_0,
+        FROM_0,
     ),
+    **dict.fromkeys(("guards.grad_spike_ratio", "guards.straggler_ratio"), FROM_1),
     "evaluation.recall_symbols": (2, math.inf),
     **dict.fromkeys(("schedule.lr_warmup_fraction", "schedule.lr_wsd_decay_fraction"), (0, 1)),
 }  # fmt: skip
-"""Smallest and largest value, both allowed."""
+"""Smallest and largest value, both allowed. A whole number that is not named here is at least 1."""
 
 POSITIVE = (
     "model.rotary_base", "model.layernorm_epsilon", "optim.lr", "optim.adam_eps", "data.phases.NAME.blend.NAME",
@@ -119,8 +103,9 @@ def _check_value(key: str, value: Any) -> str | None:
     if key in CHOICES and value not in CHOICES[key]:
         match = nearest(value, CHOICES[key])
         return f"not one of {', '.join(CHOICES[key])}" + (f"; did you mean {match}?" if match else "")
-    if key in BOUNDS:
-        low, high = BOUNDS[key]
+    bounds = BOUNDS.get(key, FROM_1 if type(value) is int else None)
+    if bounds:
+        low, high = bounds
         if not low <= value <= high:
             return f"must be at least {low}" if high == math.inf else f"must lie in {low}..{high}"
     if key in POSITIVE and not value > 0:

@@ -10,6 +10,7 @@ import hymba_train
 from hymba_train.config.schema import Config, DataConfig
 from hymba_train.config.typed import flatten, from_plain, to_plain
 from hymba_train.errors import UserError
+from hymba_train.files import make_private, write_atomically
 
 FROZEN_NAME = "resolved.yaml"
 
@@ -41,7 +42,7 @@ def to_yaml(config: Config) -> str:
 
 
 def freeze(config: Config, path: str | Path) -> Path:
-    """Write the configuration to ``path``: complete or not at all (temporary file, fsync, rename)."""
+    """Write the configuration to ``path``: complete or not at all (temporary file, fsync, rename). Raises UserError."""
     path = Path(path)
     try:
         make_private(path.parent)
@@ -119,23 +120,3 @@ def load_frozen(path: str | Path) -> Config:
         return from_plain(plain)
     except UserError as error:
         raise UserError(*(f"{path}: {line}" for line in error.problems)) from error
-
-
-def make_private(directory: Path) -> None:
-    """Make a directory that only its owner may look into (0700). One that is there keeps its mode."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write text so that a reader sees the old file or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

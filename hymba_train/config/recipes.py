@@ -13,6 +13,7 @@ def recipes_directory() -> Path:
     """Directory of the recipes that come with this package.
 
     In a checkout it lies beside the package; a wheel installs it as the package ``hymba_train_recipes``.
+    Raises UserError where neither is there.
     """
     checkout = Path(hymba_train.__file__).resolve().parent.parent / "recipes"
     if (checkout / "config.yaml").is_file():

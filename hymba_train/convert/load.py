@@ -42,6 +42,7 @@ class LoadedModel:
     checkpoint: TrainingCheckpoint | None
 
     def require_tokenizer(self) -> Tokenizer:
+        """Raises UserError where there is none."""
         if self.tokenizer is None:
             raise UserError("this model came without a tokenizer; give one with --tokenizer")
         return self.tokenizer
@@ -58,6 +59,7 @@ class LoadedModel:
 
 
 def require_transformers() -> None:
+    """Raises UserError where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed: pip install 'hymba-train[hf]'")
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hymba_train.checkpoint import manifest
-from hymba_train.checkpoint.directory import fsync
 from hymba_train.convert.hf_config import TokenIds, generation_config
 from hymba_train.convert.model_card import model_card
 from hymba_train.convert.shards import write_shards
 from hymba_train.convert.source import DTYPES, HubWeights, TrainingCheckpoint
 from hymba_train.convert.tokenizer_files import write_chat_template, write_tokenizer_files
 from hymba_train.errors import UserError
+from hymba_train.files import fsync
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 CODE = ("configuration_hymba.py", "modeling_hymba.py")
@@ -72,7 +72,10 @@ def export_hf(
 
 @contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write into beside ``output``. It takes that name when all is written, and vanishes otherwise."""
+    """A directory to write into beside ``output``. It takes that name when all is written, and vanishes otherwise.
+
+    Raises UserError: ``output`` exists, or cannot be written.
+    """
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already; choose another --output or remove it")
     temporary = output.with_name(f".{output.name}.incomplete-{os.getpid()}")

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from hymba_train.data.indexed_writer import sync_and_close, sync_directory, temporary_path, write_atomically
+from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.data.manifest import check_spots, spot_hashes
 from hymba_train.data.packs import Packs
 from hymba_train.data.windows import Sequences
 from hymba_train.errors import UserError
+from hymba_train.files import fsync, sync_and_close, temporary_path
 
 MAGIC = b"HYREFLP\x01"
 _TAIL = struct.Struct("<Q8s")
@@ -90,7 +91,7 @@ class MaskWriter:
         """fsync and rename. Returns the manifest's entry."""
         sync_and_close(self._stream)
         os.replace(self._temporary, self._path)
-        sync_directory(self._path.parent)
+        fsync(self._path.parent)
         size = self._path.stat().st_size
         return {"bytes": size, "sha256": self._hash.hexdigest(), "spots": spot_hashes(self._path)}
 

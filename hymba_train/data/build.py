@@ -87,7 +87,10 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
 
 
 def open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: Tokenizer) -> Source:
-    """One source, checked against its manifest and ``tokenizer``; from its local copy if it is remote."""
+    """One source, checked against its manifest and ``tokenizer``; from its local copy if it is remote.
+
+    Raises UserError naming the key or the file that is at fault.
+    """
     key, prefix = f"data.sources.{name}", resolve_path(config, source.path)
     if not 0 <= source.validation_fraction < 1:
         raise UserError(f"{key}.validation_fraction = {source.validation_fraction}: give a share in 0..1, below 1")

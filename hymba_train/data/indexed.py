@@ -105,7 +105,7 @@ class IndexedTokens:
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def document_at(self, token: int) -> int:
-        """Number of the document that holds the token at offset ``token``. O(log documents)."""
+        """Number of the document that holds the token at offset ``token``. O(log documents). Raises IndexError."""
         if not 0 <= token < self.num_tokens:
             raise IndexError(f"token offset {token} is outside the {self.num_tokens} tokens of {self.prefix}")
         # bisect, not np.searchsorted: that copies a whole index whose header leaves it unaligned.
@@ -142,7 +142,7 @@ class IndexedTokens:
         return self.stored_tokens(begin, end).astype(np.int64)
 
     def stored_tokens(self, begin: int, end: int) -> np.ndarray:
-        """As :meth:`tokens`, in the type of the file, read-only."""
+        """As :meth:`tokens`, in the type of the file, read-only. Raises IndexError."""
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"tokens {begin}..{end} are outside the {self.num_tokens} of {self.prefix}")
         return np.frombuffer(self._read(begin, end), self.dtype)
@@ -161,7 +161,7 @@ class IndexedTokens:
         return data
 
     def document(self, document: int) -> np.ndarray:
-        """All tokens of one document, int64."""
+        """All tokens of one document, int64. Raises IndexError."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} is outside the {self.num_documents} of {self.prefix}")
         return self.tokens(self.document_start(document), self.document_start(document + 1))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from hymba_train.data.indexed import BLOCK_ITEMS, DTYPE_CODES, HEADER, MAGIC, bin_path, idx_path
 from hymba_train.errors import UserError
+from hymba_train.files import fsync, replacing, sync_and_close, temporary_path
 
 
 class IndexedWriter:
@@ -39,6 +39,7 @@ class IndexedWriter:
         self._bin = open(self._temporary[0], "wb")  # noqa: SIM115  closed in publish() or discard()
         self._lengths: list[np.ndarray] = []
         self._hash = hashlib.sha256()
+        self._published = False
         self.num_tokens = 0
         self.num_documents = 0
 
@@ -81,7 +82,8 @@ class IndexedWriter:
             raise _cannot_write(self._paths[1], index_bytes, error) from error
         for temporary, path in zip(self._temporary, self._paths, strict=True):
             os.replace(temporary, path)
-        sync_directory(self._paths[0].parent)
+        self._published = True
+        fsync(self._paths[0].parent)
         return {
             self._paths[0].name: {"bytes": bin_bytes, "sha256": self._hash.hexdigest()},
             self._paths[1].name: {"bytes": index_bytes, "sha256": index_hash.hexdigest()},
@@ -104,6 +106,8 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what was written and not published."""
+        if self._published:
+            return
         with contextlib.suppress(OSError):  # a full disk says so once more when the rest of the buffer is flushed
             self._bin.close()
         for path in self._temporary:
@@ -117,37 +121,17 @@ def _cannot_write(path: Path, offset: int, error: OSError) -> UserError:
     )
 
 
-def temporary_path(path: Path) -> Path:
-    """Name beside ``path`` under which it is written; random, so that two writers do not meet."""
-    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+@contextlib.contextmanager
+def replacing_or_refused(path: Path) -> Iterator[Path]:
+    """:func:`hymba_train.files.replacing` for a user's own files: an OSError is a UserError that names the file."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing of it was kept") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either its old bytes or all the new ones."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            sync_and_close(stream)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); nothing of it was kept") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_and_close(stream: IO[bytes]) -> None:
-    """Bring what was written to the disk, and close."""
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
-
-
-def sync_directory(path: Path) -> None:
-    """fsync a directory, so that a rename inside it survives a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write ``content`` so that ``path`` holds either its old bytes or all the new ones. Raises UserError."""
+    with replacing_or_refused(path) as temporary:
+        temporary.write_bytes(content)

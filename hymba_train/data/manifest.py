@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+import orjson
 
 from hymba_train.data.indexed import bin_path, idx_path
 from hymba_train.data.indexed_writer import write_atomically
@@ -21,6 +23,7 @@ from hymba_train.errors import UserError
 MANIFEST_VERSION = 2
 NUM_SPOTS = 16
 SPOT_BYTES = 2**16
+_FORMAT = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -68,7 +71,7 @@ class Manifest:
     def write(self, prefix: str | Path) -> Path:
         """Write PREFIX.json by temporary name, fsync and rename."""
         path = manifest_path(prefix)
-        write_atomically(path, json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n")
+        write_atomically(path, orjson.dumps(self, option=_FORMAT))
         return path
 
     def file(self, suffix: str) -> dict[str, Any]:
@@ -116,10 +119,12 @@ def with_spots(prefix: str | Path, files: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def spot_hashes(path: Path) -> list[list[Any]]:
-    """[byte offset, blake2b-64 (hex)] of NUM_SPOTS blocks of SPOT_BYTES, spread evenly over a file, ends included."""
+    """[byte offset, blake2b-64 (hex)] of blocks of SPOT_BYTES, spread evenly over a file, ends included: NUM_SPOTS of
+    them, or as many as cover a smaller file."""
     size = path.stat().st_size
     last = max(0, size - SPOT_BYTES)
-    offsets = sorted({last * i // (NUM_SPOTS - 1) for i in range(NUM_SPOTS)})
+    gaps = max(1, min(NUM_SPOTS, -(-size // SPOT_BYTES)) - 1)
+    offsets = sorted({last * i // gaps for i in range(gaps + 1)})
     with open(path, "rb", buffering=0) as stream:
         return [[offset, _block_hash(stream, offset)] for offset in offsets]
 

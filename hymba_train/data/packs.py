@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hymba_train.data.indexed import BLOCK_ITEMS, idx_path
-from hymba_train.data.indexed_writer import sync_and_close, sync_directory, temporary_path
+from hymba_train.data.indexed_writer import replacing_or_refused
 from hymba_train.data.manifest import file_sha256, spot_hashes
 from hymba_train.data.packing import assign, cut_documents, pack_lengths
 from hymba_train.data.windows import TokenRange
@@ -73,7 +72,10 @@ class Packs:
         return self.facts["num_sequences"]
 
     def pieces(self, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-        """(offset in .bin of the first token, tokens) of each piece of a sequence, in their order there."""
+        """(offset in .bin of the first token, tokens) of each piece of a sequence, in their order there.
+
+        Raises IndexError.
+        """
         if not 0 <= sequence < len(self):
             raise IndexError(f"sequence {sequence} is outside the {len(self)} of {self.part.tokens.prefix}")
         begin, end = self._first[sequence : sequence + 2].tolist()
@@ -166,29 +168,20 @@ def _facts_of(
 
 def _write(path: Path, starts: _Ordered, first: np.ndarray, lengths: _Ordered, facts: dict[str, Any]) -> None:
     """A bounded piece at a time."""
-    temporary = temporary_path(path)
+    parts: tuple[_Ordered, ...] = (starts, (first, None), lengths)
     digest, num_bytes = hashlib.sha256(), 0
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(MAGIC)
-            parts: tuple[_Ordered, ...] = (starts, (first, None), lengths)
-            for values, order in parts:
-                for begin in range(0, values.size, BLOCK_ITEMS):
-                    chosen = slice(begin, begin + BLOCK_ITEMS) if order is None else order[begin : begin + BLOCK_ITEMS]
-                    data = np.ascontiguousarray(values[chosen]).data
-                    stream.write(data)
-                    digest.update(data)
-                    num_bytes += data.nbytes
-            facts |= {"payload_bytes": num_bytes, "payload_sha256": digest.hexdigest()}
-            trailer = json.dumps(facts, sort_keys=True).encode()
-            stream.write(trailer + _TAIL.pack(len(trailer), MAGIC))
-            sync_and_close(stream)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); nothing of it was kept") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with replacing_or_refused(path) as temporary, open(temporary, "wb") as stream:
+        stream.write(MAGIC)
+        for values, order in parts:
+            for begin in range(0, values.size, BLOCK_ITEMS):
+                chosen = slice(begin, begin + BLOCK_ITEMS) if order is None else order[begin : begin + BLOCK_ITEMS]
+                data = np.ascontiguousarray(values[chosen]).data
+                stream.write(data)
+                digest.update(data)
+                num_bytes += data.nbytes
+        facts |= {"payload_bytes": num_bytes, "payload_sha256": digest.hexdigest()}
+        trailer = json.dumps(facts, sort_keys=True).encode()
+        stream.write(trailer + _TAIL.pack(len(trailer), MAGIC))
 
 
 def _read_trailer(path: Path) -> dict[str, Any]:

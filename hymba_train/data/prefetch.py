@@ -5,9 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Item(Generic[T]):
+    value: T
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None = None
 
 
 class Prefetcher(Generic[T]):
@@ -18,16 +29,16 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, items: Iterable[T], depth: int = 2) -> None:
-        self._queue: queue.Queue[tuple[str, object]] = queue.Queue(depth)
+        self._queue: queue.Queue[_Item[T] | _End] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(iter(items),), name="prefetch", daemon=True)
         self._thread.start()
         self._over = False
 
-    def _put(self, kind: str, value: object) -> bool:
+    def _put(self, entry: _Item[T] | _End) -> bool:
         while not self._stop.is_set():
             try:
-                self._queue.put((kind, value), timeout=0.1)
+                self._queue.put(entry, timeout=0.1)
             except queue.Full:
                 continue
             return True
@@ -36,12 +47,12 @@ class Prefetcher(Generic[T]):
     def _work(self, items: Iterator[T]) -> None:
         try:
             for item in items:
-                if not self._put("item", item):
+                if not self._put(_Item(item)):
                     return
         except BaseException as error:  # handed over to the thread that reads
-            self._put("error", error)
+            self._put(_End(error))
         else:
-            self._put("end", None)
+            self._put(_End())
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -49,13 +60,11 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         if self._over:
             raise StopIteration
-        kind, value = self._queue.get()
-        if kind == "item":
-            return value  # type: ignore[return-value]
+        entry = self._queue.get()
+        if isinstance(entry, _Item):
+            return entry.value
         self._over = True
-        if kind == "error":
-            raise value  # type: ignore[misc]
-        raise StopIteration
+        raise StopIteration if entry.error is None else entry.error
 
     def close(self) -> None:
         """Stop the thread; items prepared so far are dropped."""

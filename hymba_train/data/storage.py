@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hymba_train.data.extras import import_extra
-from hymba_train.data.indexed_writer import sync_and_close, sync_directory, temporary_path, write_atomically
+from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.data.manifest import check_spots, manifest_path, parse_manifest
 from hymba_train.errors import UserError
+from hymba_train.files import replacing, sync_and_close
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ class Cache:
     def _fetch(
         self, url: str, path: Path, facts: dict[str, Any] | None, verify: Callable[[Path], object] = lambda path: None
     ) -> None:
-        temporary = temporary_path(path)
-        try:
+        with replacing(path) as temporary:
             digest, num_bytes = _copy(url, temporary, facts["bytes"] if facts else None)
             if facts and (digest, num_bytes) != (facts["sha256"], facts["bytes"]):
                 raise UserError(
@@ -106,10 +106,6 @@ class Cache:
                     f"{facts['sha256']}: copy the source there again"
                 )
             verify(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
 
 
 def read_bytes(url: str, purpose: str = "reading it") -> bytes:

@@ -103,12 +103,17 @@ class Tokenizer:
         """Library that encodes batches."""
         return self._fast.name if self._fast else self._backend.name
 
+    @property
+    def is_fast(self) -> bool:
+        """True: batches are encoded by another library than the file's own."""
+        return self._fast is not None
+
     def encode(self, text: str, *, add_bos: bool = False, add_eod: bool = False) -> list[int]:
         """Token ids of ``text``; names of special tokens inside it are plain text. "" gives []."""
         return self.encode_batch([text], add_bos=add_bos, add_eod=add_eod)[0]
 
     def encode_batch(self, texts: Sequence[str], *, add_bos: bool = False, add_eod: bool = False) -> list[list[int]]:
-        """Ids of several texts, each as :meth:`encode` gives them."""
+        """Ids of several texts, each as :meth:`encode` gives them. Raises UserError: no token to begin with."""
         if add_bos and self.bos_id is None:
             raise UserError(f"{self.path} has no token that begins a text ({', '.join(BOS_NAMES)})")
         head = [self.bos_id] if add_bos and self.bos_id is not None else []

@@ -7,19 +7,10 @@ from hymba_train.describe.cache import ACCOUNTINGS, CacheBytes, cache_bytes
 from hymba_train.describe.dims import ModelDims
 from hymba_train.describe.flops import flops_per_token, head_flops, layer_flops, training_flops, visible_keys
 from hymba_train.describe.memory import held_parameters
+from hymba_train.describe.parameters import Slice, TensorDescription, capacity, kv_is_replicated, partition
 from hymba_train.describe.published import export_obstacles
-from hymba_train.describe.stack import LayerDescription, kv_crossing, resolve_stack
-from hymba_train.describe.tensors import (
-    Slice,
-    TensorDescription,
-    capacity,
-    end_tensors,
-    kv_is_replicated,
-    layer_tensors,
-    model_tensors,
-    out_proj_slices,
-    partition,
-)
+from hymba_train.describe.stack import LayerDescription, kv_crossing, resolve_stack, used_mixers
+from hymba_train.describe.tensors import end_tensors, layer_tensors, model_tensors
 
 __all__ = [
     "ACCOUNTINGS",
@@ -40,9 +31,9 @@ __all__ = [
     "layer_flops",
     "layer_tensors",
     "model_tensors",
-    "out_proj_slices",
     "partition",
     "resolve_stack",
     "training_flops",
+    "used_mixers",
     "visible_keys",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hymba_train.config.schema import ModelConfig
+from hymba_train.describe.attention_backends import ATTENTION, automatic_attention
 from hymba_train.describe.dims import padded_vocab_size
 from hymba_train.describe.saved import (
     FLOAT32,
@@ -22,7 +23,8 @@ from hymba_train.describe.saved import (
 )
 from hymba_train.describe.stack import LayerDescription, resolve_stack
 
-OPS = (*SAVED_BY, *NORMS, "linear_cross_entropy")
+_PARTS = {"attention": {name: backend.saved for name, backend in ATTENTION.items()}, **SAVED_BY}
+OPS = (*_PARTS, *NORMS, "linear_cross_entropy")
 BACKEND_KEYS = {
     "attention": "attention_backend", "selective_scan": "scan_backend", "ssd_scan": "ssd_backend",
     "causal_conv_rows": "conv_backend",
@@ -31,8 +33,8 @@ BACKEND_KEYS = {
     "linear_cross_entropy": "loss_backend",
 }  # fmt: skip
 """Op -> key below ``precision.`` that chooses its backend."""
-KNOWN_BACKENDS = {op: tuple((SAVED_BY | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
-ON_GPU_ONLY = ("flex", "cudnn", "cuda", "triton", "mamba_ssm")
+KNOWN_BACKENDS = {op: tuple((_PARTS | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
+ON_GPU_ONLY = ("cuda", "triton", "mamba_ssm", *(name for name, backend in ATTENTION.items() if backend.on_gpu_only))
 
 
 def backends_of(
@@ -46,7 +48,7 @@ def backends_of(
     auto = dict.fromkeys(OPS, "torch")
     if device != "cpu":
         auto = dict.fromkeys(OPS, "triton")
-        auto["attention"] = "cudnn" if is_bf16 else "torch" if deterministic else "flex"
+        auto["attention"] = automatic_attention(is_bf16, deterministic)
         auto["selective_scan"] = "cuda" if num_states <= MOST_STATES else "triton"
         auto["ssd_scan"] = "mamba_ssm" if is_bf16 and not deterministic else "torch"
         if head_dim & (head_dim - 1):
@@ -62,38 +64,15 @@ def layer_saved_tensors(model: ModelConfig, layer: LayerDescription, setting: Se
 
 def _of_layer(x: Sizes) -> Iterator[SavedTensor]:
     """With repetitions: a storage that several steps save has one name."""
-    backends, layer = x.setting.backends, x.description
+    backends = x.setting.backends
 
     def by(op: str) -> Iterator[SavedTensor]:
-        return SAVED_BY[op][backends[op]](x)
+        return _PARTS[op][backends[op]](x)
 
     yield from NORMS["rms_norm"][backends["rms_norm"]](x, "input_norm")
-    if layer.has_attention:
-        yield from by("rotate_heads")
-        if x.makes_kv and not x.kv_in_projection and x.setting.sequence:  # gathered, to project K/V from
-            yield SavedTensor("kv_proj.in", x.whole_D, x.v)
-        yield from by("attention")
-    if layer.has_ssm:
-        yield from by("causal_conv_rows")
-        yield SavedTensor("conv.out", x.E, x.v)
-        yield from by("group_rms_norm")
-        yield from by("selective_scan")
-    if layer.mixer == "mamba2":
-        if x.setting.sequence:  # gathered, to project B and C from
-            yield SavedTensor("bc_proj.in", x.whole_D, x.v)
-        yield from by("causal_conv_rows")
-        yield SavedTensor("conv.out", x.E, x.v)
-        yield SavedTensor("bc_conv.out", x.bc, x.v)
-        yield from by("ssd_scan")
-        yield SavedTensor("gated_norm.y", x.E, x.v)
-        yield SavedTensor(*x.projected, x.v)  # z
-    if layer.mixer == "hybrid" and x.model.branch_fusion == "concat":
-        yield SavedTensor("concat.attention", x.A, x.v)
-        yield SavedTensor("concat.ssm", x.E, x.v)
-    elif layer.mixer == "hybrid":
-        yield from by("normed_average")
+    yield from x.mixer.saved(x, by)
     yield SavedTensor("out_proj.in", x.out_width, x.v)
-    if layer.has_ffn:
+    if x.description.has_ffn:
         yield from NORMS["add_rms_norm"][backends["add_rms_norm"]](x, "ffn_norm")
         yield from by("swiglu")
         yield SavedTensor("ffn.product", x.F, x.v)

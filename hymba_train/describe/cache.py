@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims
+from hymba_train.describe.mixers import MIXERS
 from hymba_train.describe.stack import LayerDescription, resolve_stack
 
 VALUE_BYTES = 2
@@ -78,7 +79,7 @@ def cache_bytes(model: ModelConfig, num_tokens: int, accounting: str = "ours") -
         else:
             tokens = min(num_tokens, layer.window + how.own_token) + (d.num_meta_tokens if how.meta_in_local else 0)
         kv += tokens * token_bytes * _share(layer, bool(model.kv_groups), how)
-    state = sum(_state_bytes(d, layer, how) for layer in layers)
+    state = sum(_state_bytes(model, layer, how) for layer in layers)
     return CacheBytes(num_tokens, round(kv), state)
 
 
@@ -89,12 +90,7 @@ def _share(layer: LayerDescription, any_share: bool, how: Accounting) -> float:
     return float(layer.kv_role != "consumer")
 
 
-def _state_bytes(d: ModelDims, layer: LayerDescription, how: Accounting) -> int:
-    if layer.mixer == "mamba2":
-        states, inputs = d.inner_size * d.mamba2_state_dim, d.inner_size + d.mamba2_bc_size
-    elif layer.has_ssm:
-        states, inputs = d.inner_size * d.state_dim, d.inner_size
-    else:
-        return 0
-    taps = 0 if how.conv_inputs is None else d.conv_width + how.conv_inputs
+def _state_bytes(model: ModelConfig, layer: LayerDescription, how: Accounting) -> int:
+    states, inputs = MIXERS[layer.mixer].cached_values(model)
+    taps = 0 if how.conv_inputs is None else model.mamba_conv_width + how.conv_inputs
     return states * how.state_value_bytes + inputs * taps * VALUE_BYTES

@@ -24,10 +24,6 @@ class ModelDims:
     ffn_hidden_size: int  # F
     vocab_size: int  # V
     num_meta_tokens: int  # M
-    mamba2_state_dim: int
-    mamba2_head_dim: int
-    mamba2_num_heads: int
-    mamba2_num_groups: int
 
     @property
     def attention_size(self) -> int:
@@ -38,11 +34,6 @@ class ModelDims:
     def head_channels(self) -> int:
         """Channels of a Mamba-1 branch that go to one head's tensor-parallel rank: E / H."""
         return self.inner_size // self.num_heads
-
-    @property
-    def mamba2_bc_size(self) -> int:
-        """Width of B and C of a mamba2 layer together."""
-        return 2 * self.mamba2_num_groups * self.mamba2_state_dim
 
     @classmethod
     def of(cls, model: ModelConfig) -> ModelDims:
@@ -61,11 +52,13 @@ class ModelDims:
             ffn_hidden_size=model.ffn_hidden_size,
             vocab_size=model.vocab_size,
             num_meta_tokens=model.num_meta_tokens,
-            mamba2_state_dim=model.mamba2_state_dim,
-            mamba2_head_dim=model.mamba2_head_dim,
-            mamba2_num_heads=inner // model.mamba2_head_dim,
-            mamba2_num_groups=model.mamba2_num_groups,
         )
+
+
+def inner_size_in_words(model: ModelConfig) -> str:
+    """Where E comes from, for error lines."""
+    inner = model.mamba_expand * model.hidden_size
+    return f"model.mamba_expand {model.mamba_expand} x model.hidden_size {model.hidden_size} = {inner}"
 
 
 def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
@@ -78,6 +71,7 @@ def effective_rotary_base(model: ModelConfig, rope_type: str | None = None) -> f
     """RoPE base b' (hymba-architecture 2.6).
 
     ``default``: rotary_base. ``ntk``: rotary_base * (2 * max / original - 1) ** (dk / (dk - 2)); 74,534.83 for 1.5B.
+    Raises ValueError for another ``rope_type``.
     """
     rope_type = rope_type or model.rope_type
     if rope_type == "default":

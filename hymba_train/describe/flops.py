@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims
+from hymba_train.describe.mixers import MIXERS
 from hymba_train.describe.stack import LayerDescription, resolve_stack
 from hymba_train.describe.tensors import layer_tensors
 
@@ -32,12 +33,10 @@ BACKWARD_FACTOR = 3
 _PART_OF_WEIGHT = {
     "mixer.in_proj.weight": "in_proj",
     "mixer.out_proj.weight": "out_proj",
-    "mixer.x_proj.weight": "ssm_proj",
-    "mixer.dt_proj.weight": "ssm_proj",
-    "mixer.bc_proj.weight": "ssm_proj",
     "ffn.linear_fc1.weight": "ffn",
     "ffn.linear_fc2.weight": "ffn",
 }
+"""Part of a matrix product's weight; those of a mixer that are not named here are ssm_proj."""
 
 
 def visible_keys(num_positions: int, window: int | None, num_meta_tokens: int) -> int:
@@ -69,8 +68,8 @@ def layer_flops(
     rows_per_token = (seq_length + d.num_meta_tokens / sequences_per_prefix) / seq_length
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for tensor in layer_tensors(model, layer):
-        part = _PART_OF_WEIGHT.get(tensor.name)
-        if part:
+        if tensor.weight_decay:  # what decays is a matrix product's weight
+            part = _PART_OF_WEIGHT.get(tensor.name, "ssm_proj")
             parts[part] += rows_per_token * 2 * tensor.num_parameters
     if layer.has_attention:
         everything = visible_keys(seq_length + d.num_meta_tokens, layer.window, d.num_meta_tokens)
@@ -78,12 +77,7 @@ def layer_flops(
         pairs = everything - prefix + prefix / sequences_per_prefix
         work = 2 * (d.head_dim + d.value_head_dim) * d.num_heads * pairs / seq_length
         parts["attention_global" if layer.window is None else "attention_local"] += work
-    if layer.has_ssm:
-        per_channel = 7 * d.state_dim + 10 + 2 * d.conv_width  # scan, then convolution: a multiply-add a tap
-        parts["conv_scan"] += rows_per_token * d.inner_size * per_channel
-    if layer.mixer == "mamba2":
-        scan = d.inner_size * (5 * d.mamba2_state_dim + 10)
-        parts["conv_scan"] += rows_per_token * (scan + (d.inner_size + d.mamba2_bc_size) * 2 * d.conv_width)
+    parts["conv_scan"] += rows_per_token * MIXERS[layer.mixer].scan_flops(model)
     return parts
 
 

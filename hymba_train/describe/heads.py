@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hymba_train.describe.dims import ModelDims
-from hymba_train.describe.tensors import partition
+from hymba_train.describe.parameters import partition
 
 
 @dataclass(frozen=True)

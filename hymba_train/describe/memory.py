@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hymba_train.describe.tensors import TensorDescription
+from hymba_train.describe.parameters import TensorDescription
 
 
 def held_parameters(tensor: TensorDescription, tensor_parallel: int) -> int:

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, padded_vocab_size
 from hymba_train.describe.heads import heads_of_rank
+from hymba_train.describe.mixers import MIXERS, SsdSizes
+from hymba_train.describe.parameters import capacity
 from hymba_train.describe.stack import LayerDescription
-from hymba_train.describe.tensors import capacity, layer_tensors, out_proj_slices
 
 FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
-ATTENTION_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time of attention's torch backend
 GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
 SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
 SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
@@ -62,6 +62,7 @@ class Sizes:
     def __init__(self, model: ModelConfig, layer: LayerDescription, setting: Setting) -> None:
         d = ModelDims.of(model)
         self.model, self.description, self.setting = model, layer, setting
+        self.mixer = MIXERS[layer.mixer]
         self.heads = heads_of_rank(d, setting.tensor, setting.tensor - 1)
         self.M, self.B, self.S = d.num_meta_tokens, setting.batch, setting.seq
         self.N = self.M + self.B * self.S
@@ -69,12 +70,7 @@ class Sizes:
         self.dk, self.dv = d.head_dim, d.value_head_dim
         self.H = self.heads.count
         self.A = self.heads.capacity * d.value_head_dim
-        is_mamba2 = layer.mixer == "mamba2"
-        self.E = d.inner_size // setting.tensor if is_mamba2 else self.heads.capacity * d.head_channels
-        self.ssd_heads, self.ssd_states = d.mamba2_num_heads // setting.tensor, d.mamba2_state_dim
-        self.bc = d.mamba2_bc_size  # B and C, on every rank
-        out = [] if is_mamba2 else out_proj_slices(model, layer)
-        self.out_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in out) or self.E
+        self.E = self.heads.capacity * d.head_channels
         self.F = capacity(d.ffn_hidden_size, setting.tensor)
         self.D = d.hidden_size / (setting.tensor if setting.sequence else 1)
         self.whole_D = d.hidden_size
@@ -82,7 +78,9 @@ class Sizes:
         groups = (d.dt_rank, d.state_dim, d.state_dim)
         self.small_aligned = sum(math.ceil(width / GROUP_ALIGNMENT) * GROUP_ALIGNMENT for width in groups)
         self.taps = d.conv_width - 1
-        in_proj = next(t for t in layer_tensors(model, layer) if t.name == "mixer.in_proj.weight")
+        tensors = {tensor.name: tensor for tensor in self.mixer.tensors(model, layer)}
+        out_proj, in_proj = tensors["mixer.out_proj.weight"], tensors["mixer.in_proj.weight"]
+        self.out_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in out_proj.slices)
         cut = [s for s in in_proj.slices if not s.is_replicated(setting.tensor)]
         self.in_width = sum(s.part(setting.tensor, 0)[2] * s.unit_size for s in cut)
         self.kv_in_projection = len(cut) == len(in_proj.slices)
@@ -98,6 +96,17 @@ class Sizes:
             yield SavedTensor(name, width, FLOAT32)
         else:
             yield SavedTensor(*otherwise, FLOAT32)
+
+    def kept(self, name: str, width: float) -> SavedTensor:
+        """``width`` activations a row."""
+        return SavedTensor(name, width, self.v)
+
+    @property
+    def ssd(self) -> SsdSizes:
+        """Sizes of the SSD scan, of a mixer that has one."""
+        sizes = self.mixer.ssd_sizes(self.model)
+        assert sizes is not None, self.mixer.name
+        return sizes
 
     @property
     def projected(self) -> tuple[str, float]:
@@ -134,79 +143,10 @@ def nothing(x: Sizes) -> Iterator[SavedTensor]:
     return iter(())
 
 
-def _attention_torch(x: Sizes) -> Iterator[SavedTensor]:
-    """Scores of a block of queries against every key that the block reaches: quadratic without a window."""
-    window, block = x.description.window, ATTENTION_BLOCK["cpu" if x.setting.device == "cpu" else "cuda"]
-    pairs = keys = 0
-    for first in range(0, x.S, block):
-        last = min(first + block, x.S)
-        reached = x.M + last - (0 if window is None else max(0, first - window))
-        pairs += (last - first) * reached
-        keys += reached
-    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    all_pairs, all_keys = x.B * pairs + x.M * x.M, x.B * keys + x.M
-    yield SavedTensor("attention.softmax", x.H * all_pairs / x.N, FLOAT32)
-    if x.is_bf16:
-        yield SavedTensor("attention.weights", x.H * all_pairs / x.N, x.v)
-    yield SavedTensor("attention.q", x.H * x.dk, FLOAT32)
-    text_keys = all_keys - x.M
-    if x.is_bf16 or x.heads.kv_index:
-        yield SavedTensor("attention.keys", groups * x.dk * all_keys / x.N, FLOAT32)
-    else:  # in float32 the meta tokens' keys are a view of where they were rotated
-        yield SavedTensor("attention.keys", groups * x.dk * text_keys / x.N, FLOAT32)
-        yield SavedTensor("attention.k_rotated", groups * x.dk if x.makes_kv else 0, FLOAT32)
-    if not x.heads.kv_index:  # the meta tokens' values are a view of where they were projected
-        if x.makes_kv and x.kv_in_projection:
-            yield SavedTensor(*x.projected, x.v)
-        elif x.makes_kv:
-            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
-    else:
-        text_keys = all_keys
-    yield SavedTensor("attention.values", groups * x.dv * text_keys / x.N, x.v)
-    masks = (x.B if x.setting.documents else 1) * pairs + x.M * x.M
-    yield SavedTensor("attention.mask", masks / x.N, BOOL)
-
-
-def _attention_flex(x: Sizes) -> Iterator[SavedTensor]:
-    """The kernel keeps its inputs, its output and one logarithm a query and head. K and V get the meta tokens in
-    front; those of the meta tokens' own call are views of where they were made."""
-    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    keys = x.B * (x.M + x.S) / x.N
-    yield SavedTensor("attention.q", x.H * x.dk, x.v)
-    yield SavedTensor("attention.keys", groups * x.dk * keys, x.v)
-    yield SavedTensor("attention.values", groups * x.dv * keys, x.v)
-    yield SavedTensor("attention.flex_out", x.H * x.dv, x.v)
-    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
-    if x.makes_kv and x.M and not x.heads.kv_index:
-        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
-        if x.kv_in_projection:
-            yield SavedTensor(*x.projected, x.v)
-        else:
-            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
-
-
-def _attention_cudnn(x: Sizes) -> Iterator[SavedTensor]:
-    """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected. The output is
-    what comes behind it saves, unless padding heads are put behind its own."""
-    groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    yield SavedTensor("attention.q", x.H * x.dk, x.v)
-    if x.heads.kv_index:
-        yield SavedTensor("attention.keys", groups * x.dk, x.v)
-    elif x.makes_kv:
-        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
-    yield SavedTensor("attention.values", groups * x.dv, x.v)
-    behind = "out_proj.in"
-    if x.description.mixer == "hybrid":
-        behind = "concat.attention" if x.model.branch_fusion == "concat" else "average.attention"
-    yield SavedTensor(behind if x.H * x.dv == x.A else "attention.out", x.H * x.dv, x.v)
-    yield SavedTensor("attention.log_sum", x.H, FLOAT32)
-
-
 def _conv_torch(x: Sizes) -> Iterator[SavedTensor]:
-    """Every tap's shifted input in float32, and the sum in front of SiLU. A mamba2 layer convolves B and C as well."""
-    yield from _conv_of(x, "conv", x.E, x.projected)
-    if x.description.mixer == "mamba2":
-        yield from _conv_of(x, "bc_conv", x.bc, ("bc_proj.out", x.bc))
+    """Every tap's shifted input in float32, and the sum in front of SiLU."""
+    for name, width, source in x.mixer.convolved(x):
+        yield from _conv_of(x, name, width, source)
 
 
 def _conv_of(x: Sizes, name: str, width: float, source: tuple[str, float]) -> Iterator[SavedTensor]:
@@ -225,9 +165,8 @@ def _conv_of(x: Sizes, name: str, width: float, source: tuple[str, float]) -> It
 
 
 def _conv_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor(*x.projected, x.v)
-    if x.description.mixer == "mamba2":
-        yield SavedTensor("bc_proj.out", x.bc, x.v)
+    for _, _, source in x.mixer.convolved(x):
+        yield x.kept(*source)
 
 
 def _scan_torch(x: Sizes) -> Iterator[SavedTensor]:
@@ -286,13 +225,13 @@ def _ssd_torch(x: Sizes) -> Iterator[SavedTensor]:
 def _ssd_reference(x: Sizes) -> Iterator[SavedTensor]:
     """Through autograd, a step at a time: about three copies of the state a step."""
     yield from _ssd_torch(x)
-    yield SavedTensor("ssd.every_step", 3 * x.E * x.ssd_states, FLOAT32)
+    yield SavedTensor("ssd.every_step", 3 * x.out_width * x.ssd.state_dim, FLOAT32)
 
 
 def _ssd_mamba_ssm(x: Sizes) -> Iterator[SavedTensor]:
     yield SavedTensor(*x.projected, x.v)
-    yield SavedTensor("ssd.out", x.E, x.v)
-    yield SavedTensor("ssd.decay", x.ssd_heads, FLOAT32)
+    yield SavedTensor("ssd.out", x.out_width, x.v)
+    yield SavedTensor("ssd.decay", x.ssd.num_heads // x.setting.tensor, FLOAT32)
 
 
 def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:
@@ -341,7 +280,6 @@ def loss_triton(model: ModelConfig, setting: Setting) -> SavedTensor:
 
 
 SAVED_BY: dict[str, dict[str, Part]] = {
-    "attention": {"flex": _attention_flex, "cudnn": _attention_cudnn, "torch": _attention_torch},
     "selective_scan": {
         "cuda": _scan_cuda,
         "triton": _scan_triton,
@@ -355,7 +293,8 @@ SAVED_BY: dict[str, dict[str, Part]] = {
     "normed_average": {"triton": _average_triton, "torch": _average_torch},
     "swiglu": {"triton": _swiglu_triton, "torch": _swiglu_torch},
 }
-"""Op -> backend -> what it saves. Where an op is fused with its neighbours, the entry names all that is left."""
+"""Op -> backend -> what it saves. Where an op is fused with its neighbours, the entry names all that is left. Those of
+attention are in :mod:`hymba_train.describe.attention_backends`."""
 NORMS: dict[str, dict[str, NormPart]] = {
     "rms_norm": {"triton": norm_triton, "torch": norm_torch},
     "add_rms_norm": {"triton": norm_triton, "torch": norm_torch},

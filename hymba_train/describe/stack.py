@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hymba_train.config.schema import ModelConfig
-
-MIXERS = ("hybrid", "attention", "ssm", "mamba2")
+from hymba_train.describe.mixers import MIXERS, Mixer
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class LayerDescription:
     """
 
     index: int  # 0-based, over all pipeline stages
-    mixer: str  # one of MIXERS
+    mixer: str  # one of hymba_train.describe.mixers
     has_ffn: bool
     window: int | None
     kv_role: str
@@ -28,12 +27,12 @@ class LayerDescription:
 
     @property
     def has_attention(self) -> bool:
-        return self.mixer in ("hybrid", "attention")
+        return MIXERS[self.mixer].has_attention
 
     @property
     def has_ssm(self) -> bool:
         """A Mamba-1 branch; a mamba2 layer is something of its own."""
-        return self.mixer in ("hybrid", "ssm")
+        return MIXERS[self.mixer].has_ssm
 
     @property
     def kind(self) -> LayerDescription:
@@ -64,7 +63,7 @@ def resolve_stack(model: ModelConfig) -> list[LayerDescription]:
     for index in range(model.num_layers):
         mixer, has_ffn = blocks[index % len(blocks)]
         is_global = model.window_size is None or index in model.global_layers
-        if mixer in ("ssm", "mamba2"):
+        if not MIXERS[mixer].has_attention:
             role = "none"
         elif index in source:
             role = "consumer"
@@ -89,6 +88,11 @@ def resolve_stack(model: ModelConfig) -> list[LayerDescription]:
                 f"leave layer {layer.index} out"
             )
     return layers
+
+
+def used_mixers(layers: list[LayerDescription]) -> list[Mixer]:
+    """The mixers of a stack, each once."""
+    return [MIXERS[name] for name in dict.fromkeys(layer.mixer for layer in layers)]
 
 
 def _parse_block(entry: str) -> tuple[str, bool]:

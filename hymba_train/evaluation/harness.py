@@ -29,7 +29,7 @@ TASK_LISTS = {"paper": PAPER_TASKS, "paper-comparison": COMPARISON_TASKS, "recal
 
 def parse_tasks(text: str) -> dict[str, int]:
     """Tasks and their number of examples: names of TASK_LISTS, or of tasks as in ``piqa,arc_easy:25`` (without a number
-    the paper's, or 0).
+    the paper's, or 0). Raises UserError.
 
     >>> parse_tasks("piqa,squad_completion,arc_easy:25")
     {'piqa': 0, 'squad_completion': 1, 'arc_easy': 25}

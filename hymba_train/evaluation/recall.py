@@ -21,18 +21,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hymba_train.evaluation.symbols import ALPHABET, Symbols
-from hymba_train.plan.recall import (
+from hymba_train.config.recall_kinds import (
     ENTRY_TOKENS,
     KEY_TOKENS,
-    NUM_DEPTHS,
     QUESTION_TOKENS,
     SENTENCE_TOKENS,
     VALUE_TOKENS,
-    num_questions,
-    shortest,
 )
+from hymba_train.evaluation.symbols import ALPHABET, Symbols
+from hymba_train.plan.recall import num_questions, shortest
 
+NUM_DEPTHS = 10
 TRAINING, EVALUATION = 1, 2
 """Streams of random numbers that never meet."""
 GAP_POWER = 0.01

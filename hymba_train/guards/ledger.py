@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hymba_train.config.freeze import write_atomically
 from hymba_train.errors import UserError
+from hymba_train.files import write_atomically
 
 LEDGER = "guards.json"
 

@@ -46,9 +46,9 @@ def initial_value(model: ModelConfig, tensor: TensorDescription, seed: int) -> T
         return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape).clone()
     if kind == "mixer.dt_bias":
         return _inverse_softplus_log_uniform(shape, g) if mamba else torch.zeros(shape)
-    if kind in ("mixer.conv.bias", "mixer.bc_conv.bias"):
+    if kind.endswith("conv.bias"):
         return torch.zeros(shape)
-    if kind in ("mixer.conv.weight", "mixer.bc_conv.weight") and mamba:
+    if kind.endswith("conv.weight") and mamba:
         return uniform(1 / math.sqrt(shape[1]))
     if kind == "mixer.dt_proj.weight" and mamba:
         return uniform(shape[1] ** -0.5)

@@ -17,6 +17,7 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, distributed, nn
 
+from hymba_train.describe.mixers.mamba2 import Mamba2Dims
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
@@ -31,12 +32,13 @@ class Mamba2Branch(nn.Module):
     def __init__(self, config: HymbaConfig, ops: Ops, tp_group) -> None:
         super().__init__()
         d, dtype = config.dims, config.params_dtype
+        own = self.own = Mamba2Dims.of(config.model)
         self.config, self.ops, self.tp_group = config, ops, tp_group
-        self.num_heads = d.mamba2_num_heads // tp_group.size()
-        heads_per_group = d.mamba2_num_heads // d.mamba2_num_groups
+        self.num_heads = own.num_heads // tp_group.size()
+        heads_per_group = own.num_heads // own.num_groups
         first = tp_group.rank() * self.num_heads
         self.groups = slice(first // heads_per_group, (first + self.num_heads - 1) // heads_per_group + 1)
-        channels, bc = self.num_heads * d.mamba2_head_dim, d.mamba2_bc_size
+        channels, bc = self.num_heads * own.head_dim, own.bc_size
         self.conv = Weights(
             weight=torch.empty(channels, d.conv_width, dtype=dtype), bias=torch.empty(channels, dtype=dtype)
         )
@@ -49,10 +51,10 @@ class Mamba2Branch(nn.Module):
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.gated_norm = Weights(weight=torch.empty(channels, dtype=torch.float32))
 
-    def forward(self, hidden: Tensor, x: Tensor, z: Tensor, dt: Tensor, batch: MicroBatch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: MicroBatch, x: Tensor, z: Tensor, dt: Tensor) -> Tensor:
         """hidden [N(/TP), 1, D], the mixer's input; x, z [N, channels], dt [N, heads] -> [N, 1, channels]."""
         d = self.config.dims
-        B, C = self._conv(self._project_bc(hidden), self.bc_conv(), batch).split(d.mamba2_bc_size // 2, dim=-1)
+        B, C = self._conv(self._project_bc(hidden), self.bc_conv(), batch).split(self.own.bc_size // 2, dim=-1)
         y = self._scan(self._conv(x, self.conv(), batch), dt, B, C, batch)
         all_reduce = partial(distributed.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
         norm = self.gated_norm().weight
@@ -74,10 +76,10 @@ class Mamba2Branch(nn.Module):
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, batch: MicroBatch) -> Tensor:
         """Flat rows in and out [N, channels]; every document starts from the state that the meta tokens leave."""
-        d, rows = self.config.dims, batch.rows
-        B, C = (t.unflatten(-1, (d.mamba2_num_groups, d.mamba2_state_dim))[:, self.groups] for t in (B, C))
+        own, rows = self.own, batch.rows
+        B, C = (t.unflatten(-1, (own.num_groups, own.state_dim))[:, self.groups] for t in (B, C))
         (mx, x), (mdt, dt), (mB, B), (mC, C) = (
-            rows.split(t) for t in (x.unflatten(-1, (self.num_heads, d.mamba2_head_dim)), dt, B, C)
+            rows.split(t) for t in (x.unflatten(-1, (self.num_heads, own.head_dim)), dt, B, C)
         )
         heads = (self.D, self.dt_bias)
         meta, state = self.ops.ssd_scan(

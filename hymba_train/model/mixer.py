@@ -8,11 +8,15 @@
         ssm(x, z)           --ssm_norm--------'
 
 With model.branch_fusion=concat the normed branches go into a wider out_proj side by side, and need not be equally wide.
-A layer with one branch alone has no norms before out_proj (a ``mamba2`` branch ends with one of its own).
+A layer with one branch alone has no norms before out_proj. Where the mixer names a branch of its own
+(:attr:`hymba_train.describe.mixers.Mixer.branch`), that is built as ``branch(config, ops, tp_group)`` and called as
+``branch(hidden, batch, **parts)`` with its input [N(/TP), 1, D] and in_proj's slices by name [N, width]; it returns
+[N, 1, width of out_proj]. Its parameters are the mixer's by name.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,9 +31,9 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, distributed, nn
 
 from hymba_train.describe import LayerDescription
+from hymba_train.describe.mixers import MIXERS
 from hymba_train.model.attention import AttentionBranch, needed_kv_heads
 from hymba_train.model.config import HymbaConfig
-from hymba_train.model.mamba2 import Mamba2Branch
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
 from hymba_train.model.ssm import SsmBranch, Weights
@@ -71,8 +75,9 @@ class HybridMixer(MegatronModule):
             self.attention = AttentionBranch(dims, layer, ops, tp, rank)
         if layer.has_ssm:
             self.ssm = SsmBranch(config, cuts["D"].shape[0], ops, self.tp_group)
-        if layer.mixer == "mamba2":
-            self.ssm = Mamba2Branch(config, ops, self.tp_group)
+        branch = MIXERS[layer.mixer].branch
+        if branch:
+            self.ssm = pkgutil.resolve_name(branch)(config, ops, self.tp_group)
         if layer.mixer == "hybrid":
             for name in ("attention_norm", "ssm_norm"):
                 shape = cuts[f"{name}.weight"].shape
@@ -101,8 +106,8 @@ class HybridMixer(MegatronModule):
             attention = self.attention(parts["q"], *kv, batch)
         if self.layer.has_ssm:
             ssm = self.ssm(parts["x"], parts["z"], batch)
-        if self.layer.mixer == "mamba2":
-            ssm = self.ssm(hidden, parts["x"], parts["z"], parts["dt"], batch)
+        elif not self.layer.has_attention:
+            ssm = self.ssm(hidden, batch, **parts)
         if self.layer.mixer == "hybrid":
             fused = self._fuse(attention, ssm)
         else:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 import torch
 
 from hymba_train.config.schema import Config
-from hymba_train.describe import ModelDims, resolve_stack
+from hymba_train.describe import ModelDims, resolve_stack, used_mixers
+from hymba_train.describe.attention_backends import check_attention
 from hymba_train.errors import UserError
 from hymba_train.ops import Choice, select
-from hymba_train.plan.precision import cudnn_width_problems
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ops:
     swiglu: Choice
     rotate_heads: Choice
     linear_cross_entropy: Choice
-    ssd_scan: Choice | None  # None in a model without mamba2 layers
+    ssd_scan: Choice | None  # None in a model without layers that use it
 
     @property
     def description(self) -> str:
@@ -51,7 +51,7 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
     needs = common - {"segment_ids"}
     dk = ModelDims.of(config.model).head_dim
     of_op = {"rotate_heads": {"odd_width"}} if dk & (dk - 1) else {}
-    has_mamba2 = any(layer.mixer == "mamba2" for layer in resolve_stack(config.model))
+    has_ssd = any(mixer.ssd_sizes(config.model) for mixer in used_mixers(resolve_stack(config.model)))
     row_wise = {
         "rms_norm": p.norm_backend,
         "add_rms_norm": p.norm_backend,
@@ -64,7 +64,8 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
     attention = select(
         "attention", p.attention_backend, kind, needs=common | ({"kv_index"} if uneven_kv else set()), dtype=dtype
     )
-    problems = cudnn_width_problems(config) if attention.name == "cudnn" else []
+    has_attention = any(layer.has_attention for layer in resolve_stack(config.model))
+    problems = check_attention(config, attention.name) if has_attention else []
     if problems:  # the plan says so where run.device is cuda
         raise UserError(*problems)
     return Ops(
@@ -73,7 +74,7 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype, uneven_
             "selective_scan", p.scan_backend, kind, needs=state | ({"wide_state"} if wide else set()), dtype=dtype
         ),
         causal_conv_rows=select("causal_conv_rows", p.conv_backend, kind, needs=common, dtype=dtype),
-        ssd_scan=select("ssd_scan", p.ssd_backend, kind, needs=state, dtype=dtype) if has_mamba2 else None,
+        ssd_scan=select("ssd_scan", p.ssd_backend, kind, needs=state, dtype=dtype) if has_ssd else None,
         **{
             op: select(op, name, kind, needs=needs | of_op.get(op, set()), dtype=dtype) for op, name in row_wise.items()
         },

@@ -177,7 +177,8 @@ def select(
     """The backend ``name`` of ``op`` ('auto': the first, in order of preference, that can do what is asked).
 
     ``device_type`` is 'cpu' or 'cuda'; ``needs`` are keys of :data:`NEEDS`; ``dtype`` is that of the activations.
-    Raises UserError, naming the nearest backend that can, if the one asked for does not exist or cannot.
+    Raises UserError, naming the nearest backend that can, if the one asked for does not exist or cannot; ValueError
+    for an op or a need that is not known.
     """
     unknown = set(needs) - set(NEEDS)
     if op not in BACKENDS or unknown:

@@ -23,7 +23,8 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm_triton(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """:func:`hymba_train.ops.rms_norm.add_rms_norm`; backend ``triton``. Both inputs have one dtype and shape."""
+    """:func:`hymba_train.ops.rms_norm.add_rms_norm`; backend ``triton``. Both inputs have one dtype and shape,
+    else ValueError."""
     if residual.dtype != x.dtype or residual.shape != x.shape:
         raise ValueError(f"add_rms_norm of {residual.dtype} {list(residual.shape)} and {x.dtype} {list(x.shape)}")
     return _AddNorm.apply(residual, x, weight, eps)

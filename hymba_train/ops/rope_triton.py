@@ -22,7 +22,8 @@ ROWS, VALUES_PER_THREAD = 2, 8
 def rotate_heads_triton(
     x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, counts: Sequence[int] | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`hymba_train.ops.rope.rotate_heads`; backend ``triton``. Needs a head width that is a power of two.
+    """:func:`hymba_train.ops.rope.rotate_heads`; backend ``triton``. Needs a head width that is a power of two,
+    else UserError.
 
     The gradients of all ``counts`` are turned back into one tensor, x's slot if it has one.
     """

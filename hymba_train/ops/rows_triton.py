@@ -22,7 +22,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def block_of(width: int, op: str) -> int:
-    """Columns of a program that holds a whole row of ``width`` columns in registers."""
+    """Columns of a program that holds a whole row of ``width`` columns in registers. UserError: too many."""
     if width > 16384:
         raise UserError(f"{op}: backend 'triton' holds a row in registers, at most 16384 columns, not {width}")
     return max(16, 1 << (width - 1).bit_length())

@@ -97,7 +97,8 @@ def add_initial_state(
     y: Tensor, state: Tensor, x: Tensor, dt: Tensor, A_log: Tensor, C: Tensor, dt_bias: Tensor, initial_state: Tensor,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and final state of a scan from zero -> those of one whose documents start from ``initial_state``."""
+    """y and final state of a scan from zero -> those of one whose documents start from ``initial_state``; shapes
+    as in :func:`ssd_scan`."""
 
     def term(dt, A_log, C, dt_bias, initial_state):
         return _from_initial_state(x, dt, A_log, C, dt_bias, initial_state, segment_ids)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 
 from hymba_train.config.nearest import did_you_mean, nearest
+from hymba_train.config.numbers import divisors_around, multiples_around
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
-from hymba_train.describe import LayerDescription, ModelDims, export_obstacles, resolve_stack
+from hymba_train.describe import LayerDescription, ModelDims, export_obstacles, resolve_stack, used_mixers
+from hymba_train.describe.dims import inner_size_in_words
 from hymba_train.plan.instruct import check_epochs
-from hymba_train.plan.numbers import divisors_around, multiples_around
 from hymba_train.plan.precision import check_fp8_rows
 from hymba_train.plan.steps import batch_sizes
 
@@ -65,7 +66,7 @@ def check_model(model: ModelConfig) -> list[str]:
 def _check_branches(model: ModelConfig, layers: list[LayerDescription]) -> list[str]:
     """Widths of branches against heads and each other."""
     problems, d = [], ModelDims.of(model)
-    inner = f"model.mamba_expand {model.mamba_expand} x model.hidden_size {model.hidden_size} = {d.inner_size}"
+    inner = inner_size_in_words(model)
     values_from_inner = model.v_head_dim is None and any(layer.has_attention for layer in layers)
     if d.inner_size % d.num_heads and (values_from_inner or any(layer.has_ssm for layer in layers)):
         problems.append(
@@ -78,45 +79,21 @@ def _check_branches(model: ModelConfig, layers: list[LayerDescription]) -> list[
             f"the SSM branch is {d.inner_size} wide and branch_fusion=mean needs equal widths: set "
             "model.v_head_dim=null or model.branch_fusion=concat"
         )
-    if _has(layers, "mamba2"):
-        width, groups = model.mamba2_head_dim, model.mamba2_num_groups
-        if d.inner_size % width:
-            problems.append(
-                f"model.mamba2_head_dim={width} does not divide {inner}: {divisors_around(width, d.inner_size)}"
-            )
-        elif d.mamba2_num_heads % groups:
-            problems.append(
-                f"model.mamba2_num_groups={groups} does not divide the {d.mamba2_num_heads} heads of {width} channels: "
-                f"{divisors_around(groups, d.mamba2_num_heads)}"
-            )
-    return problems
+    return problems + [line for mixer in used_mixers(layers) for line in mixer.check_model(model)]
 
 
 def _has(layers: list[LayerDescription], mixer: str) -> bool:
     return any(layer.mixer == mixer for layer in layers)
 
 
-def _check_mamba2_layout(config: Config) -> list[str]:
-    """Tensor parallelism deals whole heads of a mamba2 layer, and a rank's heads must share their groups evenly."""
-    tp, d = config.parallel.tensor, ModelDims.of(config.model)
+def _check_cut(config: Config) -> list[str]:
+    """What the mixers ask of tensor parallelism."""
+    tp = config.parallel.tensor
     try:
-        has_mamba2 = _has(resolve_stack(config.model), "mamba2")
+        mixers = used_mixers(resolve_stack(config.model))
     except ValueError:  # check_model says it
         return []
-    if not has_mamba2 or tp == 1:
-        return []
-    heads, groups = d.mamba2_num_heads, d.mamba2_num_groups
-    if heads % tp:
-        return [
-            f"parallel.tensor={tp} does not divide the {heads} heads of a mamba2 layer (model.mamba2_head_dim="
-            f"{d.mamba2_head_dim}): {divisors_around(tp, heads)}"
-        ]
-    if groups % tp and tp % groups:
-        return [
-            f"parallel.tensor={tp} and model.mamba2_num_groups={groups}: one must be a multiple of the other; "
-            f"{divisors_around(tp, groups)}"
-        ]
-    return []
+    return [] if tp == 1 else [line for mixer in mixers for line in mixer.check_layout(config.model, tp)]
 
 
 def check_layout(config: Config, world_size: int) -> list[str]:
@@ -156,7 +133,7 @@ def check_layout(config: Config, world_size: int) -> list[str]:
             f"{_processes(world_size)}, no multiple of parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} = "
             f"{ranks}: {multiples_around(world_size, ranks)}"
         )
-    return problems + _check_mamba2_layout(config) + _check_chunks(config)
+    return problems + _check_cut(config) + _check_chunks(config)
 
 
 def _processes(world_size: int) -> str:

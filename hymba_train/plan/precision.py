@@ -7,16 +7,16 @@ tensors in blocks, and each recipe wants whole blocks along both axes of what it
 from __future__ import annotations
 
 from hymba_train.config.nearest import did_you_mean
+from hymba_train.config.numbers import multiples_around
 from hymba_train.config.schema import Config, PhaseConfig
-from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack
+from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack, used_mixers
 from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of
+from hymba_train.describe.attention_backends import check_attention
+from hymba_train.describe.mixers import SsdSizes
 from hymba_train.describe.saved import MOST_STATES
-from hymba_train.plan.numbers import multiples_around
 
 BLOCK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 """precision.fp8 -> what features and rows must be multiples of (Transformer Engine's quantizers; 16: FP8 GEMMs)."""
-FLEX_HEAD_DIM = 16  # narrowest on a GPU
-CUDNN_META_WIDTHS = (16, 32, 64, 128)  # tiles of tl.dot in ops/attention_meta_kernels.py, and cuDNN's own limit
 PRODUCTS = ("mixer.in_proj.weight", "mixer.out_proj.weight", "ffn.linear_fc1.weight", "ffn.linear_fc2.weight")
 
 
@@ -71,20 +71,13 @@ def _check_kernels(config: Config) -> list[str]:
         )
     problems, layers = [], resolve_stack(config.model)
     has_attention = any(layer.has_attention for layer in layers)
-    attention, scan = chosen["attention"] if has_attention else "none", chosen["selective_scan"]
-    instead = "set precision.attention_backend=torch"
-    if config.run.deterministic and attention == "flex":
-        problems.append(f"precision.attention_backend=flex is not deterministic, run.deterministic=true; {instead}")
-    if attention == "cudnn" and precision.params != "bf16":
-        problems.append(f"precision.attention_backend=cudnn has no {precision.params}; {instead}, or params=bf16")
+    scan = chosen["selective_scan"]
+    if has_attention:
+        problems += check_attention(config, chosen["attention"])
     heads = f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim}"
-    if chosen["ssd_scan"] == "mamba_ssm" and any(layer.mixer == "mamba2" for layer in layers):
-        problems += _check_mamba_ssm(config)
-    if attention == "flex" and d.head_dim < FLEX_HEAD_DIM:
-        fewer = d.hidden_size // FLEX_HEAD_DIM
-        problems.append(f"{heads} are too narrow for FlexAttention; choose {fewer} at most, or {instead}")
-    if attention == "cudnn":
-        problems += cudnn_width_problems(config)
+    scans = [sizes for mixer in used_mixers(layers) if (sizes := mixer.ssd_sizes(config.model))]
+    if chosen["ssd_scan"] == "mamba_ssm" and scans:
+        problems += _check_mamba_ssm(config, scans)
     if scan == "cuda" and d.state_dim > MOST_STATES:
         problems.append(
             f"model.mamba_state_dim={d.state_dim}: the CUDA scan takes {MOST_STATES} at most; set that, or set "
@@ -103,9 +96,9 @@ def _check_kernels(config: Config) -> list[str]:
     return problems
 
 
-def _check_mamba_ssm(config: Config) -> list[str]:
-    """What the kernels of the package mamba_ssm ask of a mamba2 layer."""
-    model, instead = config.model, "or set precision.ssd_backend=torch"
+def _check_mamba_ssm(config: Config, scans: list[SsdSizes]) -> list[str]:
+    """What the kernels of the package mamba_ssm ask of the layers that run them."""
+    instead = "or set precision.ssd_backend=torch"
     problems = []
     if config.precision.params != "bf16":
         problems.append(
@@ -117,36 +110,11 @@ def _check_mamba_ssm(config: Config) -> list[str]:
             "precision.ssd_backend=mamba_ssm is not deterministic, run.deterministic=true; "
             "set precision.ssd_backend=torch"
         )
-    for key in ("mamba2_head_dim", "mamba2_state_dim"):
-        width = getattr(model, key)
+    widths = [(s.head_dim_key, s.head_dim) for s in scans] + [(s.state_dim_key, s.state_dim) for s in scans]
+    for key, width in widths:
         if width & (width - 1) or width < 16:
-            problems.append(f"model.{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
+            problems.append(f"{key}={width}: the kernels of mamba_ssm want a power of two from 16; {instead}")
     return problems
-
-
-def cudnn_width_problems(config: Config) -> list[str]:
-    """A line if cuDNN's attention, or the kernels that join the meta tokens to it, cannot take heads of this width."""
-    d, model = ModelDims.of(config.model), config.model
-
-    def fits(num_heads: int) -> bool:
-        widths = [model.kv_channels or d.hidden_size / num_heads, model.v_head_dim or d.inner_size / num_heads]
-        if d.num_meta_tokens:
-            return all(width in CUDNN_META_WIDTHS for width in widths)
-        return all(width % 8 == 0 and width <= 128 for width in widths)
-
-    if fits(d.num_heads) or not any(layer.has_attention for layer in resolve_stack(model)):
-        return []
-    wants = "multiples of 8 up to 128"
-    if d.num_meta_tokens:
-        wants = f"{', '.join(map(str, CUDNN_META_WIDTHS))} with meta tokens"
-    fitting = [n for n in range(d.num_kv_heads, d.hidden_size + 1, d.num_kv_heads) if fits(n)]
-    near = sorted(fitting, key=lambda n: abs(n - d.num_heads))[:2]
-    choose = f"choose {' or '.join(map(str, sorted(near)))} heads" if near else "no number of heads fits"
-    other = "torch" if config.run.deterministic or d.head_dim < FLEX_HEAD_DIM else "flex"
-    return [
-        f"model.num_attention_heads={d.num_heads}: heads of {d.head_dim} with values of {d.value_head_dim}: cuDNN "
-        f"takes {wants}; {choose}, or set precision.attention_backend={other}"
-    ]
 
 
 def _check_widths(config: Config, fp8: str, block: int) -> list[str]:

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
+from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.config.schema import Config, RecallTaskConfig
 
-KEY_TOKENS, VALUE_TOKENS = 2, 4
-"""Tokens of a key and of a value in phonebook and needle; in mqar and selective_copy both are single tokens."""
-ENTRY_TOKENS = KEY_TOKENS + VALUE_TOKENS + 2  # key, separator, value, end mark
-QUESTION_TOKENS = KEY_TOKENS + VALUE_TOKENS + 2  # question mark, key, separator, value
-SENTENCE_TOKENS = 16
-"""The haystack of the needle task is one sentence over and over."""
-NUM_DEPTHS = 10
 NUM_MARKS = 4
 """Separators that the tasks need: between key and value, after a value, before a question, and the blank."""
 FP8_MULTIPLE = 16
 SOURCE_KIND = "recall tasks"
 """What the manifest of a source of `hymba data recall` says that it holds."""
-KINDS = ("mqar", "phonebook", "needle", "selective_copy")
 
 
 def num_questions(kind: str, items: int) -> int:
     """Answers asked for in a sample."""
-    return {"mqar": items, "phonebook": max(1, items // 4), "needle": 1, "selective_copy": items}[kind]
+    return RECALL_KINDS[kind].questions(items)
 
 
 def shortest(kind: str, items: int) -> int:
     """Tokens that a sample of ``items`` needs at least, the end-of-document token included."""
-    if kind == "mqar":
-        return 4 * items + 1
-    if kind == "phonebook":
-        return ENTRY_TOKENS * items + QUESTION_TOKENS * num_questions(kind, items) + 1
-    if kind == "needle":
-        return (ENTRY_TOKENS + 1) * items + QUESTION_TOKENS + 1 + SENTENCE_TOKENS
-    return 2 * items + 2
+    return RECALL_KINDS[kind].shortest(items)
 
 
 def most_items(kind: str, length: int) -> int:
@@ -47,9 +34,7 @@ def items_of(task: RecallTaskConfig) -> int:
     """Items of a task: what it says, or the usual number for its length."""
     if task.items is not None:
         return task.items
-    usual = {
-        "mqar": task.length // 8, "phonebook": task.length // 16, "needle": 4, "selective_copy": 16,
-    }[task.kind]  # fmt: skip
+    usual = RECALL_KINDS[task.kind].usual_items(task.length)
     return max(1, min(usual, most_items(task.kind, task.length)))
 
 

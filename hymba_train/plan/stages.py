@@ -62,7 +62,8 @@ def balance(
 
     Among splits within TIE of the best, the one with the fewest KV groups cut by borders is taken, and among those the
     one with the least sum of squared costs. Costs are forward FLOPs; the last chunk bears ``head_cost`` too.
-    Exact, by dynamic programming over (chunks, layers): O(chunks * layers ** 2).
+    Exact, by dynamic programming over (chunks, layers): O(chunks * layers ** 2). Raises ValueError: more chunks than
+    layers, or none.
     """
     if not 1 <= num_chunks <= len(layers):
         raise ValueError(f"{len(layers)} layers cannot fill {num_chunks} chunks")

@@ -83,7 +83,7 @@ class StepPlan:
         )  # fmt: skip
 
     def tokens_before(self, step: int) -> int:
-        """Text tokens trained when ``step`` steps are done, 0 <= step <= num_steps."""
+        """Text tokens trained when ``step`` steps are done, 0 <= step <= num_steps, else IndexError."""
         if not 0 <= step <= self.num_steps:
             raise IndexError(f"{step} steps are outside 0..{self.num_steps}")
         if not self.segments:

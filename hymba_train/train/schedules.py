@@ -6,21 +6,12 @@ the same token. The shapes are Megatron-Core's (``OptimizerParamScheduler``), co
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hymba_train.config.decays import DECAYS, STYLES
 from hymba_train.config.schema import OptimConfig, ScheduleConfig
 from hymba_train.errors import UserError
-
-# Share of (peak - minimum) that is left when the share x of the decay has passed. x in [0, 1].
-DECAYS: dict[str, Callable[[float], float]] = {
-    "linear": lambda x: 1.0 - x,
-    "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
-    "exponential": lambda x: 2.0 * 0.5**x - 1.0,
-    "minus_sqrt": lambda x: 1.0 - math.sqrt(x),
-}
-STYLES = ("wsd", "cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,16 @@ def test_differences_are_paired_by_seed():
     assert [(d.reference, d.other) for d in three[:3]] == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
+@pytest.mark.parametrize(
+    "seeds, quantile", [(2, 12.706), (5, 2.776), (10, 2.262), (11, 2.228), (13, 2.179), (20, 2.093), (61, 2.000)]
+)
+def test_intervals_are_those_of_students_t_for_any_number_of_seeds(seeds, quantile):
+    a, b = result("a", [0.0] * seeds, [1.0] * seeds), result("b", ([0.1, 0.3] * seeds)[:seeds], [1.0] * seeds)
+    recall, _ = differences([a, b])
+    deltas = ([0.1, 0.3] * seeds)[:seeds]
+    assert recall.half_width == pytest.approx(quantile * statistics.stdev(deltas) / math.sqrt(seeds), abs=1e-4)
+
+
 def test_other_batches_are_found():
     same, other = result("a", [0.1, 0.2], [1, 1]), result("b", [0.1, 0.2], [1, 1], hashes="abx")
     assert check_data([same, result("b", [0.1, 0.2], [1, 1])]).num_compared == 6
@@ -150,6 +160,16 @@ def test_a_table_without_results_and_one_with_a_nan(study_dir, tmp_path):
     data = as_json(study, diverged, differences(diverged), check_data(diverged))
     assert json.loads(json.dumps(data, allow_nan=False))["members"][0]["runs"][0]["held_out"] == {"odd": None}
     assert len(draw_all(tmp_path, diverged, "t")) == 5
+
+
+def test_a_finished_run_whose_log_lacks_its_scores_is_named(study_dir):
+    study = study_of(study_dir)
+    a, b = result("a", [0.1, 0.3], [1.0, 1.0]), result("b", [0.1, 0.5], [1.0, 1.0])
+    lost = dataclasses.replace(b, runs=(b.runs[0], dataclasses.replace(b.runs[1], recall={}, recall_loss={})))
+    members = [a, lost]
+    lines = table_lines(study, members, differences(members), check_data(members), 1)
+    assert "- b seed 2: finished, but its metrics.jsonl has no recall: not in those means" in lines
+    assert "| b | 10.0% | 10.0% |" in lines and not any("a seed" in line for line in lines)
 
 
 def test_a_slurm_array_takes_the_runs_that_are_left(study_dir, monkeypatch, tmp_path, capsys):

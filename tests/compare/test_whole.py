@@ -12,6 +12,7 @@ import pytest
 from hymba_train.callbacks.jsonl import read_events
 from hymba_train.cli import run_compare as main
 from hymba_train.exit_codes import STOPPED_EARLY
+from hymba_train.outcome import read_outcome, request_stop
 from hymba_train.runs.metrics import read_lines
 from tests.compare.conftest import arguments, compare
 
@@ -127,6 +128,29 @@ def test_a_signal_saves_and_the_next_call_goes_on(study_dir):
         assert len(read_events(path, "recall")) == 1
     table = json.loads((directory / "table.json").read_text())
     assert table["data"] == {"num_compared": 128, "problems": []}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("more", [[], ["--fresh"]], ids=["forks", "fresh"])
+def test_runs_do_not_outlive_a_comparison_that_is_killed(study_dir, more):
+    """SIGKILL, which it cannot answer: the run saves and stops instead of training on with nobody to report it."""
+    name = f"killed{len(more)}"
+    process = compare(study_dir, *ATTENTION, *SSM, f"run.name={name}", "budget=10M", *more)
+    run = study_dir / "runs" / name / "attention-seed1"
+    deadline = time.monotonic() + 240
+    while not any(line["event"] == "train" for line in read_lines(run / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while read_outcome(run) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    outcome = read_outcome(run)
+    request_stop(run, "this test is over")  # where it has failed
+    assert outcome is not None and not outcome.finished and "SIGTERM" in outcome.reason
+    process.stdout.close()
+    process.stderr.close()
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_samba_style_leaves_ffns_out():
     ("override", "message"),
     [
         ("model.layer_pattern=[]", "model.layer_pattern is empty"),
-        ("model.layer_pattern=[mamba]", "'mamba' is not one of hybrid, attention, ssm"),
+        ("model.layer_pattern=[mamba]", "'mamba' is not one of"),
         ("model.global_layers=[8]", "model.global_layers: 8 is not a layer; layers are 0..7"),
         ("model.kv_groups=[[1]]", "two or more layers in rising order"),
         ("model.kv_groups=[[2,1]]", "two or more layers in rising order"),

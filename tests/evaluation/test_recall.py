@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from data_prep.cli import main
 from data_prep.recall import write_recall
+from hymba_train.config.recall_kinds import KEY_TOKENS, RECALL_KINDS, VALUE_TOKENS
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from hymba_train.data.build import build_training_data, open_source
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import Windows
 from hymba_train.errors import UserError
-from hymba_train.evaluation.recall import EVALUATION, TRAINING, draw
+from hymba_train.evaluation.recall import EVALUATION, NUM_DEPTHS, TRAINING, draw
 from hymba_train.evaluation.symbols import ALPHABET, Symbols, choose_symbols
-from hymba_train.plan.recall import KEY_TOKENS, KINDS, NUM_DEPTHS, VALUE_TOKENS, most_items, num_questions, shortest
+from hymba_train.plan.recall import most_items, num_questions, shortest
 from tests.train.tiny_run import tiny_config, write_data
 
 SYMBOLS = Symbols(np.arange(10, 110, 2), np.arange(11, 111, 2), 1, 2, 3, 4, eod=0)
@@ -26,7 +27,7 @@ SYMBOLS = Symbols(np.arange(10, 110, 2), np.arange(11, 111, 2), 1, 2, 3, 4, eod=
 
 @st.composite
 def settings_of_a_task(draw_value):
-    kind = draw_value(st.sampled_from(KINDS))
+    kind = draw_value(st.sampled_from(list(RECALL_KINDS)))
     items = draw_value(st.integers(1, 24))
     length = shortest(kind, items) + draw_value(st.integers(0, 60))
     return kind, length, items, draw_value(st.integers(0, 10**6))
@@ -109,7 +110,7 @@ def test_the_same_index_gives_the_same_sample_and_another_one_another(task, seed
         assert all((one.tokens != other.tokens).any() for other in others)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECALL_KINDS)
 def test_no_sample_of_an_evaluation_is_among_those_of_training(kind):
     length = 129
     items = min(most_items(kind, length), 12)
@@ -136,7 +137,7 @@ def test_distances_of_mqar_follow_a_power_law():
     assert np.median(distances) < 60 < np.quantile(distances, 0.9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECALL_KINDS)
 def test_the_shortest_sample_is_as_short_as_it_can_be(kind):
     for items in (1, 2, 5):
         sample((kind, shortest(kind, items), items, 0))

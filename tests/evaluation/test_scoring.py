@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.evaluation.recall import EVALUATION, draw
 from hymba_train.evaluation.scoring import NUM_SUMS, RecallBatch, Task, batches, score, scores_of
 from hymba_train.evaluation.symbols import Symbols
-from hymba_train.plan.recall import KINDS, num_questions
+from hymba_train.plan.recall import num_questions
 
 VOCAB = 120
 SYMBOLS = Symbols(np.arange(10, 110, 2), np.arange(11, 111, 2), 1, 2, 3, 4, eod=0)
@@ -35,7 +36,7 @@ def total(task: Task, predict, size: int = 4, ranks: int = 1) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECALL_KINDS)
 def test_an_oracle_is_always_right(kind):
     task = task_of(kind)
     found = scores_of(total(task, oracle).tolist())
@@ -44,7 +45,7 @@ def test_an_oracle_is_always_right(kind):
     assert found.get("by_depth", [1.0]) == [1.0] * len(found.get("by_depth", [1.0]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECALL_KINDS)
 def test_a_random_model_is_at_chance(kind):
     task, g = task_of(kind, 200), torch.Generator().manual_seed(0)
     found = scores_of(total(task, lambda b: torch.randn(*b.tokens.shape, VOCAB, generator=g)).tolist())
@@ -54,7 +55,7 @@ def test_a_random_model_is_at_chance(kind):
     assert found["loss"] == pytest.approx(math.log(VOCAB) + 0.5, abs=0.1)  # of normal logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECALL_KINDS)
 @pytest.mark.parametrize("ranks, size", [(1, 5), (3, 2), (4, 7)])
 def test_neither_batches_nor_ranks_nor_rows_that_fill_up_show(kind, ranks, size):
     task = task_of(kind, 13)

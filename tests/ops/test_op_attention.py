@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hymba_train.ops import BACKENDS
 from hymba_train.ops.attention import attention
 from hymba_train.ops.attention_flex import _text_block_mask, attention_flex, mask_mod
 from hymba_train.ops.segments import document_offsets
@@ -83,11 +84,12 @@ def unpack(case):
     return tensors, dict(window=window, scale=SCALE, kv_index=kv_index, segment_ids=ids)
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS["attention"] if "cpu" in b.device_types], ids=lambda b: b.name)
 @pytest.mark.parametrize("case", GRID, ids=str)
-def test_torch_equals_formula(case):
+def test_every_backend_of_the_cpu_equals_the_formula(case, backend):
     tensors, kwargs = unpack(case)
     expected = outputs_and_gradients(formula, tensors, **kwargs)
-    found = outputs_and_gradients(attention, tensors, **kwargs)
+    found = outputs_and_gradients(backend.function, tensors, **kwargs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 

@@ -34,9 +34,7 @@ def test_an_explicit_choice_never_falls_back():
         select("attention", "flex", "cpu")
     with pytest.raises(UserError, match=r"backend 'flex' has no float64, has no bitwise .*; use 'torch'$"):
         select("attention", "flex", "cuda", needs={"deterministic"}, dtype=torch.float64)
-    with pytest.raises(
-        UserError, match=r"there is no backend 'fast'; known are cudnn, flex, torch and auto; use 'torch'$"
-    ):
+    with pytest.raises(UserError, match=r"there is no backend 'fast'; known are cudnn, .* and auto; use 'torch'$"):
         select("attention", "fast", "cpu")
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from hymba_train.config import compose
+from hymba_train.config.numbers import divisors_around, multiples_around
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
-from hymba_train.plan.numbers import divisors_around, multiples_around
 
 FP8 = ["experiment=pretrain_1p5b", "precision=fp8", "parallel=single", "parallel.world_size=null"]
 

@@ -35,6 +35,20 @@ class KillAtStep(Callback):
             threading.Timer(self.delay_seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
+def take_unfinished() -> dict[str, SimpleNamespace]:
+    """Name -> fault of the command line's runs that have not finished; they alone stay on it, without their faults."""
+    directory, kept, faults = Path(sys.argv[1]), [], {}
+    for argument in " ".join(sys.argv[2:]).split(" then "):
+        settings, fault = split_faults(argument)
+        name = json.loads(dict(s.split("=", 1) for s in settings)["run.name"])
+        outcome = read_outcome(directory / "runs" / name)
+        if outcome is None or not outcome.finished:
+            kept.append(" ".join(settings))
+            faults[name] = fault
+    sys.argv[2:] = " then ".join(kept).split(" ")
+    return faults
+
+
 def split_faults(argument: str) -> tuple[list[str], SimpleNamespace]:
     pairs = argument.split()
     faults = {k.removeprefix("fault."): json.loads(v) for k, v in (p.split("=", 1) for p in pairs if "fault." in p)}
@@ -45,27 +59,20 @@ def main() -> int:
     import tests.train.tiny_run as tiny_run
     from hymba_train.train import main as training
 
-    directory = Path(sys.argv[1])
-    build, kept, killers = training.build_callbacks, [], {}
-    for argument in " ".join(sys.argv[2:]).split(" then "):
-        settings, fault = split_faults(argument)
-        name = json.loads(dict(s.split("=", 1) for s in settings)["run.name"])
-        outcome = read_outcome(directory / "runs" / name)
-        if outcome is not None and outcome.finished:
-            continue
-        kept.append(" ".join(settings))
-        marker = directory / f"{name}.killed"
-        if hasattr(fault, "step") and fault.rank == int(os.environ.get("RANK", 0)):
-            killers[name] = KillAtStep(marker, fault.step, fault.delay_seconds)
+    build, faults = training.build_callbacks, take_unfinished()
+    if not faults:
+        return 0
+    killers = {
+        name: KillAtStep(Path(sys.argv[1]) / f"{name}.killed", fault.step, fault.delay_seconds)
+        for name, fault in faults.items()
+        if hasattr(fault, "step") and fault.rank == int(os.environ.get("RANK", 0))
+    }
 
     def build_with_killer(config, *args, **kwargs):
         killer = killers.get(config.run.name)
         return [*build(config, *args, **kwargs), *([killer] if killer else [])]
 
     training.build_callbacks = build_with_killer
-    if not kept:
-        return 0
-    sys.argv[2:] = " then ".join(kept).split(" ")
     return tiny_run.main()
 
 

@@ -22,7 +22,6 @@ Each fault but ``sample`` and ``exit`` happens once a run, over all restarts. Ex
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import signal
@@ -32,8 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.outcome import read_outcome
-from tests.reliability.faulty_run import split_faults
+from tests.reliability.faulty_run import take_unfinished
 
 RANK = int(os.environ.get("RANK", 0))
 DEFAULTS = {"kind": None, "step": 0, "rank": 0, "sample": None, "factor": math.nan, "parameter": "", "forever": False}
@@ -155,22 +153,13 @@ def main() -> int:
             sys.exit(code)
         return code
 
-    directory, kept, faults = Path(sys.argv[1]), [], {}
-    for argument in " ".join(sys.argv[2:]).split(" then "):
-        settings, fault = split_faults(argument)
-        name = json.loads(dict(s.split("=", 1) for s in settings)["run.name"])
-        outcome = read_outcome(directory / "runs" / name)
-        if outcome is not None and outcome.finished:
-            continue
-        kept.append(" ".join(settings))
-        faults[name] = Fault(fault, directory / f"{name}.happened")
+    faults = {name: Fault(fault, Path(sys.argv[1]) / f"{name}.happened") for name, fault in take_unfinished().items()}
+    if not faults:
+        return 0
     steps.sum_of_losses, training.train = sum_of_losses, train
     training.build_callbacks = lambda *args, **kwargs: [current.fault, *plain["build_callbacks"](*args, **kwargs)]
     training.build_training_data, feeds.micro_batches = build_training_data, micro_batches
     training.build_model_chunks, training.build_optimizer = build_model_chunks, build_optimizer
-    if not kept:
-        return 0
-    sys.argv[2:] = " then ".join(kept).split(" ")
     return tiny_run.main()
 
 
