@@ -96,7 +96,12 @@ LAYOUTS = [
         "tp2_pp2_sp", 4, dict(tensor=2, pipeline=2, sequence=True),
         {"demo": [5, 3], "heads25": [2, 4], "sequential": [2, 4], "mamba2_concat": [2, 4]},
     ),
-    Layout("pp2_dp2_recompute", 4, dict(pipeline=2, recompute="full"), {"demo": [2, 6], "heads25": [4, 2]}),
+    # Two stages have the tied embeddings, of which each data-parallel rank reduces a shard: the same on both.
+    Layout(
+        "pp2_dp2_recompute_distributed_optimizer", 4,
+        dict(pipeline=2, recompute="full", distributed_optimizer=True, overlap_grad_reduce=True),
+        {"demo": [2, 6], "heads25": [4, 2]},
+    ),
     Layout("tp5_sp", 5, dict(tensor=5, sequence=True)),
 ]  # fmt: skip
 
