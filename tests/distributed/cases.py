@@ -101,6 +101,11 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+def control_of(layout: Layout) -> str:
+    """Name of the layout of one process that must train the same."""
+    return "single_documents" if layout.document_mask else "single"
+
+
 SEQUENTIAL_LAYOUTS = {
     "single", "single_documents", "tp2_sp_documents", "pp2", "dp2_distributed_optimizer_overlap", "tp2_pp2",
     "tp2_pp2_sp",

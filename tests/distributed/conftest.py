@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.cases import LAYOUTS, MODELS, fits
+from tests.distributed.cases import LAYOUTS, MODELS, control_of, fits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,18 +26,34 @@ def torchrun(nproc: int, module: str, *arguments: str, timeout_seconds: int = 90
     return done
 
 
+def asked_for(items: list[pytest.Item]) -> set[str]:
+    """MODEL/LAYOUT of all that the chosen tests compare."""
+    names = set()
+    for item in items:
+        if "trained" not in getattr(item, "fixturenames", ()):
+            continue
+        if "pair" in item.callspec.params:
+            model, layout = item.callspec.params["pair"]
+            names |= {f"{model}/{layout.name}", f"{model}/{control_of(layout)}"}
+        else:
+            names.add(f"{item.callspec.params['model']}/single")
+    return names
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, request):
     """(model, layout) -> what tests.distributed.worker wrote; each world size is launched when first asked for."""
     out = tmp_path_factory.mktemp("layouts")
     launched = set()
+    asked = asked_for(request.session.items)
 
     def get(model: str, layout) -> dict:
         if layout.world_size not in launched:
             launched.add(layout.world_size)
-            wanted = [
+            all_here = [
                 f"{m}/{x.name}" for m in MODELS for x in LAYOUTS if x.world_size == layout.world_size and fits(m, x)
             ]
+            wanted = [name for name in all_here if name in asked]
             torchrun(layout.world_size, "tests.distributed.worker", str(out), *wanted)
         return torch.load(out / f"{model}-{layout.name}.pt", weights_only=True)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed.cases import LAYOUTS, MODELS, fits
+from tests.distributed.cases import LAYOUTS, MODELS, control_of, fits
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -15,8 +15,7 @@ PARALLEL = [(m, x) for m in MODELS for x in LAYOUTS if x.world_size > 1 and fits
 def pair(request, trained):
     """(result of the single process, result of the layout)."""
     model, layout = request.param
-    single = BY_NAME["single_documents" if layout.document_mask else "single"]
-    return trained(model, single), trained(model, layout)
+    return trained(model, BY_NAME[control_of(layout)]), trained(model, layout)
 
 
 def test_equals_single_process(pair):
