@@ -29,7 +29,7 @@ def pack_phases(config: Config, *, overwrite: bool = False, say: Callable[[str],
     built: list[str] = []
     for phase in wanted:
         for name in sorted(name for name, weight in phase.blend.items() if weight > 0):
-            source = open_source(config.data, name, config.data.sources[name], tokenizer)
+            source = open_source(config.data, name, config.data.sources[name], tokenizer, references=False)
             place = pack_location(config.data, phase, source)
             if place in built:
                 continue

@@ -39,13 +39,17 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
     return Tokenizer.load(_cache(config, path).file(path))
 
 
-def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> TrainingData:
+def build_training_data(
+    config: DataConfig, *, seed: int, vocab_size: int, references: bool = True
+) -> TrainingData:  # fmt: skip
     """Open all sources of a run and check them.
 
     Args:
         config: the ``data`` group.
         seed: ``run.seed``.
         vocab_size: ``model.vocab_size``, V.
+        references: open the log-probabilities beside preference pairs, where there are some. Whoever is about to make
+            them does not: those of other pairs would be refused.
 
     Raises UserError with one line a problem: missing or damaged files, vocabulary or tokenizer mismatch, a blend that
     names an unknown source, a source too short for one sequence, a packing that was not made.
@@ -60,7 +64,7 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
     sources: dict[str, Source] = {}
     for name, source in config.sources.items():
         try:
-            sources[name] = open_source(config, name, source, tokenizer)
+            sources[name] = open_source(config, name, source, tokenizer, references)
         except UserError as error:
             problems.extend(error.problems)
     phases = []
@@ -86,7 +90,9 @@ def build_training_data(config: DataConfig, *, seed: int, vocab_size: int) -> Tr
     return data
 
 
-def open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: Tokenizer) -> Source:
+def open_source(
+    config: DataConfig, name: str, source: SourceConfig, tokenizer: Tokenizer, references: bool = True
+) -> Source:
     """One source, checked against its manifest and ``tokenizer``; from its local copy if it is remote.
 
     Raises UserError naming the key or the file that is at fault.
@@ -109,7 +115,9 @@ def open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: 
     if manifest is not None:
         _check_manifest(tokens, manifest, tokenizer)
         if manifest.chat is not None:
-            mask, reference = _open_chat(config, key, source, prefix, manifest)
+            mask = _open_chat(config, key, source, prefix, manifest)
+            if references and manifest.documents_per_piece > 1 and reference_path(prefix).is_file():
+                reference = Reference(prefix)
     training, held_out = split_held_out(tokens, source.validation_fraction)
     if not training.num_tokens:
         raise UserError(
@@ -126,10 +134,8 @@ def open_source(config: DataConfig, name: str, source: SourceConfig, tokenizer: 
     return Source(name, training, held_out, manifest, content_hash, mask, reference)
 
 
-def _open_chat(
-    config: DataConfig, key: str, source: SourceConfig, prefix: str, manifest: Manifest
-) -> tuple[LossMask, Reference | None]:
-    """What lies beside a source of conversations. Raises UserError."""
+def _open_chat(config: DataConfig, key: str, source: SourceConfig, prefix: str, manifest: Manifest) -> LossMask:
+    """The mask that lies beside a source of conversations. Raises UserError."""
     if is_url(resolve_path(config, source.path)):
         raise UserError(f"{key}.path={source.path}: conversations are read from a local disk alone; copy them there")
     assert manifest.chat is not None
@@ -137,14 +143,12 @@ def _open_chat(
         raise UserError(
             f"data.document_mask=false: {manifest.chat['kind']} must not see one another; set data.document_mask=true"
         )
-    is_pairs = manifest.documents_per_piece > 1
-    if is_pairs and source.validation_fraction:
+    if manifest.documents_per_piece > 1 and source.validation_fraction:
         raise UserError(
             f"{key}.validation_fraction={source.validation_fraction}: pairs cannot be held out; set it to 0, or name a "
             "source of conversations for validation"
         )
-    has_reference = is_pairs and reference_path(prefix).is_file()
-    return LossMask(prefix, manifest.chat["mask"]), Reference(prefix) if has_reference else None
+    return LossMask(prefix, manifest.chat["mask"])
 
 
 def hash_of(tokens: IndexedTokens, manifest: Manifest | None) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Guards:
         data: TrainingData, state: TrainState, watchdog: Watchdog | None,
     ) -> None:  # fmt: skip
         c = config.guards
-        self._stepper = stepper
+        self._stepper, self._state = stepper, state
         self._fp8 = Fp8State.of(models)
         self._stragglers: Stragglers | None = None
         self._numerics: NumericalGuard | None = None
@@ -67,8 +68,17 @@ class Guards:
             result = self._stepper.train(batches, requests, seconds)
             if result.action == "skipped":
                 self._fp8.go_back()
+                return replace(result, event=self._unguarded_skip(planned, result))
             return result
         return self._numerics.step(planned, batches, requests, seconds)
+
+    def _unguarded_skip(self, planned: PlannedStep, result: StepResult) -> dict[str, Any]:
+        """For the log: nobody looks for the cause, but a step that was not applied is not passed over in silence."""
+        return {
+            "guard": "none", "step": self._state.step + 1, "phase": planned.phase_name,
+            "first_sample": planned.first_sample, "num_samples": planned.batch_size, "problem": result.reason,
+            "loss": result.loss, "grad_norm": result.grad_norm, "action": "skipped",
+        }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any] | None:
         """What a checkpoint keeps of them, as plain data."""

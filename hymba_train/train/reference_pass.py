@@ -59,7 +59,8 @@ def reference(config: Config, plan: Plan) -> int:
         source = find_source(config, None)
         if source is None:
             raise UserError("checkpoint.load: to be given: the model that DPO starts from")
-        data = build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
+        vocab_size = config.model.vocab_size
+        data = build_training_data(config.data, seed=config.run.seed, vocab_size=vocab_size, references=False)
         models = build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks])
         chunks = wrap_model(config, runtime, models)
         optimizer = build_optimizer(config, runtime, chunks)
@@ -115,7 +116,6 @@ def _micro_batch(data: TrainingData, phase: int, name: str, windows: range) -> M
     last = len(data.sequences(phase, name)) - 1
     for window in windows:
         sample = data.read(phase, name, min(window, last))
-        sample.pop("reference", None)  # of an earlier start model
         if window > last:
             sample["labels"] = np.full_like(sample["labels"], IGNORED_LABEL)
         samples.append(sample)

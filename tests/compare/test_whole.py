@@ -104,7 +104,7 @@ def test_again_finished_runs_stay_and_other_settings_are_refused(whole, study_di
 @pytest.mark.timeout(600)
 def test_a_signal_saves_and_the_next_call_goes_on(study_dir):
     """SIGTERM while two runs train: both save, nobody fails; the next call trains the rest in fresh interpreters."""
-    settings = [*ATTENTION, *SSM, "run.name=cut", "budget=32768"]
+    settings = [*ATTENTION, *SSM, "run.name=cut", "budget=131072"]
     process = compare(study_dir, *settings, "--jobs", "2")
     directory = study_dir / "runs" / "cut"
     logs = [directory / f"{name}-seed1" / "metrics.jsonl" for name in ("attention", "ssm")]
@@ -117,17 +117,17 @@ def test_a_signal_saves_and_the_next_call_goes_on(study_dir):
     assert process.returncode == STOPPED_EARLY, out + err
     assert err.count("saved and stopped, step ") == 2 and "0 of 2 runs finished" in out
     stopped_at = {int(n) for n in re.findall(r"saved and stopped, step (\d+)", err)}
-    assert max(stopped_at) < 128
+    assert max(stopped_at) < 512
     process = compare(study_dir, *settings, "--jobs", "2", "--fresh")
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
     for path in logs:
         starts = [line["step"] for line in read_lines(path) if line["event"] == "start"]
         assert len(starts) == 2 and starts[1] in stopped_at, "from its checkpoint, not from the beginning"
-        assert [r["step"] for r in read_events(path, "train")] == list(range(1, 129))
+        assert [r["step"] for r in read_events(path, "train")] == list(range(1, 513))
         assert len(read_events(path, "recall")) == 1
     table = json.loads((directory / "table.json").read_text())
-    assert table["data"] == {"num_compared": 128, "problems": []}
+    assert table["data"] == {"num_compared": 512, "problems": []}
 
 
 @pytest.mark.slow

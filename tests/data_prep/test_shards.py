@@ -353,7 +353,7 @@ def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path, si
     (tmp_path / "in").mkdir()
     lines = (CORPUS / "books.jsonl").read_bytes()
     for number in range(12):
-        (tmp_path / "in" / f"{number:02}.jsonl").write_bytes(lines * 3)
+        (tmp_path / "in" / f"{number:02}.jsonl").write_bytes(lines * 10)
     command = [
         sys.executable, "-m", "data_prep.cli", "tokenize", "--input", str(tmp_path / "in"), "--quiet", "--workers", "2",
         "--tokenizer", str(demo / "tokenizer"), "--output-dir", str(tmp_path / "out"),

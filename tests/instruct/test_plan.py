@@ -167,6 +167,7 @@ def test_a_reference_for_other_tokens_is_refused(copy):
     write_reference(copy / "choice", np.zeros(28, np.float32), {"source": "other", "checkpoint": "", "name": ""})
     with pytest.raises(UserError, match=r"choice\.reference was made for another .*choice\.bin: run `hymba reference`"):
         build(copy, "dpo")
+    assert tiny.data_command("pack", "--overwrite", *tiny.overrides(copy, "dpo")) == 0, "packs need none"
     (copy / "choice.reference").write_bytes((copy / "choice.reference").read_bytes()[1:])
     with pytest.raises(UserError, match=r"is not a whole reference file"):
         build(copy, "dpo")

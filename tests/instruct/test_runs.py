@@ -76,6 +76,7 @@ class Runs:
 def runs(instruct) -> Runs:
     """In one process."""
     runs = Runs(instruct)
+    (instruct / "choice.reference").write_bytes(b"of pairs that were there before")
     s = runs.settings
     batch_4 = {"data.phases.only.global_batch_size": 4}
     one_step = {"run.train_steps": 1, "checkpoint.enabled": False}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron.core import dist_checkpointing
 
 from hymba_train.outcome import read_outcome
 from tests.reliability.conftest import call
@@ -23,6 +24,7 @@ SAVES = ["checkpoint.save_interval=4", "checkpoint.keep_last=9"]
 SETTINGS = [PHASE, *SAVES, "guards.min_window_steps=6", "logging.eval_interval=0"]
 STEPS, BAD = 14, 11  # steps of the run; the bad one, which has samples 80..87
 SAMPLE = 84  # in micro-batch 2 of a single process
+OPTIMIZERS = {"plain": [], "distributed": ["parallel.distributed_optimizer=true"]}
 
 
 def guarded(directory: Path, *runs: list[str]) -> str:
@@ -66,6 +68,11 @@ def directory(tmp_path_factory) -> Path:
         bad_run("many", "persistent", 'guards.on_persistent="skip"', "guards.max_skips=3"),
         run("resumed", *SETTINGS, f"run.train_steps={BAD - 1}"),
         bad_run("resumed", *nan_sample, "fault.factor=100"),
+        *(
+            bad_run(f"{kind}{name}", "sample", "fault.sample=4", *optimizer, *end)
+            for kind, optimizer in OPTIMIZERS.items()
+            for name, *end in ([""], ["_halves", "run.train_steps=1", "checkpoint.keep_last=99"], ["_halves"])
+        ),
     )
     (path / "output").write_text(output)
     return path
@@ -90,6 +97,15 @@ def test_without_the_guard_a_bad_step_changes_everything_after_it(directory):
         assert len(bad) == len(clean) and not any(line in clean for line in bad)
 
 
+def test_a_step_that_is_lost_without_the_guard_is_logged(directory):
+    """Nobody looks for the cause, but it is not passed over in silence."""
+    (event,) = guard_events(directory, "unguarded_nan", "none")
+    assert (event["step"], event["action"], event["loss"]) == (BAD, "skipped", None)
+    assert event["problem"] == "loss or gradient norm is not finite"
+    for name in ("clean", "unguarded", "unguarded_spike"):
+        assert guard_events(directory, name, "none") == []
+
+
 @pytest.mark.parametrize("name", ["transient", "transient_spike"])
 def test_a_fault_that_does_not_come_back_costs_nothing(directory, name):
     assert exact(directory, name) == exact(directory, "clean")
@@ -111,6 +127,17 @@ def test_a_bad_batch_costs_one_skip_and_is_named(directory, name):
     assert exact(directory, name)[: BAD - 1] == exact(directory, "clean")[: BAD - 1]
     assert "nan" not in str(updates(directory, name)), "weights and moments were not touched"
     assert read_outcome(directory / "runs" / name).finished
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_right_after_a_skip_resumes_exactly(directory, name):
+    """The very first step is skipped: the checkpoint behind it counts no update, and the moments are still zero."""
+    (event,) = guard_events(directory, name)
+    assert (event["step"], event["action"]) == (1, "skipped")
+    checkpoint = directory / "runs" / f"{name}_halves" / "checkpoints" / "step_0000001"
+    assert dist_checkpointing.load_common_state_dict(str(checkpoint))["optimizer_step"] == 0
+    whole, halves = exact(directory, name, 2), exact(directory, f"{name}_halves", 2)
+    assert whole == halves and len(whole) >= STEPS - 1
 
 
 def test_a_rewind_leaves_the_bad_samples_out_and_comes_to_the_same_end(directory):

@@ -18,6 +18,7 @@ from tests.train.test_training import OVERLAP, exact, run
 from tests.train.tiny_run import write_data
 
 pytestmark = [pytest.mark.reliability, pytest.mark.distributed, pytest.mark.timeout(900)]
+TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,9 @@ def directory(tmp_path_factory) -> Path:
         bad_run("rewind", "sample", f"fault.sample={SAMPLE + 3}", *OVERLAP, 'guards.on_data="rewind"'),
         bad_run("skip", "sample", f"fault.sample={SAMPLE + 3}", *OVERLAP),
         bad_run("pipeline", "sample", f"fault.sample={SAMPLE}", "parallel.pipeline=2"),
+        bad_run("tensor_skip", "sample", f"fault.sample={SAMPLE}", *TENSOR),
+        run("clean_tensor", *SETTINGS, *TENSOR),
+        bad_run("one_rank", "transient", "fault.rank=1", *TENSOR),
         replicas.flipped("tensor"),
         hangs.hanging("stop"),
     ]
@@ -45,13 +49,21 @@ def test_the_rank_of_a_transient_fault_is_named_and_nothing_is_lost(directory):
     assert event["data_parallel_ranks"] == [1]
 
 
-@pytest.mark.parametrize(("name", "place"), [("skip", (1, 1)), ("pipeline", (0, 2))])
+@pytest.mark.parametrize(("name", "place"), [("skip", (1, 1)), ("pipeline", (0, 2)), ("tensor_skip", (0, 2))])
 def test_all_ranks_skip_and_name_the_micro_batch(directory, name, place):
     """Sample 87 is the last one of micro-batch 1 of rank 1; without data parallelism 84 is in micro-batch 2."""
     (event,) = guard_events(directory, name)
     (culprit,) = event["culprits"]
     assert (culprit["data_parallel_rank"], culprit["micro_batch"]) == place
     assert read_outcome(directory / "runs" / name).finished
+
+
+def test_a_gradient_that_is_bad_on_one_tensor_parallel_rank_alone_is_applied_by_none(directory):
+    """The loss is rank 0's, and good: only the norm, summed over the ranks, tells."""
+    assert exact(directory, "one_rank") == exact(directory, "clean_tensor")
+    (event,) = guard_events(directory, "one_rank")
+    assert (event["action"], event["grad_norm"], event["data_parallel_ranks"]) == ("run again", None, [])
+    assert event["loss"] is not None
 
 
 def test_all_ranks_rewind(directory):
