@@ -85,9 +85,10 @@ def caught_by(change: Break) -> tuple[str, str] | None:
             raise CannotBreak(f"pytest exited {code}:\n{output[-3000:]}")
         whole = Path(place) / "whole"
         shutil.copytree(ROOT, whole, ignore=LEFT_OUT)
-        code, output = run_tests(whole, [match[1]])
+        function = match[1].partition("[")[0]  # with all its parameters
+        code, output = run_tests(whole, [test for test in change.tests if test.startswith(function)] or [function])
         if code != 0:
-            raise CannotBreak(f"{match[1]} does not pass without the break:\n{output[-3000:]}")
+            raise CannotBreak(f"{function} does not pass without the break:\n{output[-3000:]}")
     return match[1], match[2] or ""
 
 
