@@ -35,6 +35,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
 
 
+def temporaries_of(path: Path) -> list[Path]:
+    """What processes that died have left beside ``path`` (or what one is writing there)."""
+    return sorted(path.parent.glob(f"{path.name}.tmp-*"))
+
+
 def sync_and_close(file: BinaryIO) -> None:
     """Bring what was written to the disk, and close."""
     file.flush()

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from hymba_train.checkpoint import manifest
-from hymba_train.files import fsync, make_private, write_atomically
+from hymba_train.files import fsync, make_private, temporaries_of, write_atomically
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -153,14 +153,15 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[Path]:
 
 
 def remove_leftovers(root: Path) -> list[Path]:
-    """Delete what dead processes left (``.incomplete``, ``.replaced``, ``.deleted``). Call while nothing is written."""
+    """Delete what dead processes left: ``.incomplete``, ``.replaced`` and ``.deleted`` steps, a pointer's temporaries.
+    Call while nothing is written."""
     if not root.is_dir():
         return []
     suffixes = (".incomplete", ".replaced", ".deleted")
     leftovers = [p for p in root.iterdir() if p.name.endswith(suffixes) and step_of(p.with_suffix("")) is not None]
     for path in leftovers:
         remove(path)
-    for path in root.glob(f".{LATEST}.*"):
+    for path in temporaries_of(root / LATEST):
         path.unlink()
     return leftovers
 
