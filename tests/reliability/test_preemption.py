@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.reliability, pytest.mark.distributed]
 SAVES = {"checkpoint__save_interval": 3, "checkpoint__async_save": True}
 # A function, and the call of it that takes long.
 MOMENTS = {
-    "step": ("hymba_train.train.step", "Stepper.update", 5),
+    "step": ("hymba_train.train.step", "Stepper._apply", 5),
     "save": ("hymba_train.checkpoint.save", "write_share", 1),
     "evaluation": ("hymba_train.train.step", "Stepper.evaluate", 1),
 }
