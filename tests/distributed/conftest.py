@@ -30,7 +30,8 @@ def asked_for(items: list[pytest.Item]) -> set[str]:
     """MODEL/LAYOUT of all that the chosen tests compare."""
     names = set()
     for item in items:
-        if "trained" not in getattr(item, "fixturenames", ()):
+        # Fixtures of this name are elsewhere too.
+        if item.path.parent != Path(__file__).parent or "trained" not in getattr(item, "fixturenames", ()):
             continue
         if "pair" in item.callspec.params:
             model, layout = item.callspec.params["pair"]
