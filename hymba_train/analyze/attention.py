@@ -20,7 +20,7 @@ from hymba_train.analyze.head_stats import CATEGORIES, HeadStats, receptive_fiel
 from hymba_train.analyze.record import AttentionInputs, ScanInputs, recording, without_meta_tokens
 from hymba_train.analyze.rows import attention_rows, blocks, implied_rows, normalised, spread_channels
 from hymba_train.analyze.texts import read_texts
-from hymba_train.convert.cli import load_from
+from hymba_train.convert.cli import add_model_arguments, load_from
 from hymba_train.errors import UserError
 
 BRANCHES = ("attention", "ssm")
@@ -126,7 +126,7 @@ def analyse(
 def main(argv: Sequence[str]) -> int:
     """``hymba analyze attention``; returns the exit code. Raises UserError."""
     parser = common.make_parser("attention", "where attention heads and the SSM's implied attention look")
-    common.add_model_arguments(parser)
+    add_model_arguments(parser)
     common.add_text_arguments(parser, sequences=2, length=512)
     parser.add_argument(
         "--ssm-channels", type=int, default=64, metavar="N", help="SSM channels of a layer (default 64)"

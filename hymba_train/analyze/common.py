@@ -28,16 +28,6 @@ def make_parser(name: str, description: str) -> Parser:
     return parser
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which model."""
-    parser.add_argument(
-        "--model", "--checkpoint", required=True, type=Path, metavar="DIR", help="run, step or exported directory"
-    )
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="instead of the model's own")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the weights' own")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default auto)")
-
-
 def add_text_arguments(parser: argparse.ArgumentParser, *, sequences: int, length: int) -> None:
     """Flags that say which text, for :func:`hymba_train.analyze.texts.read_texts`."""
     parser.add_argument(

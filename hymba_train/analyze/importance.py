@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hymba_train.analyze import common, pictures
 from hymba_train.analyze.texts import read_texts
-from hymba_train.convert.cli import load_from
+from hymba_train.convert.cli import add_model_arguments, load_from
 from hymba_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def score_recall(loaded: LoadedModel, args: argparse.Namespace) -> Score:
 def main(argv: Sequence[str]) -> int:
     """``hymba analyze importance``; returns the exit code. Raises UserError."""
     parser = common.make_parser("importance", "loss and task change without the attention or SSM branch of each layer")
-    common.add_model_arguments(parser)
+    add_model_arguments(parser)
     common.add_text_arguments(parser, sequences=8, length=512)
     parser.add_argument("--tasks", metavar="LIST", help="lm-evaluation-harness tasks as well, e.g. piqa,hellaswag")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="more lm-evaluation-harness task files")

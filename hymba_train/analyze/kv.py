@@ -17,7 +17,7 @@ from hymba_train.analyze import common, pictures
 from hymba_train.analyze.record import AttentionInputs, recording
 from hymba_train.analyze.similarity import linear_cka, mean_cosine, pairwise
 from hymba_train.analyze.texts import read_texts
-from hymba_train.convert.cli import load_from
+from hymba_train.convert.cli import add_model_arguments, load_from
 from hymba_train.errors import UserError
 
 KINDS = ("keys", "values")
@@ -88,7 +88,7 @@ def _off_diagonal(found: dict[str, Tensor]) -> dict[str, float | None]:
 def main(argv: Sequence[str]) -> int:
     """``hymba analyze kv``; returns the exit code. Raises UserError."""
     parser = common.make_parser("kv", "how alike keys and values are across heads and layers")
-    common.add_model_arguments(parser)
+    add_model_arguments(parser)
     common.add_text_arguments(parser, sequences=8, length=512)
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens of all domains together (default 2048)")
     args = parser.parse_args(argv)

@@ -54,7 +54,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="instead of the model's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the weights' own")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default auto)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def load_from(args: argparse.Namespace) -> LoadedModel:
@@ -80,6 +79,7 @@ def run_generate(argv: list[str]) -> int:
     """``hymba generate``; returns the exit code."""
     parser = Parser(prog="hymba generate", description="continue prompts with a model")
     add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; '-' reads standard input")

@@ -21,6 +21,7 @@ def run_eval(argv: list[str]) -> int:
     """The verb; returns the exit code. Raises UserError."""
     parser = Parser(prog="hymba eval", description="held-out loss by domain; recall tasks; tasks of the harness")
     add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--data", type=Path, metavar="RUN_OR_STEP", help="whose held-out text (default: its own run)")
     parser.add_argument("--data-path", metavar="DIR", help="where that run's data lies now, instead of its data.path")
     parser.add_argument(
