@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.attention_backends import ATTENTION, automatic_attention
 from hymba_train.describe.dims import padded_vocab_size
 from hymba_train.describe.saved import (
     FLOAT32,
+    FP8,
     INT64,
     LOSSES,
     MOST_STATES,
@@ -34,6 +36,8 @@ BACKEND_KEYS = {
 }  # fmt: skip
 """Op -> key below ``precision.`` that chooses its backend."""
 KNOWN_BACKENDS = {op: tuple((_PARTS | NORMS | {"linear_cross_entropy": LOSSES})[op]) for op in OPS}
+PRODUCT_INPUTS = ("input_norm.out", "ffn_norm.out", "out_proj.in", "ffn.product")
+"""Kept for nothing but the weight gradients of a layer's large products: under FP8 as the product read it."""
 ON_GPU_ONLY = ("cuda", "triton", "mamba_ssm", *(name for name, backend in ATTENTION.items() if backend.on_gpu_only))
 
 
@@ -59,6 +63,8 @@ def backends_of(
 def layer_saved_tensors(model: ModelConfig, layer: LayerDescription, setting: Setting) -> list[SavedTensor]:
     """What one layer keeps for its backward pass, nothing recomputed, on the tensor-parallel rank that keeps most."""
     saved = {tensor.name: tensor for tensor in _of_layer(Sizes(model, layer, setting))}
+    if setting.fp8:
+        saved |= {name: replace(saved[name], num_bytes=FP8) for name in PRODUCT_INPUTS if name in saved}
     return [tensor for tensor in saved.values() if tensor.width]
 
 

@@ -22,7 +22,7 @@ from hymba_train.describe.mixers import MIXERS, SsdSizes
 from hymba_train.describe.parameters import capacity
 from hymba_train.describe.stack import LayerDescription
 
-FLOAT32, INT64, BOOL = 4, 8, 1  # bytes
+FLOAT32, INT64, BOOL, FP8 = 4, 8, 1, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
 GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
 SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
@@ -51,6 +51,7 @@ class Setting:
     tensor: int = 1  # tensor-parallel ranks
     sequence: bool = False  # residual stream split over them
     value_bytes: int = 2  # of an activation: 2 in bf16, 4 in float32
+    fp8: bool = False  # Transformer Engine computes the large products in FP8
     documents: bool = True  # segment_ids keep documents apart
     device: str = "cuda"
     backends: Mapping[str, str] = field(default_factory=dict)  # op -> backend, all ops of the model

@@ -28,6 +28,7 @@ from hymba_train.describe.activations import (
     recomputed_saved_tensors,
 )
 from hymba_train.describe.saved import SavedTensor, Setting
+from hymba_train.plan.precision import PRODUCTS
 from hymba_train.plan.stages import Chunk
 
 
@@ -38,7 +39,7 @@ class StageMemory:
 
     pipeline_rank: int
     held_parameters: int  # padding included, embedding and output layer where they are
-    weight_bytes: int
+    weight_bytes: int  # with precision.fp8 also their FP8 copies, one for each direction of a product
     gradient_bytes: int
     optimizer_bytes: int  # float32 master weights and both moments
     activation_bytes: int  # with parallel.recompute as configured, output layer included
@@ -85,7 +86,8 @@ def setting_of(config: Config, phase: PhaseConfig) -> Setting:
     asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
     return Setting(
         phase.micro_batch_size, phase.seq_length, p.tensor, p.sequence,
-        value_bytes=2 if precision.params == "bf16" else 4, documents=config.data.document_mask, device=device,
+        value_bytes=2 if precision.params == "bf16" else 4, fp8=precision.fp8 is not None,
+        documents=config.data.document_mask, device=device,
         backends=backends_of(
             device, precision.params == "bf16", config.run.deterministic, config.model.mamba_state_dim, asked,
             ModelDims.of(config.model).head_dim,
@@ -125,6 +127,8 @@ class _Stage:
         for tensor, held in tensors:
             is_float32 = precision.params != "bf16" or tensor.float32
             weights += held * (4 if is_float32 else 2)
+            if precision.fp8 and tensor.name in PRODUCTS:
+                weights += held * 2
             gradients += held * (4 if is_float32 or precision.grad_reduce_in_fp32 else 2)
             optimizer += held * (8 if is_float32 else 12)  # float32 weights are their own master
         share = self.data_parallel if self.config.parallel.distributed_optimizer else 1
