@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import child_environment
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hymba_train", "launch", "data_prep", "benchmarks", "tests")
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
@@ -107,7 +109,7 @@ assert main(["plan", "--suggest", "gpus=8", f"experiment={{sys.argv[1]}}"]) == 0
     assert "pretrain_1p5b" in experiments
     done = subprocess.run(
         [sys.executable, "-c", code, *experiments], capture_output=True, text=True, cwd=ROOT, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=child_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

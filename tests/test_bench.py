@@ -29,7 +29,7 @@ def test_names_and_micro_batches():
 
 def test_our_training_run_is_one_that_plan_accepts(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(step, "_call", lambda command, *_: asked.append(command))
+    monkeypatch.setattr(step, "call", lambda command, *_: asked.append(command))
     for contender in step.contenders(["ours:8", "ours_fp8:8", "ours_documents:2"], 8192):
         with pytest.raises(FileNotFoundError):  # there is no run to read
             step.run(contender, 10, tmp_path, 1.0)
@@ -61,9 +61,9 @@ def test_a_failing_contender_does_not_lose_the_others(monkeypatch, tmp_path, cap
 
 def test_an_exit_code_and_the_last_line_are_told(tmp_path):
     with pytest.raises(UserError, match=r"exited 3: no GPU; see .*log"):
-        step._call([sys.executable, "-c", "print('no GPU'); raise SystemExit(3)"], tmp_path / "log", 20.0)
+        step.call([sys.executable, "-c", "print('no GPU'); raise SystemExit(3)"], tmp_path / "log", 20.0)
     with pytest.raises(UserError, match="not done after 1 s"):
-        step._call([sys.executable, "-c", "import time; time.sleep(9)"], tmp_path / "log", 1.0)
+        step.call([sys.executable, "-c", "import time; time.sleep(9)"], tmp_path / "log", 1.0)
 
 
 def test_unknown_benchmark():

@@ -68,24 +68,22 @@ def run(contender: Contender, steps: int, directory: Path, timeout_seconds: floa
         sys.executable, "-m", contender.module, "--micro-batch", str(contender.micro_batch),
         "--seq-length", str(contender.seq_length), "--steps", str(steps), *contender.arguments,
     ]  # fmt: skip
-    output = _call(command, directory / f"{contender.name}_{contender.micro_batch}.log", timeout_seconds)
+    output = call(command, directory / f"{contender.name}_{contender.micro_batch}.log", timeout_seconds)
     return Result(**json.loads([line for line in output.splitlines() if line.startswith("{")][-1]))
 
 
 def _run_ours(contender: Contender, steps: int, directory: Path, timeout_seconds: float) -> Result:
     name = f"{contender.name}_{contender.micro_batch}x{contender.seq_length}"
     shutil.rmtree(directory / name, ignore_errors=True)
-    phase, warm_up = "data.phases.bench", 10
+    warm_up = 10
     last = warm_up + steps
     overrides = [
         "experiment=bench_1p5b", f"run.directory={directory}", f"run.name={name}", f"run.train_steps={last + 3}",
         "logging.log_interval=1", f"logging.profile={last + 2}:{last + 3}", "logging.tensorboard=false",
-        f"{phase}.seq_length={contender.seq_length}", f"{phase}.micro_batch_size={contender.micro_batch}",
-        f"{phase}.global_batch_size={contender.micro_batch}", *_long_context(contender.seq_length),
-        *contender.arguments,
+        *batch_overrides(contender.micro_batch, contender.seq_length), *contender.arguments,
     ]  # fmt: skip
     command = [sys.executable, "-m", "hymba_train", "train", *overrides]
-    _call(command, directory / f"{name}.log", timeout_seconds)
+    call(command, directory / f"{name}.log", timeout_seconds)
     rows = [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["event"] == "train"]
     timed = [r for r in rows if warm_up < r["step"] <= last]
@@ -99,11 +97,16 @@ def _run_ours(contender: Contender, steps: int, directory: Path, timeout_seconds
     )  # fmt: skip
 
 
-def _long_context(seq_length: int) -> list[str]:
-    return ["data.phases.bench.rope_type=ntk"] if seq_length > 2048 else []
+def batch_overrides(micro_batch: int, seq_length: int) -> list[str]:
+    """Of experiment=bench_1p5b: one micro-batch a step."""
+    phase = "data.phases.bench"
+    long_context = [f"{phase}.rope_type=ntk"] if seq_length > 2048 else []
+    sizes = [f"{phase}.{name}_batch_size={micro_batch}" for name in ("micro", "global")]
+    return [f"{phase}.seq_length={seq_length}", *sizes, *long_context]
 
 
-def _call(command: list[str], log: Path, timeout_seconds: float) -> str:
+def call(command: list[str], log: Path, timeout_seconds: float) -> str:
+    """What it prints. Raises UserError if it fails or is not done in time; ``log`` has all its output then, too."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
     except subprocess.TimeoutExpired as late:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from hymba_train.describe.activations import (
     recomputed_saved_tensors,
 )
 from hymba_train.describe.saved import Setting
+from tests.children import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.01  # left out of the lists: what does not grow with the rows (float32 copies of small weights)
@@ -81,8 +81,7 @@ def measured():
 def measure(cases):
     """Name -> (bytes, where) of every storage that is saved; in one process of its own."""
     command = [sys.executable, "-m", "tests.describe.saved_bytes", *map(json.dumps, cases.values())]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = child_environment(OMP_NUM_THREADS="1")
     if all(c["device"] != "cuda" for c in cases.values()):
         env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)

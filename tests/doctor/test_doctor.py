@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from hymba_train.cli import main
 from hymba_train.doctor import kernels, ranks, software, speed
 from hymba_train.doctor.report import BAD, OK, WARN, Finding, Report
+from tests.children import child_environment
 from tests.distributed.conftest import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,7 +171,7 @@ def test_one_broken_rank_breaks_all(tmp_path):
         f"Path({str(tmp_path / 'code')!r} + os.environ['RANK']).write_text(str(code))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == ["1", "1"], done.stderr
     assert "rank 1 on" in done.stdout and "torch: gone" in done.stdout and "mend it" in done.stdout

@@ -6,12 +6,12 @@ Every run is a process of its own: Transformer Engine keeps what it reduces in a
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.children import child_environment
 from tests.reliability.test_fp8_memory import SPOILED
 from tests.reliability.test_numerics import guard_events
 from tests.train.test_training import ROOT, exact
@@ -34,7 +34,7 @@ def train(directory, name: str, patch: str = "", **changes) -> str:
     settings = {**SETTINGS, "run.name": name, **{key.replace("__", "."): value for key, value in changes.items()}}
     code = f"{patch}\nimport sys\nfrom tests.train import tiny_run\nsys.exit(tiny_run.main())"
     arguments = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    env = child_environment(CUBLAS_WORKSPACE_CONFIG=":4096:8")
     done = subprocess.run(
         [sys.executable, "-c", code, str(directory), *arguments], env=env, cwd=ROOT, capture_output=True, text=True,
         timeout=300,

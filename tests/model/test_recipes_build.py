@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from hymba_train.config import compose, recipes_directory
 from hymba_train.describe import model_tensors
+from tests.children import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ LAYOUTS += [f"experiment=demo,parallel={name}" for name in ("tp2", "pp2_vpp2")]
 @pytest.fixture(scope="module")
 def built():
     command = [sys.executable, "-m", "tests.model.build_on_meta", *EXPERIMENTS, *MODELS, *LAYOUTS]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = child_environment(CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("RESULT", 1)[1])

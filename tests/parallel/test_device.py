@@ -1,6 +1,5 @@
 """Each CPU override is there because something fails without it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,13 @@ import torch
 
 from hymba_train.errors import UserError
 from hymba_train.parallel import device
+from tests.children import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def cpu_step(directory, *skip: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = child_environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "tests.parallel.cpu_step", str(directory), *skip]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
 

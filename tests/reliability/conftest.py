@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.children import child_environment
 from tests.reliability.warm import Warm
 from tests.train.test_training import ROOT
 from tests.train.tiny_run import write_data
@@ -79,10 +79,9 @@ def start_of_ranks(directory: Path, processes: int, runs: list[list[str]], resta
         "--monitor-interval=0.1", f"--max-restarts={restarts}", "-m", "tests.reliability.guarded_run", str(directory),
         *" then ".join(" ".join(r) for r in runs).split(" "),
     ]  # fmt: skip
-    environment = {
-        **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "", "RUN_OF": str(directory),
-    }  # fmt: skip
+    environment = child_environment(
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", RUN_OF=str(directory)
+    )
     return command, environment
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 from megatron.core import dist_checkpointing
 
 from hymba_train.checkpoint.index import read_index
+from tests.children import child_environment
 from tests.reliability.conftest import call
-from tests.train.test_training import OVERLAP, ROOT, events, exact, run, step_directory
+from tests.train.test_training import OVERLAP, events, exact, run, step_directory
 from tests.train.tiny_run import write_data
 
 pytestmark = [pytest.mark.reliability, pytest.mark.distributed]
@@ -104,10 +104,7 @@ def test_torchrun_restarts_after_each_of_three_kills(tmp_path, lone_runtime):
         *" then ".join(" ".join(r) for r in runs).split(" "),
     ]  # fmt: skip
     # Without this the second round finds the addresses of the first round's groups in torchrun's store, and hangs.
-    env = {
-        **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+    env = child_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     code, output = call(command, env, timeout_seconds=860)
     assert code == 0, output
     assert all((tmp_path / f"{name}.killed").exists() for name in faults)

@@ -17,6 +17,7 @@ import pytest
 from hymba_train.checkpoint import directory, manifest
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import read_outcome
+from tests.children import child_environment
 from tests.distributed.test_resume import COMMON
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.train.test_training import ROOT, events, exact
@@ -106,7 +107,7 @@ def stop_agent(path: Path, number: signal.Signals) -> tuple[int, list[psutil.Pro
         "data.phases={a: {tokens: 64000000, seq_length: 16, global_batch_size: 4, blend: {odd: 1}}}",
         "checkpoint.save_interval=7", "logging.eval_interval=0",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     log = path / "output"
     with open(log, "w") as output:
         command = [sys.executable, "-m", "hymba_train", "train", "--nproc", "2", *COMMON, *many]

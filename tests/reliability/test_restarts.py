@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from hymba_train.outcome import read_outcome
+from tests.children import child_environment
 from tests.reliability.conftest import call, left_behind
 from tests.reliability.test_numerics import PHASE, bad_run
-from tests.train.test_training import ROOT, run
+from tests.train.test_training import run
 from tests.train.tiny_run import write_data
 
 pytestmark = pytest.mark.reliability
@@ -21,11 +21,10 @@ pytestmark = pytest.mark.reliability
 def guarded(directory: Path, *settings: str, restarts: int | None = None) -> tuple[int, str]:
     """A run of one rank, through torchrun if there may be ``restarts``."""
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    env = {k: v for k, v in os.environ.items() if k not in launcher}
-    env |= {
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "", "RUN_OF": str(directory),
-    }  # fmt: skip
+    env = child_environment(
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", RUN_OF=str(directory)
+    )
+    env = {k: v for k, v in env.items() if k not in launcher}
     agent = ["torch.distributed.run", "--nproc-per-node=1", "--standalone", "--monitor-interval=0.1"]
     command = [sys.executable, "-m"]
     command += [] if restarts is None else [*agent, f"--max-restarts={restarts}", "-m"]

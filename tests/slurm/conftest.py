@@ -17,6 +17,7 @@ import yaml
 from hymba_train.config import to_plain
 from hymba_train.outcome import read_outcome
 from hymba_train.runs.metrics import read_lines
+from tests.children import child_environment
 from tests.train.tiny_run import tiny_config, write_data
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ class Slurm:
 
     def __init__(self, conf: Path, directory: Path) -> None:
         self.conf, self.directory = conf, directory  # the latter holds data, recipes, runs
-        self.environment = {**os.environ, "SLURM_CONF": str(conf), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        self.environment = child_environment(SLURM_CONF=str(conf), CUDA_VISIBLE_DEVICES="")
 
     def run(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
