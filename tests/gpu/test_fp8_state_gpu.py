@@ -19,7 +19,7 @@ from tests.train.tiny_run import write_data
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
-STEPS, SAVED = 6, 3
+STEPS, SAVED = 8, 4
 SETTINGS = {
     "run.device": "cuda", "run.deterministic": True, "run.train_steps": STEPS,
     "precision.params": "bf16", "precision.fp8": "delayed", "precision.layer_spec": "transformer_engine",
@@ -92,10 +92,11 @@ def test_a_step_that_is_run_again_starts_from_the_same_memory(directory):
 
 
 def test_a_rewind_takes_the_memory_back_to_the_checkpoints(directory):
-    """Step 5 is bad for good: back to step 3, step 4 again, step 5 left out; as a run whose step 5 was skipped."""
-    bad = SPOILED.replace("BAD", "(5, 6, 7)")
+    """Step 6 is bad for good: back to step 4, step 5 again, step 6 left out; as a run whose step 6 was skipped."""
+    bad = SPOILED.replace("BAD", "(6, 7, 8)")
     train(directory, "skipped", bad, guards__on_persistent="skip")
     train(directory, "rewound", bad, guards__on_persistent="rewind")
-    assert [e["action"] for e in guard_events(directory, "rewound")] == ["rewind", "skipped"]
+    events = [(e["step"], e["cause"], e["action"]) for e in guard_events(directory, "rewound")]
+    assert events[0] == (6, "persistent", "rewind") and [action for *_, action in events[1:]] == ["skipped"]
     skipped, rewound = losses(directory, "skipped"), losses(directory, "rewound")
-    assert rewound[:4] == skipped[:4] and rewound[5:] == skipped[5:] and len(rewound) == STEPS
+    assert rewound[:5] == skipped[:5] and rewound[6:] == skipped[6:] and len(rewound) == STEPS
