@@ -68,19 +68,28 @@ class Soak:
             os.kill(pid, signal.SIGKILL)
 
     def kill_a_writer(self) -> None:
-        """Waits for one: a fork of a rank that is no rank."""
-        deadline = time.monotonic() + 30
+        """One whose death ends the training: a fork that has just published is missed by nobody."""
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             for pid in self.warm.pids:
                 try:
                     children = psutil.Process(pid).children()
                     if children:
                         children[0].kill()
-                        return
+                        time.sleep(1)
                 except psutil.NoSuchProcess:
                     continue
+                if self._has_ended(pid):
+                    return
             time.sleep(0.002)
         self.kill_a_rank()
+
+    @staticmethod
+    def _has_ended(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def terminate_a_rank(self) -> None:
         os.kill(self.rng.choice(self.warm.pids), signal.SIGTERM)
