@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.fused_cases import DEVICE, META, Case, cases
-from benchmarks.gpu_timing import milliseconds, settings
+from benchmarks.gpu_timing import milliseconds
+from hymba_train.bench.timing import settings
 from hymba_train.ops import cross_entropy_triton as loss_module
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}

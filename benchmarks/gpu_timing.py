@@ -1,11 +1,8 @@
-"""What the benchmarks of kernels on one GPU have in common: times, and other settings for a while."""
+"""Times of kernels on one GPU by replays of a captured graph."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -33,26 +30,3 @@ def milliseconds(function: Callable[[], object]) -> tuple[float, bool]:
     found = do_bench(graph.replay, warmup=5, rep=40, return_mode="median")
     del graph
     return found, True
-
-
-def profiled_kernels(run: Callable[[], object]) -> list[Any]:
-    """Averages by torch of each kernel in ``run``: ``key``, ``count``, ``device_time_total`` in microseconds."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    return [e for e in profiled.key_averages() if e.device_time_total > 0]
-
-
-@contextlib.contextmanager
-def settings(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
-    """Constants of a module that have other values for a while."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)

@@ -4,7 +4,8 @@ python -m benchmarks.kernels_gpu [--tokens 16384] [--tune] [--seconds 60]
 
 First every kernel at its present settings, forward and backward of each op of benchmarks/fused_gpu.py that is below,
 and the kernels of attention's meta prefix: the numbers to hold against a profile of the step. Then, with ``--tune``,
-times of other settings: of the meta prefix's kernels alone, of the others forward + backward and forward.
+times of other settings, for ``--seconds``: of the meta prefix's kernels alone, of the others forward + backward and
+forward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 
 from benchmarks.fused_cases import DEVICE, HEADS, KV_HEADS, META, Case, cases, randn
 from benchmarks.fused_gpu import results, tune
-from benchmarks.gpu_timing import milliseconds, profiled_kernels, settings
+from benchmarks.gpu_timing import milliseconds
+from hymba_train.bench.timing import profiled_kernels, settings
 from hymba_train.ops import attention_cudnn
 
 OPS = ("normed_average", "conv_rows", "add_rms_norm", "rms_norm", "group_rms_norm", "rope of q")
@@ -85,16 +87,16 @@ def kernel_times(chosen: Sequence[Case], tokens: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=16384, help=f"a multiple of {SEQ}")
-    parser.add_argument("--tune", action="store_true", help="try other block sizes in the time that is left")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--tune", action="store_true", help="try other block sizes")
+    parser.add_argument("--seconds", type=float, default=60, help="of trying; what does not fit is left out, and said")
     given = parser.parse_args(arguments)
-    deadline = time.monotonic() + given.seconds
     chosen = [case for case in cases() if case.name in OPS]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {given.tokens} tokens and {META} meta tokens")
     for name, microseconds in kernel_times(chosen, given.tokens).items():
         print(f"{microseconds:9.1f} us  {name[:90]}", flush=True)
     if not given.tune:
         return
+    deadline = time.monotonic() + given.seconds
     for kernel, tried in tune_meta(given.tokens, deadline).items():
         print(f"{kernel}: ms", *(f"   {ms:.3f} {values}" for ms, values in tried), sep="\n", flush=True)
     for case in chosen:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hymba_train.bench import step
+from hymba_train.bench import loader, scan, step
 from hymba_train.bench.cli import BENCHMARKS, main
 from hymba_train.bench.timing import Result
 from hymba_train.config import compose
@@ -102,3 +102,67 @@ def test_products_are_measured(tmp_path, capsys):
     assert lines[-1].startswith("bf16, all of them: ") and "a step of 32 rows" in lines[-1]
     assert all(row["both_ms"] > 0 for row in json.loads(output.read_text()))
     assert "linear_fc1" in "".join(lines)
+
+
+@pytest.mark.parametrize("name", ["scan", "attention", "gemm"])
+def test_without_a_gpu_they_refuse(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=f"bench {name}: no GPU here"):
+        main([name])
+
+
+def test_the_loader_is_measured(tmp_path):
+    """In a process of its own, for it sets torch's threads. Of the figures only that they are there."""
+    output = tmp_path / "loader.json"
+    command = [sys.executable, "-m", "hymba_train", "bench", "loader", "--documents", "300", "--step-ms", "1"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())
+    assert [(row["packing"], row["seq_length"]) for row in rows] == list(loader.CASES)
+    assert all(row["tokens_per_cpu_second"] > 0 and row["exposed_share"] >= 0 for row in rows)
+    assert done.stdout.splitlines()[-1].startswith("| length_buckets | 8192 |")
+
+
+def test_lines_of_the_scan():
+    kernels = {"scan_forward": 361.0, "scan_backward": 901.25}
+    row = dict(
+        variant="cuda", size=(4, 2048), packed=True, ok=False, kernels_us=kernels, forward_ms=0.37, both_ms=1.35,
+        host_us=300.0, host_forward_us=99.0, saved_mib=150.0,
+    )  # fmt: skip
+    text = scan.line(row)
+    assert " ".join(text.split()) == "4 x 2048 cuda packed WRONG 361.0 901.2 370 980 99 300 150"
+    assert len(text) == len(scan.HEADER.splitlines()[1])
+    assert "nan" in scan.line(row | {"kernels_us": {}})  # a backend with other kernels
+    assert [v.name for v in scan.variants() if not v.settings][:2] == ["cuda", "triton"]
+
+
+def test_the_scan_tells_what_is_wrong_slow_or_late(monkeypatch, tmp_path, capsys):
+    """Without a GPU: what is made of checks and times."""
+
+    def measure(variant, batch, tokens, packed, seconds):
+        if variant.name == "triton" and batch == 12:
+            raise RuntimeError("out of memory")
+        figures = dict.fromkeys(("forward_ms", "both_ms", "host_us", "host_forward_us", "saved_mib"), 1.0)
+        return figures | {"kernels_us": {}}
+
+    monkeypatch.setattr(scan, "need_gpu", lambda name: None)
+    monkeypatch.setattr(scan.torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(scan, "compile_all", lambda chosen: None)
+    monkeypatch.setattr(scan, "check", lambda variant, *case: {"y": 1.0 if variant.name == "triton" else 1e-6})
+    monkeypatch.setattr(scan, "measure", measure)
+    output = tmp_path / "scan.json"
+    with pytest.raises(UserError, match="no cudo; there are"):
+        main(["scan", "--only", "cudo"])
+    assert main(["scan", "--only", "cuda", "--output", str(output)]) == 0
+    assert [row["packed"] for row in json.loads(output.read_text())["times"]] == 4 * [False, True]
+    assert main(["scan", "--only", "cuda", "triton"]) == 1
+    printed = capsys.readouterr().out
+    assert "triton WRONG" in printed and "triton (12, 2048): RuntimeError: out of memory" in printed
+    assert main(["scan", "--only", "cuda", "--timeout", "0", "--output", str(output)]) == 1
+    report = json.loads(output.read_text())
+    assert not report["times"] and report["problems"][0] == "cuda (4, 2048): out of time"
+
+
+def test_fp8_products_need_transformer_engine():
+    with pytest.raises(UserError, match="--fp8 needs a GPU and Transformer Engine"):
+        main(["gemm", "--device", "cpu", "--fp8", "delayed"])

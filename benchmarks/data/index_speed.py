@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.data.synthetic import web_lengths, write_index_alone
+import numpy as np
+
+from hymba_train.data.indexed import HEADER, MAGIC, bin_path, idx_path
 
 
 def main(prefix: str, packing: str, seq_length: str) -> None:
@@ -37,6 +39,18 @@ def main(prefix: str, packing: str, seq_length: str) -> None:
     }))  # fmt: skip
 
 
+def write_index_alone(prefix: Path, lengths: np.ndarray) -> None:
+    """A .idx over a .bin that is a hole of the right size: packing never reads a token."""
+    with open(bin_path(prefix), "wb") as stream:
+        stream.truncate(int(lengths.sum(dtype=np.int64)) * 2)
+    ends = np.cumsum(lengths, dtype=np.int64) * 2
+    with open(idx_path(prefix), "wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, 8, lengths.size, lengths.size + 1))
+        stream.write(lengths.tobytes())
+        stream.write(np.concatenate([[0], ends[:-1]]).tobytes())
+        stream.write(np.arange(lengths.size + 1, dtype=np.int64).tobytes())
+
+
 def peak_mb() -> float:
     """Most memory that this process has held. Not ru_maxrss: that begins with what the parent held."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -45,6 +59,8 @@ def peak_mb() -> float:
 
 def build_times(directory: Path, num_documents: int) -> list[dict]:
     """One row a packing, each built in a process of its own."""
+    from hymba_train.bench.loader import web_lengths  # with torch, of whose memory a child must know nothing
+
     prefix = directory / "synthetic"
     lengths = web_lengths(num_documents)
     write_index_alone(prefix, lengths)

@@ -20,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.data.index_speed import build_times
-from benchmarks.data.loader_speed import BATCH_TOKENS, rates
 from benchmarks.data.tokenize_speed import BACKENDS, speeds
 from benchmarks.data.worker_speed import scaling
 from data_prep.demo import CORPUS, DOMAINS
+from hymba_train.bench.loader import BATCH_TOKENS, rates, table
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 32_000
@@ -58,8 +58,8 @@ def main() -> None:
                 continue
             say(title)
             load_before = os.getloadavg()[0]
-            table = _measure(name, args, domains, tokenizer, Path(scratch))
-            sections.append("\n".join([f"## {title}", "", _state(load_before, args), "", *table]) + "\n")
+            lines = _measure(name, args, domains, tokenizer, Path(scratch))
+            sections.append("\n".join([f"## {title}", "", _state(load_before, args), "", *lines]) + "\n")
     text = "\n".join(["\n".join(_head(args)) + "\n", *sections])
     args.output.write_text(text, encoding="utf-8")
     print(text)
@@ -190,7 +190,7 @@ def _worker_table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _loader_table(rows: list[dict]) -> list[str]:
-    lines = [
+    return [
         "One thread, document mask on (tokens, labels, positions, segment ids as tensors), random tokens in a file of "
         f"{rows[0]['source_mb']:,.0f} MB. A step of {rows[0]['step_ms']:.0f} ms over {BATCH_TOKENS:,} tokens stands "
         f"for the model, {BATCH_TOKENS / rows[0]['step_ms'] * 1e3:,.0f} tokens/s, more than three times what a rank "
@@ -198,15 +198,8 @@ def _loader_table(rows: list[dict]) -> list[str]:
         "of the step that it waits for its batch, when the step leaves Python alone, as one that waits for a GPU "
         "does; *in pure Python*: how much longer a step takes that never lets go of the interpreter, the worst case "
         "(goal: under 1 %; a negative value is noise).", "",
-        "| packing | sequence | samples/s a core | M tokens/s a core | exposed | in pure Python |",
-        "|---|---:|---:|---:|---:|---:|",
+        *table(rows),
     ]  # fmt: skip
-    for row in rows:
-        lines.append(
-            f"| {row['packing']} | {row['seq_length']} | {row['samples_per_cpu_second']:,.0f} | "
-            f"{row['tokens_per_cpu_second'] / 1e6:.1f} | {row['exposed_share']:.2%} | {row['slower_share']:.2%} |"
-        )
-    return lines
 
 
 def _index_table(rows: list[dict]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hymba_train.bench.timing import milliseconds
+from hymba_train.bench.timing import milliseconds, need_gpu
 from hymba_train.describe.flops import visible_keys
 from hymba_train.ops.registry import BACKENDS
 from hymba_train.ops.segments import document_ends
@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--backends", nargs="+", choices=names, default=[n for n in names if n != "torch"])
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
+    need_gpu("attention")
     rows = []
     for case in CASES:
         for backend in BACKENDS["attention"]:

@@ -10,8 +10,10 @@ from hymba_train.errors import UserError
 
 BENCHMARKS = {
     "step": "hymba_train.bench.step",
+    "scan": "hymba_train.bench.scan",
     "attention": "hymba_train.bench.attention",
     "gemm": "hymba_train.bench.gemm",
+    "loader": "hymba_train.bench.loader",
 }
 
 

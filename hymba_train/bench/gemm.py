@@ -8,20 +8,18 @@ Transformer Engine where it is installed, as they do in training; x_proj, dt_pro
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_train.bench.timing import milliseconds
+from hymba_train.bench.timing import milliseconds, need_gpu
 from hymba_train.config import compose
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe import resolve_stack
@@ -30,6 +28,7 @@ from hymba_train.errors import UserError
 from hymba_train.train.metrics import device_peak
 
 THROUGH_TE = {"in_proj", "out_proj", "linear_fc1", "linear_fc2"}
+FP8_RECIPES = {"delayed": "DelayedScaling", "tensorwise": "Float8CurrentScaling"}
 SETS = 3  # of inputs and weights, by turns: none is still in the cache
 PER_TOKENS = 8192
 
@@ -116,26 +115,20 @@ def _torch_linear(product: Product, device: torch.device, fp8: str | None) -> Ca
 
 def _te_linear(product: Product, device: torch.device, fp8: str | None) -> Callable[[Tensor], Tensor]:
     import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe
 
     module = te.Linear(
         product.in_size, product.out_size, bias=False, params_dtype=torch.bfloat16, device=device,
         fuse_wgrad_accumulation=True,
     )  # fmt: skip
     module.weight.main_grad = torch.zeros(module.weight.shape, device=device)
-    context: Callable[[], Any] = contextlib.nullcontext if fp8 is None else lambda: _fp8_context(te, fp8)
+    made = None if fp8 is None else getattr(recipe, FP8_RECIPES[fp8])()
 
     def call(x: Tensor) -> Tensor:
-        with context():
+        with te.fp8_autocast(enabled=made is not None, fp8_recipe=made):
             return module(x)
 
     return call
-
-
-def _fp8_context(te: Any, name: str) -> Any:
-    from transformer_engine.common import recipe
-
-    made = {"delayed": recipe.DelayedScaling, "tensorwise": recipe.Float8CurrentScaling}[name]()
-    return te.fp8_autocast(enabled=True, fp8_recipe=made)
 
 
 def table(rows: Sequence[Row], seq_rows: int, peak: float | None) -> list[str]:
@@ -161,14 +154,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="hymba bench gemm", description=__doc__)
     parser.add_argument("--model", default="hymba_1p5b", metavar="RECIPE")
     parser.add_argument("--rows", type=int, default=8 * 2048, help="text rows of a micro-batch (default 16384)")
-    parser.add_argument("--fp8", choices=["delayed", "tensorwise"], help="measure the large products in FP8 too")
+    parser.add_argument("--fp8", choices=FP8_RECIPES, help="measure the large products in FP8 too")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hymba bench gemm: no GPU here; --device cpu only shows that it runs")
+    if args.device == "cuda":
+        need_gpu("gemm", "; --device cpu only shows that it runs")
     device = torch.device(args.device)
     model = compose([f"model={args.model}"]).model
+    if args.fp8 and not any(_goes_through_te(product, device) for product in products(model)):
+        raise UserError("hymba bench gemm: --fp8 needs a GPU and Transformer Engine")
     measured, failed = [], []
     for product in products(model):
         rows = args.rows + (0 if product.name == "head" else model.num_meta_tokens)

@@ -1,15 +1,19 @@
-"""Timing of optimizer steps on a GPU, and the one line of JSON by which a contender reports."""
+"""Timing of optimizer steps and kernels on a GPU, and the one line of JSON by which a contender reports."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
+
+from hymba_train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,12 @@ class Result:
 
     def report(self) -> None:
         print(json.dumps(asdict(self)), flush=True)
+
+
+def need_gpu(name: str, hint: str = "") -> None:
+    """Raises UserError on a machine without one."""
+    if not torch.cuda.is_available():
+        raise UserError(f"hymba bench {name}: no GPU here{hint}")
 
 
 def time_steps(step: Callable[[], torch.Tensor], warm_up: int, repeats: int) -> tuple[float, float, float]:
@@ -69,3 +79,26 @@ def milliseconds(run: Callable[[Any], object], inputs: Sequence[Any], repeats: i
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / repeats
+
+
+def profiled_kernels(run: Callable[[], object]) -> list[Any]:
+    """Averages by torch of each kernel in ``run``: ``key``, ``count``, ``device_time_total`` in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    return [e for e in profiled.key_averages() if e.device_time_total > 0]
+
+
+@contextlib.contextmanager
+def settings(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
+    """Constants of a module that have other values for a while."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)

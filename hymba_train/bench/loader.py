@@ -1,20 +1,31 @@
-"""Samples a second of one loader thread, and how long a training step waits for it.
+"""``hymba bench loader``: samples a second of one loader thread, and how long a training step waits for it. On a CPU.
 
 The step is a sleep of the time that a GPU takes, which leaves this process's CPU to the loader as a GPU does. What the
 step finds ready costs nothing; what it waits for is exposed. For the worst case it is also a loop in pure Python, which
-has to share the interpreter with the loader's thread.
+has to share the interpreter with the loader's thread. Synthetic tokens, document lengths as on the web.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.data.synthetic import VOCAB_SIZE, write_source
+import numpy as np
+import torch
 
+from hymba_train import data
+from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from hymba_train.data.build import load_tokenizer, open_source, pack_location
+from hymba_train.data.indexed_writer import IndexedWriter
+from hymba_train.data.packs import build_packs
+
+VOCAB_SIZE = 32001
 CASES = (("concat", 2048), ("best_fit", 2048), ("concat", 8192), ("length_buckets", 8192))
 BATCH_TOKENS = 16_384
 """Tokens of a rank's step: 8 sequences of 2,048, as in `hymba bench step`."""
@@ -22,13 +33,6 @@ BATCH_TOKENS = 16_384
 
 def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict]:
     """One row a packing and sequence length."""
-    import torch
-
-    from hymba_train import data
-    from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-    from hymba_train.data.build import load_tokenizer, open_source, pack_location
-    from hymba_train.data.packs import build_packs
-
     torch.set_num_threads(1)
     write_source(directory / "loader", num_documents)
     _write_tokenizer(directory / "tokenizer.json")
@@ -55,10 +59,8 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
 
 
 def _rate(opened, batch: int, num_steps: int = 400) -> dict:
-    from hymba_train.data import micro_batches
-
     def load(step: int) -> None:
-        micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
+        data.micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
 
     for step in range(20):
         load(step)
@@ -71,17 +73,14 @@ def _rate(opened, batch: int, num_steps: int = 400) -> dict:
 
 
 def _batches(opened, batch: int, num_steps: int):
-    from hymba_train.data import micro_batches
-
     return (
-        micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
+        data.micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
         for step in range(num_steps)
     )
 
 
 def _slower(opened, batch: int, step_seconds: float, num_steps: int = 6, rounds: int = 5) -> dict:
     """How much longer steps in pure Python take with a loader beside them than without: median of rounds."""
-    from hymba_train.data import Prefetcher
 
     def work(count: int) -> int:
         total = 0
@@ -106,16 +105,14 @@ def _slower(opened, batch: int, step_seconds: float, num_steps: int = 6, rounds:
     ratios = []
     for _ in range(rounds):
         alone = steps([None] * (num_steps + 3))
-        with Prefetcher(_batches(opened, batch, num_steps + 5)) as prefetcher:
+        with data.Prefetcher(_batches(opened, batch, num_steps + 5)) as prefetcher:
             ratios.append(steps(prefetcher) / alone)
     return {"slower_share": statistics.median(ratios) - 1}
 
 
 def _exposed(opened, batch: int, step_seconds: float, num_steps: int = 60) -> dict:
-    from hymba_train.data import Prefetcher
-
     waited = []
-    with Prefetcher(_batches(opened, batch, num_steps)) as prefetcher:
+    with data.Prefetcher(_batches(opened, batch, num_steps)) as prefetcher:
         for _ in range(num_steps):
             start = time.perf_counter()
             next(prefetcher)
@@ -131,3 +128,49 @@ def _write_tokenizer(path: Path) -> None:
 
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB_SIZE)}}
     Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(path))
+
+
+def web_lengths(num_documents: int, seed: int = 0) -> np.ndarray:
+    """Tokens of each document, int32: log-normal, median 545, mean about 1,000, as in web corpora."""
+    rng = np.random.default_rng(seed)
+    return np.clip(rng.lognormal(6.3, 1.1, num_documents), 2, 200_000).astype(np.int32)
+
+
+def write_source(prefix: Path, num_documents: int) -> None:
+    """A whole source of random tokens."""
+    rng = np.random.default_rng(1)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for begin in range(0, num_documents, 10_000):
+            lengths = web_lengths(min(10_000, num_documents - begin), begin)
+            tokens = rng.integers(3, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16)
+            tokens[np.cumsum(lengths) - 1] = 2
+            writer.add_documents(tokens, lengths)
+        writer.publish()
+
+
+def table(rows: Sequence[dict]) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| packing | sequence | samples/s a core | M tokens/s a core | exposed | in pure Python |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['packing']} | {row['seq_length']} | {row['samples_per_cpu_second']:,.0f} | "
+            f"{row['tokens_per_cpu_second'] / 1e6:.1f} | {row['exposed_share']:.2%} | {row['slower_share']:.2%} |"
+        )
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hymba bench loader", description=__doc__)
+    parser.add_argument("--documents", type=int, default=200_000, help="of the source, some 1,000 tokens each")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="length of the training step that is simulated")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = rates(Path(scratch), args.documents, args.step_ms / 1e3)
+    print(*table(rows), sep="\n")
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return 0

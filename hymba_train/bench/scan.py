@@ -1,11 +1,9 @@
-"""Selective scan at Hymba's sizes on one GPU: every variant checked, then timed.
+"""``hymba bench scan``: the selective scan at Hymba-1.5B's sizes on one GPU, every backend checked, then timed.
 
-``python -m benchmarks.scan_gpu [--out DIR] [--budget SECONDS] [--only NAME,...] [--before DIR] [--more] [--once]``:
 3,200 channels, 16 states, bf16 activations that are slices of wider rows, B and C float32. All kernels are compiled
 first, side by side. Checks against the reference come next; then the median time of the forward and of forward and
 backward (CUDA events, inputs rotated so that none is still in the cache), the time of each kernel, and host time.
-``--before``: the folder of an older selective_scan_cuda.py and its cuda/, timed beside. Results go to
-DIR/scan_gpu.json; the tables are printed last.
+--settings times the CUDA backend under other block sizes, too; --before beside it an older selective_scan_cuda.py.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import profiled_kernels, settings
+from hymba_train.bench.timing import need_gpu, profiled_kernels, settings
+from hymba_train.errors import UserError
 from hymba_train.ops import nvrtc
 from hymba_train.ops import selective_scan as plain
 from hymba_train.ops import selective_scan_cuda as cuda_scan
@@ -50,7 +49,6 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     module: ModuleType = cuda_scan
     sizes: list[tuple[int, int]] | None = None
-    more: bool = False  # only if asked for
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -73,8 +71,8 @@ def variants(before: Path | None = None) -> list[Variant]:
         Variant("F unroll 16, B hold 1", settings={"FORWARD_UNROLL": 16, "HOLD_UNROLL": 1}),
         Variant("F, B one chunk", settings={"CHUNKS": cuda_scan.Chunks(2048, 1, False)}, sizes=square),
         *([Variant("before", module=_load(before))] if before else []),
-        Variant("mamba_ssm", "mamba_ssm", more=True),
-        Variant("triton", "triton", more=True),
+        Variant("triton", "triton"),
+        *([Variant("mamba_ssm", "mamba_ssm")] if importlib.util.find_spec("mamba_ssm") else []),
     ]
 
 
@@ -102,7 +100,7 @@ def compile_all(chosen: list[Variant]) -> None:
             for x_dtype, exact in BUILDS[-1:] if v.settings else BUILDS:
                 options = nvrtc.compiler_options(capability, v.module.defines(x_dtype, torch.float32, exact))
                 jobs[source, tuple(options)] = (source, options)
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(jobs) or 1, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(nvrtc.cached_cubin, *zip(*jobs.values(), strict=True)))
 
 
@@ -206,31 +204,13 @@ def host_time(run: Callable[[int], Any]) -> float:
     return 1e6 * taken
 
 
-class _Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.shapes = [x.shape for x in inputs]
-        return inputs[0].new_empty(inputs[0].shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return tuple(gradient.new_empty(shape) for shape in ctx.shapes)
-
-
-def empty_host_time() -> float:
-    """What PyTorch itself takes, to compare with the host time of a scan."""
-    given = [torch.zeros(64, device="cuda", requires_grad=True) for _ in range(9)]
-    weight = torch.ones(64, device="cuda")
-    return host_time(lambda i: torch.autograd.grad(_Nothing.apply(*given), given, weight))
-
-
 def kernel_times(run: Callable[[int], Any]) -> dict[str, float]:
     """Microseconds of each kernel in one call."""
     averages = profiled_kernels(lambda: [run(i) for i in range(6)])
     return {e.key[:40]: round(e.device_time_total / 6, 1) for e in averages}
 
 
-def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: float, deep: bool) -> dict[str, Any]:
+def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: float) -> dict[str, Any]:
     fn, sets = function(variant), 2 if batch * tokens > 8192 else 4
     ids = make_documents(batch, tokens) if packed else None
     inputs = []
@@ -256,11 +236,8 @@ def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: fl
 
     with variant.active():
         result = {"forward_ms": timed(forward, seconds), "both_ms": timed(both, seconds)}
-        if deep:
-            result["kernels_us"] = kernel_times(both)
-        else:
-            result["host_us"], result["host_forward_us"] = host_time(both), host_time(forward)
-        torch.cuda.reset_peak_memory_stats()
+        result["kernels_us"] = kernel_times(both)
+        result["host_us"], result["host_forward_us"] = host_time(both), host_time(forward)
         before = torch.cuda.memory_allocated()
         held = forward(0)
         result["saved_mib"] = round((torch.cuda.memory_allocated() - before) / 2**20, 1)
@@ -268,62 +245,55 @@ def measure(variant: Variant, batch: int, tokens: int, packed: bool, seconds: fl
     return result
 
 
-def run_once(name: str) -> None:
-    """Three forwards and backwards at 4 x 2048; the second is the one to look at."""
-    variant = next(v for v in variants() if v.name == name)
-    given = [x.detach().requires_grad_() for x in make(4, 2048, torch.bfloat16, 0)]
-    dy = torch.randn(4, 2048, CHANNELS, device="cuda").bfloat16()
-    with variant.active():
-        for _ in range(3):
-            torch.autograd.grad(function(variant)(*given[:8], initial_state=given[8])[0], given, dy)
-    torch.cuda.synchronize()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds; what does not fit is left out and said")
+def main(argv: Sequence[str]) -> int:
+    """Returns 0, or 1 if a variant is wrong or could not run. Raises UserError without a GPU."""
+    parser = argparse.ArgumentParser(prog="hymba bench scan", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the rows of the table")
+    parser.add_argument("--settings", action="store_true", help="other block sizes of the CUDA backend, too")
+    parser.add_argument(
+        "--before", type=Path, metavar="DIR", help="folder of an older selective_scan_cuda.py and cuda/"
+    )
     parser.add_argument("--seconds", type=float, default=0.05, help="at least, of each timing")
-    parser.add_argument("--before", type=Path, help="folder of an older selective_scan_cuda.py")
-    parser.add_argument("--only", default="", help="names of variants, comma-separated")
-    parser.add_argument("--more", action="store_true", help="other backends too")
-    parser.add_argument("--once", action="store_true", help="a few calls at 4 x 2048 and no timing: for a profiler")
-    args = parser.parse_args()
-    if args.once:
-        run_once(args.only or "cuda")
-        return
-    begin = time.perf_counter()
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="what does not fit is left out")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    args = parser.parse_args(argv)
+    need_gpu("scan")
+    deadline = time.monotonic() + args.timeout
     torch.backends.cuda.matmul.allow_tf32 = False
-    device = torch.cuda.get_device_name()
-    report: dict[str, Any] = {"device": device, "torch": torch.__version__, "checks": {}, "times": []}
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": {}, "times": [], "problems": []
+    }  # fmt: skip
     chosen = [
-        v for v in variants(args.before) if (v.name in args.only.split(",") if args.only else args.more or not v.more)
+        v for v in variants(args.before) if (v.name in args.only if args.only else args.settings or not v.settings)
     ]
+    unknown = set(args.only or ()) - {v.name for v in chosen}
+    if unknown:
+        raise UserError(
+            f"hymba bench scan: no {', '.join(unknown)}; there are {[v.name for v in variants(args.before)]}"
+        )
     compile_all(chosen)
-    print(f"{device}, torch {torch.__version__}; compiled after {time.perf_counter() - begin:.0f} s", flush=True)
     good = check_all(chosen, report)
-    for size in SIZES:
-        for v in chosen:
-            for packed in (False, True):
-                if v.name not in good or (v.sizes and size not in v.sizes) or (packed and v.name != "cuda"):
-                    continue
-                if time.perf_counter() - begin > args.budget:
-                    print(f"out of time: {v.name} {size} left out", flush=True)
-                    continue
-                try:
-                    result = measure(v, *size, packed, args.seconds, deep=not packed)
-                except Exception as error:
-                    print(f"{v.name} {size}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                    continue
-                finally:
-                    torch.cuda.empty_cache()
-                entry = {"variant": v.name, "size": size, "packed": packed, "ok": good[v.name], **result}
-                report["times"].append(entry)
-                print(f"{v.name} {size}: {result.get('kernels_us', '')}", flush=True)
-    (Path(args.out) / "scan_gpu.json").write_text(json.dumps(report, indent=1))
-    print_tables(report)
-    print(f"host us of an autograd function that does nothing, 9 inputs, forward + backward: {empty_host_time():.0f}")
-    print(f"{device}; {time.perf_counter() - begin:.0f} s")
+    print(f"{report['device']}  torch {torch.__version__}", HEADER, sep="\n", flush=True)
+    for size, v, packed in itertools.product(SIZES, chosen, (False, True)):
+        if v.name not in good or (v.sizes and size not in v.sizes) or (packed and v.name != "cuda"):
+            continue
+        if time.monotonic() > deadline:
+            report["problems"].append(f"{v.name} {size}: out of time")
+            continue
+        try:
+            found = measure(v, *size, packed, args.seconds)
+        except Exception as error:  # one variant's failure must not lose the others' figures
+            report["problems"].append(f"{v.name} {size}: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        finally:
+            torch.cuda.empty_cache()
+        report["times"].append({"variant": v.name, "size": size, "packed": packed, "ok": good[v.name], **found})
+        print(line(report["times"][-1]), flush=True)
+    print(*report["problems"], sep="\n")
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1))
+    wrong = [v.name for v in chosen if v.backend != "mamba_ssm" and not good.get(v.name)]
+    return int(bool(wrong or report["problems"]))
 
 
 CHECKS = [
@@ -340,13 +310,13 @@ def check_all(chosen: list[Variant], report: dict[str, Any]) -> dict[str, bool]:
     good: dict[str, bool] = {}
     for v in chosen:
         cases = CHECKS[:1] if v.settings else CHECKS
-        if not (v.sizes or v.more):
+        if not v.sizes and v.backend == "cuda":
             cases = [*cases, ((4, 2048, CHANNELS), torch.bfloat16, not v.settings, 1e-2)]
         for size, dtype, packed, limit in cases:
             try:
                 errors = check(v, *size, dtype, packed and v.backend != "mamba_ssm")
             except Exception as error:
-                print(f"{v.name}: left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                report["problems"].append(f"{v.name}: left out: {type(error).__name__}: {str(error)[:300]}")
                 good.pop(v.name, None)
                 break
             torch.cuda.empty_cache()
@@ -358,22 +328,17 @@ def check_all(chosen: list[Variant], report: dict[str, Any]) -> dict[str, bool]:
     return good
 
 
-def print_tables(report: dict[str, Any]) -> None:
-    """Microseconds of the kernels of a forward and of a backward, and of the whole by events."""
-    print(f"\n{'B x S':>9} {'variant':<26} {'forward':>8} {'backward':>8} {'all fwd':>8} {'all bwd':>8} {'MiB':>6}")
-    for t in report["times"]:
-        name = t["variant"] + (" packed" if t["packed"] else "") + ("" if t["ok"] else " WRONG")
-        kernels = t.get("kernels_us", {})
-        forward, backward = (kernels.get(f"scan_{way}", float("nan")) for way in ("forward", "backward"))
-        all_forward, all_backward = 1e3 * t["forward_ms"], 1e3 * (t["both_ms"] - t["forward_ms"])
-        print(
-            f"{t['size'][0]:>3} x {t['size'][1]:<4} {name:<26} {forward:8.1f} {backward:8.1f} "
-            f"{all_forward:8.0f} {all_backward:8.0f} {t['saved_mib']:6.0f}"
-        )
-    for t in report["times"]:
-        if "host_us" in t:
-            print(f"host us at {t['size']}: forward {t['host_forward_us']:.0f}, and backward {t['host_us']:.0f}")
+HEADER = f"{'':37} {'kernel, us':>15}  {'whole, us':>15}  {'host, us':>13}  {'kept':>6}\n" + (
+    f"{'B x S':>10} {'variant':<26} {'fwd':>7} {'bwd':>7}  {'fwd':>7} {'bwd':>7}  {'fwd':>6} {'both':>6}  {'MiB':>6}"
+)
 
 
-if __name__ == "__main__":
-    main()
+def line(row: dict[str, Any]) -> str:
+    """Of the table: the scan's kernels alone, all that a forward and a backward do, by events, and the host's time."""
+    name = row["variant"] + (" packed" if row["packed"] else "") + ("" if row["ok"] else " WRONG")
+    forward, backward = (row["kernels_us"].get(f"scan_{way}", float("nan")) for way in ("forward", "backward"))
+    all_forward, all_backward = 1e3 * row["forward_ms"], 1e3 * (row["both_ms"] - row["forward_ms"])
+    return (
+        f"{row['size'][0]:>3} x {row['size'][1]:<4} {name:<26} {forward:7.1f} {backward:7.1f}  {all_forward:7.0f} "
+        f"{all_backward:7.0f}  {row['host_forward_us']:6.0f} {row['host_us']:6.0f}  {row['saved_mib']:6.0f}"
+    )
