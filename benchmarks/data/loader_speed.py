@@ -24,9 +24,8 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
     """One row a packing and sequence length."""
     import torch
 
-    from hymba_train import data
     from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-    from hymba_train.data.build import load_tokenizer, open_source, pack_location
+    from hymba_train.data.build import build_training_data, load_tokenizer, open_source, pack_location
     from hymba_train.data.packs import build_packs
 
     torch.set_num_threads(1)
@@ -45,7 +44,7 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
         if packing != "concat":
             source = open_source(config, "web", config.sources["web"], load_tokenizer(config))
             build_packs(source.training, pack_location(config, phase, source), packing, seq_length)
-        opened = data.build_training_data(config, seed=1, vocab_size=VOCAB_SIZE)
+        opened = build_training_data(config, seed=1, vocab_size=VOCAB_SIZE)
         row = {"packing": packing, "seq_length": seq_length, "batch": batch}
         row |= _rate(opened, batch) | _exposed(opened, batch, step_seconds) | _slower(opened, batch, step_seconds)
         row["source_mb"] = (directory / "loader.bin").stat().st_size / 1e6
@@ -55,7 +54,7 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
 
 
 def _rate(opened, batch: int, num_steps: int = 400) -> dict:
-    from hymba_train.data import micro_batches
+    from hymba_train.data.batches import micro_batches
 
     def load(step: int) -> None:
         micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
@@ -71,7 +70,7 @@ def _rate(opened, batch: int, num_steps: int = 400) -> dict:
 
 
 def _batches(opened, batch: int, num_steps: int):
-    from hymba_train.data import micro_batches
+    from hymba_train.data.batches import micro_batches
 
     return (
         micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
@@ -81,7 +80,7 @@ def _batches(opened, batch: int, num_steps: int):
 
 def _slower(opened, batch: int, step_seconds: float, num_steps: int = 6, rounds: int = 5) -> dict:
     """How much longer steps in pure Python take with a loader beside them than without: median of rounds."""
-    from hymba_train.data import Prefetcher
+    from hymba_train.data.prefetch import Prefetcher
 
     def work(count: int) -> int:
         total = 0
@@ -112,7 +111,7 @@ def _slower(opened, batch: int, step_seconds: float, num_steps: int = 6, rounds:
 
 
 def _exposed(opened, batch: int, step_seconds: float, num_steps: int = 60) -> dict:
-    from hymba_train.data import Prefetcher
+    from hymba_train.data.prefetch import Prefetcher
 
     waited = []
     with Prefetcher(_batches(opened, batch, num_steps)) as prefetcher:

@@ -11,9 +11,9 @@ import pytest
 from data_prep.cli import main
 from data_prep.demo import CORPUS, DOMAINS
 from data_prep.tokenize_corpus import tokenize_files
-from hymba_train.data import Tokenizer, tokenizer_backends
+from hymba_train.data import tokenizer_backends
 from hymba_train.data.manifest import read_manifest
-from hymba_train.data.tokenizer import SAMPLE_TEXTS
+from hymba_train.data.tokenizer import SAMPLE_TEXTS, Tokenizer
 from hymba_train.errors import UserError
 
 SHARED = Path(os.environ.get("HYMBA_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data" / "corpus"
