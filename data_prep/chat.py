@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from data_prep.conversations import Conversation, conversation_of, pair_of, parse_record
-from data_prep.records import Chunk
+from data_prep.conversations import Conversation, conversation_of, pair_of
+from data_prep.records import Chunk, TokenizedChunk, parse_object
 from hymba_train.data.chat_template import TEMPLATE_SHA256, render
 from hymba_train.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from data_prep.tokenize_shard import TokenizedChunk
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,6 @@ class ConversationEncoder:
         self.settings, self.tokenizer, self.dtype = settings, tokenizer, dtype
 
     def __call__(self, chunk: Chunk) -> TokenizedChunk:
-        from data_prep.tokenize_shard import TokenizedChunk
-
         tokens: list[np.ndarray] = []
         masks: list[np.ndarray] = []
         counts = {"num_too_long": 0, "num_cut": 0}
@@ -81,7 +76,7 @@ class ConversationEncoder:
         )
 
     def _documents(self, line: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
-        record = parse_record(line)
+        record = parse_object(line)
         conversations = pair_of(record) if self.settings.pairs else [conversation_of(record)]
         documents = [self.encode(conversation) for conversation in conversations]
         if len(documents) == 2 and np.array_equal(documents[0][0], documents[1][0]):

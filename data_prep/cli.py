@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep import inspect_data
+from data_prep.bad_lines import MAX_BAD_LINES_SHOWN
 from data_prep.chat import ChatSettings
 from data_prep.dedup import REPORT, dedup
 from data_prep.demo import DOMAINS, prepare_demo
@@ -24,7 +25,7 @@ from data_prep.merge import find_prefixes, merge_sources
 from data_prep.progress import Progress
 from data_prep.stats import source_stats, stats_lines
 from data_prep.tokenize_corpus import tokenize_files, tokenize_shards
-from data_prep.tokenize_shard import MAX_BAD_LINES_SHOWN, Settings
+from data_prep.tokenize_shard import Settings
 from hymba_train.data.indexed import IndexedTokens
 from hymba_train.data.manifest import Manifest
 from hymba_train.errors import UserError

@@ -7,7 +7,6 @@ both answers being whole conversations. ``tools`` and ``contexts`` may stand bes
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,21 +24,6 @@ class Conversation:
     num_given: int = 0
     tools: list[Any] = field(default_factory=list)
     contexts: list[str] = field(default_factory=list)
-
-
-def parse_record(line: bytes) -> dict[str, Any]:
-    """One line. Raises ValueError with the reason: no UTF-8, no JSON object."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON at column {error.colno} ({error.msg})") from error
-    except RecursionError as error:
-        raise ValueError("JSON is nested too deeply") from error
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    return record
 
 
 def conversation_of(record: dict[str, Any]) -> Conversation:

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.bad_lines import check_bad_lines
 from data_prep.duplicates import DedupSettings, ShardHashes, find_duplicates, signatures_of
 from data_prep.inputs import InputFile
 from data_prep.records import ShardReader, parse_chunk
 from data_prep.rewrite import rewrite_shard
-from data_prep.tokenize_shard import check_bad_lines, input_facts
 from hymba_train.data.extras import import_extra
-from hymba_train.data.indexed_writer import write_atomically
+from hymba_train.data.manifest import file_sha256
+from hymba_train.data.user_files import write_or_refuse
 from hymba_train.errors import UserError
 
 REPORT, REMOVED = "dedup.json", "removed.jsonl"
@@ -50,7 +51,8 @@ def dedup(
     _check(settings)
     output = Path(output_dir)
     report_path = output / REPORT
-    facts = {"settings": asdict(settings), "inputs": [input_facts(file) for file in files]}
+    inputs = [{"name": file.name, "bytes": file.num_bytes, "sha256": file_sha256(file.path)} for file in files]
+    facts = {"settings": asdict(settings), "inputs": inputs}
     if report_path.is_file():
         report = json.loads(report_path.read_bytes())
         if {key: report.get(key) for key in facts} == facts:
@@ -81,7 +83,7 @@ def dedup(
         "num_removed": int((same_as >= 0).sum()),
         "bad_lines": bad_lines,
     }
-    write_atomically(report_path, json.dumps(report, indent=1).encode() + b"\n")
+    write_or_refuse(report_path, json.dumps(report, indent=1).encode() + b"\n")
     return report
 
 
@@ -162,4 +164,4 @@ def _write_removed(
     for i in np.flatnonzero(same_as >= 0).tolist():
         facts = {"document": place(i), "duplicate_of": place(int(same_as[i])), "similarity": float(similarity[i])}
         lines.append(json.dumps(facts) + "\n")
-    write_atomically(path, "".join(lines).encode())
+    write_or_refuse(path, "".join(lines).encode())

@@ -9,8 +9,8 @@ from typing import Any
 from data_prep.tokenize_corpus import tokenize_files
 from data_prep.train_tokenizer import train_sentencepiece
 from hymba_train.data.convert_tokenizer import write_tokenizer
-from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.data.manifest import MANIFEST_VERSION, file_sha256, manifest_path
+from hymba_train.data.user_files import write_or_refuse
 
 CORPUS = Path(__file__).parent / "corpus"
 DOMAINS = ("books", "speeches", "docs", "code")
@@ -47,7 +47,7 @@ def prepare_demo(output: str | Path) -> bool:
         "vocab_size": VOCAB_SIZE,
         "files": {path.as_posix(): file_sha256(directory / path) for path in made},
     }
-    write_atomically(directory / DONE, json.dumps(facts, indent=1).encode() + b"\n")
+    write_or_refuse(directory / DONE, json.dumps(facts, indent=1).encode() + b"\n")
     return True
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.tokenize_shard import bad_lines_path, write_bad_lines
+from data_prep.bad_lines import bad_lines_path, write_bad_lines
 from hymba_train.data.indexed import IndexedTokens, bin_path, idx_path
 from hymba_train.data.indexed_writer import IndexedWriter
-from hymba_train.data.manifest import Manifest, manifest_path, read_manifest, with_spots
+from hymba_train.data.manifest import Manifest, manifest_path, read_manifest
 from hymba_train.data.permutation import Permutation
 from hymba_train.errors import UserError
 
@@ -65,7 +65,7 @@ def merge_sources(
         else:
             _copy_shuffled(sources, writer, shuffle_seed, on_block)
         manifest_path(output).unlink(missing_ok=True)
-        files = with_spots(output, writer.publish())
+        files = writer.publish()
     bad_lines = [
         line for prefix in prefixes if bad_lines_path(prefix).is_file()
         for line in bad_lines_path(prefix).read_text().splitlines()

@@ -23,7 +23,7 @@ from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.data.answers import MaskWriter, mask_path
 from hymba_train.data.indexed import token_dtype
 from hymba_train.data.indexed_writer import IndexedWriter
-from hymba_train.data.manifest import Manifest, manifest_path, read_manifest, with_spots
+from hymba_train.data.manifest import Manifest, manifest_path, read_manifest
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 from hymba_train.evaluation.recall import TRAINING, Sample, draw
@@ -85,7 +85,7 @@ def write_recall(
         facts = Manifest(
             num_tokens=writer.num_tokens, num_documents=writer.num_documents, dtype=str(dtype), max_token_id=largest,
             append_eod=True,
-            tokenizer=tokenizer_facts(loaded), files=with_spots(prefix, files),
+            tokenizer=tokenizer_facts(loaded), files=files,
             inputs=[{**settings, "documents": dict(counts)}],
             chat=chat,
             versions={"hymba_train": hymba_train.__version__, "numpy": np.__version__},

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from data_prep.inputs import PARQUET, InputFile
@@ -49,6 +50,21 @@ class ParsedChunk:
     bad_lines: list[str] = field(default_factory=list)
 
 
+@dataclass
+class TokenizedChunk:
+    """``tokens`` are all documents end to end, in the type of the file; ``lengths`` those of each document. Of
+    conversations also the loss ``mask`` of every token, and ``counts`` for the manifest."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_empty: int
+    text_bytes: int
+    bad_lines: list[str]
+    read_bytes: int
+    mask: np.ndarray | None = None
+    counts: dict[str, int] | None = None
+
+
 def parse_chunk(chunk: Chunk, json_key: str) -> ParsedChunk:
     """Take ``json_key`` out of every record; blank lines are passed over."""
     parsed = ParsedChunk()
@@ -81,7 +97,15 @@ def quick_text(line: bytes, json_key: str) -> str | None:
 
 
 def parse_line(line: bytes, json_key: str) -> str:
-    """Text of one line. Raises ValueError with the reason: no UTF-8, no JSON object, key missing, no string."""
+    """Text of one line. Raises ValueError with the reason: as :func:`parse_object`, key missing, no string."""
+    record = parse_object(line)
+    if json_key not in record:
+        raise ValueError(f"not a JSON object with the key {json_key!r}")
+    return check_text(record[json_key], json_key)
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """JSON object of one line. Raises ValueError with the reason: no UTF-8, no JSON, no object."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -90,9 +114,9 @@ def parse_line(line: bytes, json_key: str) -> str:
         raise ValueError(f"invalid JSON at column {error.colno} ({error.msg})") from error
     except RecursionError as error:
         raise ValueError("JSON is nested too deeply") from error
-    if not isinstance(record, dict) or json_key not in record:
-        raise ValueError(f"not a JSON object with the key {json_key!r}")
-    return check_text(record[json_key], json_key)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return record
 
 
 def check_text(text: Any, json_key: str) -> str:

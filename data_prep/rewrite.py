@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from data_prep.inputs import PARQUET, InputFile
 from data_prep.records import ShardReader
 from hymba_train.data.extras import import_extra
-from hymba_train.data.indexed_writer import replacing_or_refused
+from hymba_train.data.user_files import replacing_or_refused
 
 
 def rewrite_shard(file: InputFile, target: Path, removed: Container[int], json_key: str) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 from data_prep.inputs import InputFile, find_inputs
 from data_prep.merge import merge_sources, refuse_to_overwrite
 from data_prep.progress import Progress
-from data_prep.records import CHUNK_BYTES, Chunk
-from data_prep.tokenize_shard import ChunkTokenizer, Settings, TokenizedChunk, finished, tokenize_shard
+from data_prep.records import CHUNK_BYTES, Chunk, TokenizedChunk
+from data_prep.tokenize_shard import ChunkTokenizer, Settings, finished, tokenize_shard
 from hymba_train.data.manifest import Manifest
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError

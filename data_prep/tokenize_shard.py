@@ -15,24 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.bad_lines import check_bad_lines, write_bad_lines
 from data_prep.chat import ChatSettings, ConversationEncoder
 from data_prep.inputs import InputFile
-from data_prep.records import Chunk, ShardReader, parse_chunk
+from data_prep.records import Chunk, ShardReader, TokenizedChunk, parse_chunk
 from hymba_train import __version__
 from hymba_train.data.answers import MaskWriter, mask_path
 from hymba_train.data.indexed import bin_path, idx_path, token_dtype
-from hymba_train.data.indexed_writer import IndexedWriter, write_atomically
-from hymba_train.data.manifest import Manifest, check_spots, file_sha256, manifest_path, read_manifest, with_spots
+from hymba_train.data.indexed_writer import IndexedWriter
+from hymba_train.data.manifest import Manifest, check_spots, file_sha256, manifest_path, read_manifest
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
-MAX_BAD_LINES_SHOWN = 20
 HOPELESS_BAD_LINES = 10_000
 """A shard that begins with so many bad lines and no good one is given up."""
-FAST_CHUNK_BYTES = 2**21
-"""Text of a chunk for gigatoken, which begins every call with an empty cache of words: faster by 5 to 10 % than with
-1 MB. With 4 MB memory goes back to the system between chunks, and taking it again costs more than that."""
-CHECKED_CHUNKS, CHECKED_CHARACTERS = 8, 4_000
+FAST_CHUNK_BYTES = 2**22
+"""Text of a chunk for gigatoken, which begins every call with an empty cache of words."""
+KEPT_BYTES = 31 * 2**20
+"""glibc gives memory back when twice the largest mapped block that was ever freed (of at most 32 MB) lies free at the
+end of the heap. The memory of every chunk would go, and be taken again page by page: a fifth of the CPU time with
+gigatoken. One block freed once, and never touched, makes glibc keep twice KEPT_BYTES."""
+CHECKED_CHUNKS, CHECKED_CHARACTERS = 4, 4_000
 """A faster backend is held to the tokenizer's own library on the beginning of one text in every 16 MB, so that a
 difference shows on the user's own text as well."""
 
@@ -56,27 +59,13 @@ class Settings:
     chat: ChatSettings | None = None
 
 
-@dataclass
-class TokenizedChunk:
-    """``tokens`` are all documents end to end, in the type of the file; ``lengths`` those of each document. Of
-    conversations also the loss ``mask`` of every token, and ``counts`` for the manifest."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    num_empty: int
-    text_bytes: int
-    bad_lines: list[str]
-    read_bytes: int
-    mask: np.ndarray | None = None
-    counts: dict[str, int] | None = None
-
-
 class ChunkTokenizer:
     """What a process does with one chunk."""
 
     def __init__(self, settings: Settings) -> None:
         # Workers are processes; threads inside each would fight over the same cores. Respect the user's own setting.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        np.empty(KEPT_BYTES, np.uint8)  # freed at once
         self.settings = settings
         self.tokenizer = Tokenizer.load(settings.tokenizer, settings.backend)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
@@ -147,7 +136,7 @@ def tokenize_shard(
         if masks:
             chat = {**settings.chat.facts(), **counts, "num_answer_tokens": masks.num_answer_tokens}
             chat["mask"] = masks.publish()
-        files = with_spots(prefix, writer.publish())
+        files = writer.publish()
     write_bad_lines(prefix, bad_lines)
     manifest = Manifest(
         num_tokens=writer.num_tokens,
@@ -179,11 +168,6 @@ def tokenize_shard(
 
 def _mask_writer(prefix: Path, settings: Settings) -> contextlib.AbstractContextManager[MaskWriter | None]:
     return MaskWriter(prefix) if settings.chat else contextlib.nullcontext()
-
-
-def input_facts(file: InputFile) -> dict[str, Any]:
-    """Name, bytes and sha256 of a shard as stored: by these a later run knows that it has been done."""
-    return {"name": file.name, "bytes": file.num_bytes, "sha256": file_sha256(file.path)}
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -255,29 +239,6 @@ def _agrees(path: Path, facts: dict[str, Any]) -> bool:
     except UserError:
         return False
     return True
-
-
-def bad_lines_path(prefix: str | Path) -> Path:
-    """List of the lines that were passed over; only there if there are some."""
-    return Path(f"{prefix}.bad_lines.txt")
-
-
-def write_bad_lines(prefix: Path, bad_lines: list[str]) -> None:
-    path = bad_lines_path(prefix)
-    if bad_lines:
-        write_atomically(path, "".join(f"{line}\n" for line in bad_lines).encode())
-    else:
-        path.unlink(missing_ok=True)
-
-
-def check_bad_lines(bad_lines: list[str], allowed: int | None) -> None:
-    """Raises UserError with the first of them when a shard has more than ``allowed``; None allows any number."""
-    if allowed is None or len(bad_lines) <= allowed:
-        return
-    shown = bad_lines[:MAX_BAD_LINES_SHOWN]
-    more = f" (and {len(bad_lines) - len(shown)} more so far)" if len(bad_lines) > len(shown) else ""
-    shown[-1] += f"{more}; mend the input, or allow more than --max-bad-lines {allowed}"
-    raise UserError(*shown)
 
 
 def no_document(file: InputFile, json_key: str, bad_lines: list[str]) -> UserError:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data_prep.bad_lines import check_bad_lines
 from data_prep.inputs import find_inputs
 from data_prep.records import ShardReader, parse_chunk
-from data_prep.tokenize_shard import check_bad_lines
 from hymba_train.data.convert_tokenizer import write_tokenizer
 from hymba_train.errors import UserError
 

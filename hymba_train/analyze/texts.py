@@ -57,7 +57,8 @@ def _files(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[Tens
 
 def _held_out(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[Tensor]]:
     from hymba_train.convert.source import TrainingCheckpoint
-    from hymba_train.data import build_training_data, validation_batches
+    from hymba_train.data.batches import validation_batches
+    from hymba_train.data.build import build_training_data
 
     run = loaded.checkpoint if args.data is None else TrainingCheckpoint.find(Path(args.data))
     if run is None:

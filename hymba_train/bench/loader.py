@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-from hymba_train.data.build import load_tokenizer, open_source, pack_location
+from hymba_train.data.batches import micro_batches
+from hymba_train.data.build import build_training_data, load_tokenizer, open_source, pack_location
 from hymba_train.data.indexed_writer import IndexedWriter
 from hymba_train.data.packs import build_packs
+from hymba_train.data.prefetch import Prefetcher
 
 VOCAB_SIZE = 32001
 CASES = (("concat", 2048), ("best_fit", 2048), ("concat", 8192), ("length_buckets", 8192))
@@ -49,7 +50,7 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
         if packing != "concat":
             source = open_source(config, "web", config.sources["web"], load_tokenizer(config))
             build_packs(source.training, pack_location(config, phase, source), packing, seq_length)
-        opened = data.build_training_data(config, seed=1, vocab_size=VOCAB_SIZE)
+        opened = build_training_data(config, seed=1, vocab_size=VOCAB_SIZE)
         row = {"packing": packing, "seq_length": seq_length, "batch": batch}
         row |= _rate(opened, batch) | _exposed(opened, batch, step_seconds) | _slower(opened, batch, step_seconds)
         row["source_mb"] = (directory / "loader.bin").stat().st_size / 1e6
@@ -60,7 +61,7 @@ def rates(directory: Path, num_documents: int, step_seconds: float) -> list[dict
 
 def _rate(opened, batch: int, num_steps: int = 400) -> dict:
     def load(step: int) -> None:
-        data.micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
+        micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
 
     for step in range(20):
         load(step)
@@ -74,7 +75,7 @@ def _rate(opened, batch: int, num_steps: int = 400) -> dict:
 
 def _batches(opened, batch: int, num_steps: int):
     return (
-        data.micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
+        micro_batches(opened, 0, step * batch, global_batch_size=batch, micro_batch_size=batch)
         for step in range(num_steps)
     )
 
@@ -105,14 +106,14 @@ def _slower(opened, batch: int, step_seconds: float, num_steps: int = 6, rounds:
     ratios = []
     for _ in range(rounds):
         alone = steps([None] * (num_steps + 3))
-        with data.Prefetcher(_batches(opened, batch, num_steps + 5)) as prefetcher:
+        with Prefetcher(_batches(opened, batch, num_steps + 5)) as prefetcher:
             ratios.append(steps(prefetcher) / alone)
     return {"slower_share": statistics.median(ratios) - 1}
 
 
 def _exposed(opened, batch: int, step_seconds: float, num_steps: int = 60) -> dict:
     waited = []
-    with data.Prefetcher(_batches(opened, batch, num_steps)) as prefetcher:
+    with Prefetcher(_batches(opened, batch, num_steps)) as prefetcher:
         for _ in range(num_steps):
             start = time.perf_counter()
             next(prefetcher)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.data.manifest import check_spots, spot_hashes
 from hymba_train.data.packs import Packs
+from hymba_train.data.user_files import write_or_refuse
 from hymba_train.data.windows import Sequences
 from hymba_train.errors import UserError
 from hymba_train.files import fsync, sync_and_close, temporary_path
@@ -136,5 +136,5 @@ def write_reference(prefix: str | Path, values: np.ndarray, facts: Mapping[str, 
     data = np.ascontiguousarray(values, dtype=np.float32).tobytes()
     trailer = json.dumps({**facts, "sha256": hashlib.sha256(data).hexdigest()}, sort_keys=True).encode()
     path = reference_path(prefix)
-    write_atomically(path, data + trailer + _TAIL.pack(len(trailer), MAGIC))
+    write_or_refuse(path, data + trailer + _TAIL.pack(len(trailer), MAGIC))
     return path

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hymba_train.data.indexed_writer import write_atomically
+from hymba_train.data.user_files import write_or_refuse
 from hymba_train.errors import UserError
 
 SPACE = "\u2581"
@@ -67,5 +67,5 @@ def write_tokenizer(model: bytes, directory: str | Path, extra_special: Sequence
     except RuntimeError as error:
         raise UserError(f"not a SentencePiece model: {error}") from error
     path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / "tokenizer.model", model)
-    write_atomically(path / "tokenizer.json", converted.encode())
+    write_or_refuse(path / "tokenizer.model", model)
+    write_or_refuse(path / "tokenizer.json", converted.encode())

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from hymba_train.data.indexed import BLOCK_ITEMS, DTYPE_CODES, HEADER, MAGIC, bin_path, idx_path
+from hymba_train.data.manifest import spot_hashes
 from hymba_train.errors import UserError
-from hymba_train.files import fsync, replacing, sync_and_close, temporary_path
+from hymba_train.files import fsync, sync_and_close, temporary_path
 
 
 class IndexedWriter:
@@ -64,7 +65,7 @@ class IndexedWriter:
         self.num_documents += lengths.size
 
     def publish(self) -> dict[str, dict[str, Any]]:
-        """Finish both files, fsync and rename them. Returns {file name: {"bytes": ..., "sha256": ...}}."""
+        """Finish both files, fsync and rename them. Returns the manifest's ``files``."""
         bin_bytes = self.num_tokens * self.dtype.itemsize
         try:
             sync_and_close(self._bin)
@@ -84,9 +85,10 @@ class IndexedWriter:
             os.replace(temporary, path)
         self._published = True
         fsync(self._paths[0].parent)
+        hashes = (self._hash, index_hash)
         return {
-            self._paths[0].name: {"bytes": bin_bytes, "sha256": self._hash.hexdigest()},
-            self._paths[1].name: {"bytes": index_bytes, "sha256": index_hash.hexdigest()},
+            path.name: {"bytes": size, "sha256": made.hexdigest(), "spots": spot_hashes(path)}
+            for path, size, made in zip(self._paths, (bin_bytes, index_bytes), hashes, strict=True)
         }
 
     def _index(self) -> Iterator[bytes]:
@@ -119,19 +121,3 @@ def _cannot_write(path: Path, offset: int, error: OSError) -> UserError:
         f"{path}: cannot be written after byte {offset} ({error.strerror}); nothing of it was kept: make room, or "
         "choose another output"
     )
-
-
-@contextlib.contextmanager
-def replacing_or_refused(path: Path) -> Iterator[Path]:
-    """:func:`hymba_train.files.replacing` for a user's own files: an OSError is a UserError that names the file."""
-    try:
-        with replacing(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing of it was kept") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either its old bytes or all the new ones. Raises UserError."""
-    with replacing_or_refused(path) as temporary:
-        temporary.write_bytes(content)

@@ -16,8 +16,7 @@ from typing import IO, Any
 
 import orjson
 
-from hymba_train.data.indexed import bin_path, idx_path
-from hymba_train.data.indexed_writer import write_atomically
+from hymba_train.data.user_files import write_or_refuse
 from hymba_train.errors import UserError
 
 MANIFEST_VERSION = 2
@@ -71,7 +70,7 @@ class Manifest:
     def write(self, prefix: str | Path) -> Path:
         """Write PREFIX.json by temporary name, fsync and rename."""
         path = manifest_path(prefix)
-        write_atomically(path, orjson.dumps(self, option=_FORMAT))
+        write_or_refuse(path, orjson.dumps(self, option=_FORMAT))
         return path
 
     def file(self, suffix: str) -> dict[str, Any]:
@@ -109,13 +108,6 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
             "source again"
         )
     return manifest
-
-
-def with_spots(prefix: str | Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``files`` of a pair that has just been published, with the spot hashes of both files."""
-    return {
-        path.name: {**files[path.name], "spots": spot_hashes(path)} for path in (bin_path(prefix), idx_path(prefix))
-    }
 
 
 def spot_hashes(path: Path) -> list[list[Any]]:

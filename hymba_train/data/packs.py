@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from hymba_train.data.indexed import BLOCK_ITEMS, idx_path
-from hymba_train.data.indexed_writer import replacing_or_refused
 from hymba_train.data.manifest import file_sha256, spot_hashes
 from hymba_train.data.packing import assign, cut_documents, pack_lengths
+from hymba_train.data.user_files import replacing_or_refused
 from hymba_train.data.windows import TokenRange
 from hymba_train.errors import UserError
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hymba_train.data.extras import import_extra
-from hymba_train.data.indexed_writer import write_atomically
 from hymba_train.data.manifest import check_spots, manifest_path, parse_manifest
+from hymba_train.data.user_files import write_or_refuse
 from hymba_train.errors import UserError
 from hymba_train.files import replacing, sync_and_close
 
@@ -69,7 +69,7 @@ class Cache:
                 if not _is_sound(path, facts):
                     self._fetch(f"{url}{suffix}", path, facts)
             if not manifest_path(prefix).is_file():
-                write_atomically(manifest_path(prefix), content)
+                write_or_refuse(manifest_path(prefix), content)
         return str(prefix)
 
     def file(self, url: str, verify: Callable[[Path], object] = lambda path: None) -> Path:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_train.config.schema import Config, EvaluationConfig, PhaseConfig
-from hymba_train.data import TrainingData, build_training_data, validation_batches
+from hymba_train.data.batches import validation_batches
+from hymba_train.data.build import build_training_data
+from hymba_train.data.dataset import TrainingData
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError

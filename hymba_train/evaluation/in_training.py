@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hymba_train.config.schema import Config, PhaseConfig
-from hymba_train.data import TrainingData, validation_batches
+from hymba_train.data.batches import validation_batches
 from hymba_train.data.build import load_tokenizer
+from hymba_train.data.dataset import TrainingData
 from hymba_train.evaluation.scoring import NUM_SUMS, RecallBatch, Task, batches, make_tasks, score, scores_of
 from hymba_train.evaluation.symbols import choose_symbols
 from hymba_train.parallel.runtime import Runtime
@@ -38,7 +39,7 @@ def make_evaluate(
                 data, domain, phase.seq_length, micro_batch_size=phase.micro_batch_size,
                 data_parallel_rank=runtime.data_parallel_rank, data_parallel_size=runtime.data_parallel_size,
             )  # fmt: skip
-            loss_sum, num_tokens = stepper.evaluate(found)
+            loss_sum, num_tokens = stepper.evaluate(cast(list[MicroBatch], found))  # a TypedDict is a dict
             losses[domain] = loss_sum / max(num_tokens, 1)
         return losses
 

@@ -60,7 +60,7 @@ def draw(stream: int, seed: int, kind: str, length: int, items: int, index: int,
     known = np.zeros(length, dtype=bool)
     tokens[-1] = symbols.eod
     bucket = index % NUM_DEPTHS if kind == "needle" else 0
-    _DRAW[kind](rng, symbols, items, bucket, tokens[:-1], answers[:-1], known[:-1])
+    _DRAW[kind](rng, symbols, items, Sample(tokens[:-1], answers[:-1], known[:-1], bucket))
     return Sample(tokens, answers, known | (answers >= 0), bucket)
 
 
@@ -68,23 +68,15 @@ def num_buckets(kind: str) -> int:
     return NUM_DEPTHS if kind == "needle" else 1
 
 
-def _mqar(
-    rng: np.random.Generator,
-    symbols: Symbols,
-    n: int,
-    bucket: int,
-    tokens: np.ndarray,
-    answers: np.ndarray,
-    known: np.ndarray,
-) -> None:
+def _mqar(rng: np.random.Generator, symbols: Symbols, n: int, sample: Sample) -> None:
     keys = rng.choice(symbols.keys, n, replace=False)
     values = rng.choice(symbols.values, n, replace=n > symbols.values.size)
-    tokens[0 : 2 * n : 2], tokens[1 : 2 * n : 2] = keys, values
-    num_slots = (tokens.size - 2 * n) // 2
+    sample.tokens[0 : 2 * n : 2], sample.tokens[1 : 2 * n : 2] = keys, values
+    num_slots = (sample.tokens.size - 2 * n) // 2
     weights = np.arange(1, num_slots + 1) ** (GAP_POWER - 1)
     places = 2 * n + 2 * rng.choice(num_slots, n, replace=False, p=weights / weights.sum())
-    tokens[places], tokens[places + 1] = keys, values
-    answers[places + 1] = np.arange(n)
+    sample.tokens[places], sample.tokens[places + 1] = keys, values
+    sample.answers[places + 1] = np.arange(n)
 
 
 def _keys(rng: np.random.Generator, symbols: Symbols, n: int) -> np.ndarray:
@@ -106,68 +98,45 @@ def _question(symbols: Symbols, key: np.ndarray, value: np.ndarray) -> np.ndarra
     return np.concatenate([[symbols.ask], key, [symbols.equals], value])
 
 
-def _phonebook(
-    rng: np.random.Generator,
-    symbols: Symbols,
-    n: int,
-    bucket: int,
-    tokens: np.ndarray,
-    answers: np.ndarray,
-    known: np.ndarray,
-) -> None:
+def _phonebook(rng: np.random.Generator, symbols: Symbols, n: int, sample: Sample) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     asked = rng.choice(n, num_questions("phonebook", n), replace=False)
     text = [_entry(symbols, keys[i], values[i]) for i in range(n)]
     text += [_question(symbols, keys[i], values[i]) for i in asked]
     size = sum(part.size for part in text)
-    tokens[tokens.size - size :] = np.concatenate(text)  # blanks are in front
-    ends = tokens.size - QUESTION_TOKENS * np.arange(asked.size)[::-1]
+    sample.tokens[sample.tokens.size - size :] = np.concatenate(text)  # blanks are in front
+    ends = sample.tokens.size - QUESTION_TOKENS * np.arange(asked.size)[::-1]
     for number, end in enumerate(ends):
-        answers[end - VALUE_TOKENS : end] = number
+        sample.answers[end - VALUE_TOKENS : end] = number
 
 
-def _needle(
-    rng: np.random.Generator,
-    symbols: Symbols,
-    n: int,
-    bucket: int,
-    tokens: np.ndarray,
-    answers: np.ndarray,
-    known: np.ndarray,
-) -> None:
+def _needle(rng: np.random.Generator, symbols: Symbols, n: int, sample: Sample) -> None:
     keys, values = _keys(rng, symbols, n), _values(rng, symbols, n)
     sentence = rng.choice(np.concatenate([symbols.keys, symbols.values]), SENTENCE_TOKENS)
-    size = tokens.size - QUESTION_TOKENS - n * (ENTRY_TOKENS + 1)
+    size = sample.tokens.size - QUESTION_TOKENS - n * (ENTRY_TOKENS + 1)
     hay = np.resize(sentence, size)
     said_before = np.arange(size) >= SENTENCE_TOKENS
-    depths = np.concatenate([[round(bucket * size / (NUM_DEPTHS - 1))], rng.integers(0, size + 1, n - 1)])
+    depths = np.concatenate([[round(sample.bucket * size / (NUM_DEPTHS - 1))], rng.integers(0, size + 1, n - 1)])
     parts, repeats, begin = [], [], 0
     for i in np.argsort(depths, kind="stable"):
         parts += [hay[begin : depths[i]], [symbols.end], _entry(symbols, keys[i], values[i])]
         repeats += [said_before[begin : depths[i]], np.zeros(ENTRY_TOKENS + 1, dtype=bool)]
         begin = depths[i]
-    tokens[:] = np.concatenate([*parts, hay[begin:], _question(symbols, keys[0], values[0])])
-    known[:] = np.concatenate([*repeats, said_before[begin:], np.zeros(QUESTION_TOKENS, dtype=bool)])
-    answers[-VALUE_TOKENS:] = 0
+    sample.tokens[:] = np.concatenate([*parts, hay[begin:], _question(symbols, keys[0], values[0])])
+    sample.known[:] = np.concatenate([*repeats, said_before[begin:], np.zeros(QUESTION_TOKENS, dtype=bool)])
+    sample.answers[-VALUE_TOKENS:] = 0
 
 
-def _selective_copy(
-    rng: np.random.Generator,
-    symbols: Symbols,
-    n: int,
-    bucket: int,
-    tokens: np.ndarray,
-    answers: np.ndarray,
-    known: np.ndarray,
-) -> None:
+def _selective_copy(rng: np.random.Generator, symbols: Symbols, n: int, sample: Sample) -> None:
     said = rng.choice(symbols.values[:ALPHABET], n)
-    context = tokens.size - 1 - n
-    tokens[np.sort(rng.choice(context, n, replace=False))] = said
-    tokens[context] = symbols.ask
-    tokens[-n:] = said
-    answers[-n:] = np.arange(n)
+    context = sample.tokens.size - 1 - n
+    sample.tokens[np.sort(rng.choice(context, n, replace=False))] = said
+    sample.tokens[context] = symbols.ask
+    sample.tokens[-n:] = said
+    sample.answers[-n:] = np.arange(n)
 
 
-_DRAW: dict[str, Callable[..., None]] = {
+_DRAW: dict[str, Callable[[np.random.Generator, Symbols, int, Sample], None]] = {
     "mqar": _mqar, "phonebook": _phonebook, "needle": _needle, "selective_copy": _selective_copy,
 }  # fmt: skip
+"""Kind -> what writes n items into a blank sample, from which the end-of-document token is left off."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hymba_train.data import TrainingData
+from hymba_train.data.dataset import TrainingData
 from hymba_train.data.packs import Packs
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.train.loop import PlannedStep

@@ -13,7 +13,7 @@ from typing import Any
 from hymba_train.callbacks.base import Callback
 from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
-from hymba_train.data import TrainingData
+from hymba_train.data.dataset import TrainingData
 from hymba_train.errors import ReplicasDiffer
 from hymba_train.exit_codes import DRIFTED
 from hymba_train.guards.drift import DriftGuard

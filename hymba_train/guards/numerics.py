@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from hymba_train.config.schema import GuardsConfig
-from hymba_train.data import TrainingData
+from hymba_train.data.dataset import TrainingData
 from hymba_train.guards.batches import emptied, name_samples, samples_of
 from hymba_train.guards.classify import Diagnosis, diagnose
 from hymba_train.guards.judge import Judge

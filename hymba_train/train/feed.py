@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hymba_train.data import Prefetcher, TrainingData, batch_hash, micro_batches
+from hymba_train.data.batches import batch_hash, micro_batches
+from hymba_train.data.dataset import TrainingData
+from hymba_train.data.prefetch import Prefetcher
 from hymba_train.train.loop import PlannedStep, Steps
 from hymba_train.train.state import TrainState
 from hymba_train.train.step import MicroBatch

@@ -20,7 +20,8 @@ from hymba_train.checkpoint.save import CheckpointWriter
 from hymba_train.checkpoint.together import alike, failing_at_once, locked, on_rank_0
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
-from hymba_train.data import DataRecord, build_training_data
+from hymba_train.data.build import build_training_data
+from hymba_train.data.identity import DataRecord
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.evaluation.in_training import make_evaluate, make_recall
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY

@@ -18,9 +18,10 @@ from hymba_train.checkpoint.load import find_source, load_checkpoint
 from hymba_train.checkpoint.together import failing_at_once, locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
-from hymba_train.data import TrainingData, build_training_data
 from hymba_train.data.answers import write_reference
 from hymba_train.data.batches import stack_samples
+from hymba_train.data.build import build_training_data
+from hymba_train.data.dataset import TrainingData
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.errors import UserError

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from hymba_train.data.build import build_training_data
 from hymba_train.errors import UserError
 
 
@@ -33,13 +33,13 @@ def make_config(directory, **changes) -> DataConfig:
 
 def problems(config: DataConfig, vocab_size: int = 4096) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        data.build_training_data(config, seed=1, vocab_size=vocab_size)
+        build_training_data(config, seed=1, vocab_size=vocab_size)
     assert all("\n" not in problem for problem in caught.value.problems)
     return caught.value.problems
 
 
 def test_the_demo_itself_has_no_problem(copied):
-    assert data.build_training_data(make_config(copied), seed=1, vocab_size=4096).sample(0, 0)["source"] == "books"
+    assert build_training_data(make_config(copied), seed=1, vocab_size=4096).sample(0, 0)["source"] == "books"
 
 
 def test_model_and_tokenizer_vocabulary_differ(copied):
@@ -140,7 +140,7 @@ def test_bad_fraction(copied, fraction):
 
 def test_token_outside_the_vocabulary_is_found_when_it_is_read(write_source, copied, tmp_path):
     write_source("foreign", [[7] * 130 + [4096] + [7] * 200], np.int32)  # no manifest, as Megatron writes it
-    built = data.build_training_data(
+    built = build_training_data(
         make_config(copied, sources={"books": SourceConfig(str(tmp_path / "foreign"))}), seed=1, vocab_size=4096
     )
     assert "no manifest" in built.describe()[0]
@@ -151,11 +151,11 @@ def test_token_outside_the_vocabulary_is_found_when_it_is_read(write_source, cop
 
 def test_relative_paths_start_from_data_path(copied):
     config = make_config(copied, path=str(copied), tokenizer="tokenizer", sources={"books": SourceConfig("books")})
-    assert data.build_training_data(config, seed=1, vocab_size=4096).sources["books"].training.num_documents == 48
+    assert build_training_data(config, seed=1, vocab_size=4096).sources["books"].training.num_documents == 48
 
 
 def test_unknown_validation_domain(copied):
-    built = data.build_training_data(make_config(copied), seed=1, vocab_size=4096)
+    built = build_training_data(make_config(copied), seed=1, vocab_size=4096)
     with pytest.raises(UserError, match="no validation domain web; there are books"):
         built.num_validation_samples("web", 64)
 
@@ -185,7 +185,7 @@ def test_the_index_of_another_source_is_named(copied):
 
 
 def test_a_file_cut_short_under_a_running_job_is_one_line_not_a_crash(copied):
-    built = data.build_training_data(make_config(copied), seed=1, vocab_size=4096)
+    built = build_training_data(make_config(copied), seed=1, vocab_size=4096)
     os.truncate(copied / "books.bin", 5000)
     with pytest.raises(UserError, match=r"books.bin ends at byte \d+, \d+ bytes before the end of what its index desc"):
         for n in range(50):
@@ -194,7 +194,7 @@ def test_a_file_cut_short_under_a_running_job_is_one_line_not_a_crash(copied):
 
 def test_sources_without_a_manifest_are_told_apart_by_their_content(copied):
     def identity() -> dict:
-        return data.build_training_data(make_config(copied), seed=1, vocab_size=4096).identity()
+        return build_training_data(make_config(copied), seed=1, vocab_size=4096).identity()
 
     (copied / "books.json").unlink()
     before = identity()

@@ -17,7 +17,7 @@ LIMIT_MB = 80  # the index itself, all of which a run ends up having mapped, has
 READ = """
 import json, random, sys
 from pathlib import Path
-from hymba_train import data
+from hymba_train.data.build import build_training_data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 
 def peak_mb():  # not ru_maxrss, which begins with that of the parent
@@ -30,7 +30,7 @@ config = DataConfig(
     path=directory, tokenizer="tokenizer.json", sources={"web": SourceConfig("web", 0.001)}, phases={"main": phase}
 )
 before = peak_mb()
-opened = data.build_training_data(config, seed=1, vocab_size=vocab_size)
+opened = build_training_data(config, seed=1, vocab_size=vocab_size)
 windows = [opened.sample(0, random.Random(n).randrange(10**11))["window"] for n in range(3000)]
 print(json.dumps({"mb": peak_mb() - before, "tokens": opened.sources["web"].training.num_tokens,
                   "spread": [min(windows), max(windows)]}))

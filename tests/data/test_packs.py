@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-from hymba_train.data.build import load_tokenizer, open_source, pack_location
+from hymba_train.data.build import build_training_data, load_tokenizer, open_source, pack_location
+from hymba_train.data.dataset import TrainingData
 from hymba_train.data.packs import build_packs, verify_packs
 from hymba_train.errors import UserError
 
@@ -45,10 +45,10 @@ def pack(config: DataConfig) -> str:
     return path
 
 
-def build(config: DataConfig, **changes) -> data.TrainingData:
+def build(config: DataConfig, **changes) -> TrainingData:
     for key, value in changes.items():
         setattr(config, key, value)
-    return data.build_training_data(config, seed=1, vocab_size=4096)
+    return build_training_data(config, seed=1, vocab_size=4096)
 
 
 def problem(config: DataConfig) -> str:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hymba_train.data import Prefetcher
+from hymba_train.data.prefetch import Prefetcher
 
 
 def test_same_items_in_the_same_order():

@@ -11,9 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-from hymba_train.data.build import load_tokenizer, open_source, pack_location
+from hymba_train.data.batches import micro_batches
+from hymba_train.data.build import build_training_data, load_tokenizer, open_source, pack_location
+from hymba_train.data.dataset import TrainingData
 from hymba_train.data.indexed_writer import IndexedWriter
 from hymba_train.data.packs import build_packs
 from hymba_train.plan.steps import StepPlan, plan_steps
@@ -46,8 +47,8 @@ def config(demo, tmp_path_factory) -> DataConfig:
     return made
 
 
-def open_data(config: DataConfig) -> data.TrainingData:
-    return data.build_training_data(config, seed=1234, vocab_size=4096)
+def open_data(config: DataConfig) -> TrainingData:
+    return build_training_data(config, seed=1234, vocab_size=4096)
 
 
 def steps_of(config: DataConfig) -> StepPlan:
@@ -61,7 +62,7 @@ def hashes_of_step(opened, plan, step, micro_batch_size, size) -> list[str]:
     """Hash of every sample of a step in the order of the global sample numbers, put together from all ranks."""
     info = plan.at(step)
     by_rank = [
-        data.micro_batches(
+        micro_batches(
             opened, info.phase_index, info.first_sample, global_batch_size=info.global_batch_size,
             micro_batch_size=micro_batch_size, data_parallel_rank=rank, data_parallel_size=size,
         )
@@ -167,15 +168,15 @@ def test_a_blend_of_whole_passes_shows_every_document_exactly_so_often(tmp_path,
         for name in names:
             source = open_source(made, name, made.sources[name], load_tokenizer(made))
             build_packs(source.training, pack_location(made, phase, source), packing, seq_length)
-    opened = data.build_training_data(made, seed=1, vocab_size=vocab_size)
+    opened = build_training_data(made, seed=1, vocab_size=vocab_size)
     wanted = [times * len(opened.sequences(0, n)) for n, times in zip(names, passes, strict=True)]
     phase.blend = dict(zip(names, map(float, wanted), strict=True))
-    opened = data.build_training_data(made, seed=1, vocab_size=vocab_size)
+    opened = build_training_data(made, seed=1, vocab_size=vocab_size)
     # Shares are exact at the borders of the blend's blocks: go through it until both fall together.
     num_samples = math.lcm(sum(wanted), opened.phases[0].blend.block_samples)
     seen = np.zeros(vocab_size, dtype=int)
     for rank in range(2):
-        for batch in data.micro_batches(
+        for batch in micro_batches(
             opened, 0, 0, global_batch_size=num_samples, micro_batch_size=2, data_parallel_rank=rank,
             data_parallel_size=2,
         ):  # fmt: skip

@@ -9,9 +9,10 @@ import sys
 import fsspec
 import pytest
 
-from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from hymba_train.data import storage
+from hymba_train.data.build import build_training_data
+from hymba_train.data.dataset import TrainingData
 from hymba_train.errors import UserError
 
 NAMES = ("books.bin", "books.idx", "books.json")
@@ -35,8 +36,8 @@ def make_config(url, cache, **phase) -> DataConfig:
     )  # fmt: skip
 
 
-def build(config: DataConfig) -> data.TrainingData:
-    return data.build_training_data(config, seed=1, vocab_size=4096)
+def build(config: DataConfig) -> TrainingData:
+    return build_training_data(config, seed=1, vocab_size=4096)
 
 
 def problem(config: DataConfig) -> str:

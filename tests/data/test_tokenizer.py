@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from hymba_train.data import Tokenizer
+from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
 TEXT = "It is a truth universally acknowledged,\n\n    def f(x): return 3.14\t# \u00e9\U0001f600"

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from hymba_train import data
 from hymba_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from hymba_train.data.batches import batch_hash, micro_batches, validation_batches
+from hymba_train.data.build import build_training_data
+from hymba_train.data.dataset import TrainingData
 from hymba_train.errors import UserError
 
 SEQ_LENGTH = 64
@@ -33,8 +35,8 @@ def make_config(demo, **changes) -> DataConfig:
     return config
 
 
-def build(demo, seed: int = 1234, **changes) -> data.TrainingData:
-    return data.build_training_data(make_config(demo, **changes), seed=seed, vocab_size=4096)
+def build(demo, seed: int = 1234, **changes) -> TrainingData:
+    return build_training_data(make_config(demo, **changes), seed=seed, vocab_size=4096)
 
 
 def tokens_of(training_data, phase_index, numbers):
@@ -64,7 +66,7 @@ def test_seed_and_phase_change_the_order(demo):
     assert tokens_of(build(demo, seed=1), 0, numbers) != reference
     renamed = make_config(demo)
     renamed.phases = {"other": renamed.phases["main"]}
-    assert tokens_of(data.build_training_data(renamed, seed=1234, vocab_size=4096), 0, numbers) != reference
+    assert tokens_of(build_training_data(renamed, seed=1234, vocab_size=4096), 0, numbers) != reference
 
 
 def test_a_phase_shuffles_its_sources_anew(demo):
@@ -82,7 +84,7 @@ def test_length_of_a_phase_and_other_phases_do_not_change_the_order(demo):
     changed.phases = {"decay": changed.phases["decay"], "main": changed.phases["main"]}
     changed.phases["main"].tokens *= 3
     changed.phases["main"].global_batch_size = 4
-    other = data.build_training_data(changed, seed=1234, vocab_size=4096)
+    other = build_training_data(changed, seed=1234, vocab_size=4096)
     assert tokens_of(other, 1, range(50)) == tokens_of(build(demo), 0, range(50))
 
 
@@ -116,7 +118,7 @@ def test_blend_is_kept_and_the_held_out_part_never_read(demo):
 def test_every_layout_trains_on_the_same_samples(demo, data_parallel_size, micro_batch_size):
     first, size = 48, 16
     by_rank = [
-        data.micro_batches(
+        micro_batches(
             build(demo, document_mask=True),
             0,
             first,
@@ -141,11 +143,11 @@ def test_every_layout_trains_on_the_same_samples(demo, data_parallel_size, micro
 
 def test_global_batch_that_cannot_be_dealt_out_is_an_error(demo):
     with pytest.raises(UserError, match="global batch size 16 is not a multiple of micro_batch_size 3 x data-parallel"):
-        data.micro_batches(build(demo), 0, 0, global_batch_size=16, micro_batch_size=3, data_parallel_size=2)
+        micro_batches(build(demo), 0, 0, global_batch_size=16, micro_batch_size=3, data_parallel_size=2)
 
 
 def test_no_document_mask_gives_neither_positions_nor_segments(demo):
-    (batch,) = data.micro_batches(build(demo), 1, 0, global_batch_size=2, micro_batch_size=2)
+    (batch,) = micro_batches(build(demo), 1, 0, global_batch_size=2, micro_batch_size=2)
     assert batch["positions"] is None
     assert batch["segment_ids"] is None
     assert batch["labels"][:, :-1].tolist() == batch["tokens"][:, 1:].tolist()
@@ -155,7 +157,7 @@ def test_no_document_mask_gives_neither_positions_nor_segments(demo):
 def test_validation_is_the_same_in_every_layout(demo, micro_batch_size, data_parallel_size):
     training_data = build(demo)
     by_rank = [
-        data.validation_batches(
+        validation_batches(
             training_data,
             "docs",
             SEQ_LENGTH,
@@ -192,10 +194,10 @@ def test_validation_reads_the_held_out_part_evenly(demo):
 
 def test_batch_hash_is_pinned_to_the_samples(demo):
     training_data = build(demo)
-    reference = data.batch_hash(training_data, 0, 32, 16)
-    assert data.batch_hash(build(demo), 0, 32, 16) == reference
-    assert data.batch_hash(training_data, 0, 33, 16) != reference
-    assert data.batch_hash(build(demo, seed=9), 0, 32, 16) != reference
+    reference = batch_hash(training_data, 0, 32, 16)
+    assert batch_hash(build(demo), 0, 32, 16) == reference
+    assert batch_hash(training_data, 0, 33, 16) != reference
+    assert batch_hash(build(demo, seed=9), 0, 32, 16) != reference
 
 
 def test_identity_follows_what_decides_the_samples(demo):
@@ -206,10 +208,10 @@ def test_identity_follows_what_decides_the_samples(demo):
     assert build(demo, sources={name: SourceConfig(name, 0.1) for name in BLEND}).identity() != reference
     longer = make_config(demo)
     longer.phases["main"].tokens *= 2
-    assert data.build_training_data(longer, seed=1234, vocab_size=4096).identity() == reference
+    assert build_training_data(longer, seed=1234, vocab_size=4096).identity() == reference
     blended = make_config(demo)
     blended.phases["main"].blend = {**BLEND, "books": 0.5}
-    assert data.build_training_data(blended, seed=1234, vocab_size=4096).identity() != reference
+    assert build_training_data(blended, seed=1234, vocab_size=4096).identity() != reference
 
 
 def test_description_tells_tokens_and_epochs(demo):

@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from data_prep.cli import main
-from hymba_train.data import Tokenizer
 from hymba_train.data.indexed import IndexedTokens
+from hymba_train.data.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from data_prep.cli import main
 from data_prep.demo import CORPUS, DOMAINS
 from data_prep.inputs import find_inputs
 from data_prep.tokenize_corpus import tokenize_files
-from hymba_train.data import Tokenizer
 from hymba_train.data.indexed import IndexedTokens
 from hymba_train.data.manifest import read_manifest
+from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
 TEXTS = [f"Document {i}: é中\U0001f600 {'word ' * (i % 7)}" for i in range(40)]

@@ -8,9 +8,9 @@ from sentencepiece import SentencePieceProcessor
 from data_prep.cli import main
 from data_prep.demo import CORPUS, DOMAINS, HELD_OUT_SHARE, _training_texts
 from data_prep.train_tokenizer import train_sentencepiece, train_tokenizer
-from hymba_train.data import Tokenizer
 from hymba_train.data.convert_tokenizer import SPACE, write_tokenizer
 from hymba_train.data.indexed import IndexedTokens
+from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import split_held_out
 from hymba_train.errors import UserError
 

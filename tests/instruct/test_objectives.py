@@ -11,8 +11,9 @@ import torch
 from data_prep.chat import ChatSettings, ConversationEncoder
 from data_prep.conversations import conversation_of, pair_of
 from hymba_train.config import compose
-from hymba_train.data import build_training_data, micro_batches
 from hymba_train.data.answers import write_reference
+from hymba_train.data.batches import micro_batches
+from hymba_train.data.build import build_training_data
 from hymba_train.data.manifest import read_manifest
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.guards.batches import emptied

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hymba_train.config import compose
-from hymba_train.data import build_training_data
 from hymba_train.data.answers import write_reference
+from hymba_train.data.build import build_training_data
 from hymba_train.data.manifest import read_manifest
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hymba_train.data import build_training_data, micro_batches
+from hymba_train.data.batches import micro_batches
+from hymba_train.data.build import build_training_data
 from hymba_train.plan.steps import plan_steps
 from hymba_train.train.feed import Feed
 from hymba_train.train.order import Order
