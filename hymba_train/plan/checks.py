@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from hymba_train.config.nearest import did_you_mean, nearest
-from hymba_train.config.numbers import divisors_around, multiples_around
+from hymba_train.config.nearest import did_you_mean, divisors_around, multiples_around, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, export_obstacles, resolve_stack, used_mixers
 from hymba_train.describe.dims import inner_size_in_words

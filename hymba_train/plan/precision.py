@@ -6,8 +6,7 @@ tensors in blocks, and each recipe wants whole blocks along both axes of what it
 
 from __future__ import annotations
 
-from hymba_train.config.nearest import did_you_mean
-from hymba_train.config.numbers import multiples_around
+from hymba_train.config.nearest import did_you_mean, multiples_around
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack, used_mixers
 from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of

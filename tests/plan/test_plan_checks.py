@@ -3,7 +3,7 @@
 import pytest
 
 from hymba_train.config import compose
-from hymba_train.config.numbers import divisors_around, multiples_around
+from hymba_train.config.nearest import divisors_around, multiples_around
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
 
