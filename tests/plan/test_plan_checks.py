@@ -168,6 +168,19 @@ def test_parallel_needs_a_head_a_rank_and_known_micro_batches():
     assert line == "model.num_attention_heads=4: heads of 2 are too narrow for rope_type=ntk; choose 2 at most"
 
 
+def test_unknown_decays_and_impossible_shares_are_all_named():
+    lines = problems(
+        "experiment=demo", "schedule.lr_decay_style=wds", "schedule.lr_wsd_decay_style=sqrt",
+        "schedule.lr_warmup_fraction=1.5", "schedule.lr_wsd_decay_fraction=-0.1",
+    )  # fmt: skip
+    assert [line.partition(":")[0] for line in lines] == [
+        "schedule.lr_decay_style=wds", "schedule.lr_warmup_fraction=1.5", "schedule.lr_wsd_decay_fraction=-0.1",
+        "schedule.lr_wsd_decay_style=sqrt",
+    ]  # fmt: skip
+    (line,) = problems("experiment=demo", "schedule.lr_warmup_fraction=0.5", "schedule.lr_wsd_decay_fraction=0.6")
+    assert line.endswith("add up to more than 1: lower one by 0.1")
+
+
 def test_exponential_decay_never_reaches_nothing():
     lines = problems("experiment=demo", "schedule.lr_wsd_decay_style=exponential", "optim.min_lr=0")
     assert lines == [
