@@ -34,11 +34,8 @@ def backends_of(config: Config, device: str) -> dict[str, str]:
     """Op -> backend on ``device`` (cpu | cuda), where every package is there."""
     auto = dict.fromkeys(BACKEND_KEYS, "torch")
     if device != "cpu":
-        is_bf16, deterministic, d = (
-            config.precision.params == "bf16",
-            config.run.deterministic,
-            ModelDims.of(config.model),
-        )
+        d, deterministic = ModelDims.of(config.model), config.run.deterministic
+        is_bf16 = config.precision.params == "bf16"
         auto = dict.fromkeys(BACKEND_KEYS, "triton")
         auto["attention"] = automatic_attention(is_bf16, deterministic)
         auto["selective_scan"] = "cuda" if d.state_dim <= MOST_STATES else "triton"

@@ -24,9 +24,11 @@ from hymba_train.describe.stack import LayerDescription
 
 FLOAT32, INT64, BOOL, FP8 = 4, 8, 1, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
-GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
 SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
 SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
+GROUP_ALIGNMENT = 16
+"""Columns at multiples of which x_proj's dt, B and C start: their matrix products and norms then move 16 bytes of bf16
+at a time, which rows of Hymba's 100 + 16 + 16 columns do not allow."""
 
 
 @dataclass(frozen=True)

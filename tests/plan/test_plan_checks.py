@@ -144,7 +144,7 @@ def test_widths_are_looked_at_again_where_auto_turns_out_to_be_a_gpu(monkeypatch
     config = compose(["experiment=demo", "precision=bf16", "model.num_attention_heads=16", "run.device=auto"])
     make_plan(config, check_paths=False)
     with pytest.raises(UserError, match="choose 4 or 8 heads"):
-        select_ops(config, torch.device("cuda"), torch.bfloat16, uneven_kv=False)
+        select_ops(config, torch.device("cuda"), torch.bfloat16)
 
 
 def test_delayed_scaling_is_not_recomputed():
