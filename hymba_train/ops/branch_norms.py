@@ -48,8 +48,8 @@ def normed_concat(
     """
     widths = torch.tensor(true_widths, device=attention.device)
 
-    def norm(*branches_and_weights: Tensor) -> tuple[Tensor]:
-        return (torch.cat(_normed(*branches_and_weights, eps, widths, all_reduce), -1),)
+    def norm(attention, ssm, attention_weight, ssm_weight):
+        return (torch.cat(_normed(attention, ssm, attention_weight, ssm_weight, eps, widths, all_reduce), -1),)
 
     return recomputed(norm, attention, ssm, attention_weight, ssm_weight)[0]
 
