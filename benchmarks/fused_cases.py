@@ -14,13 +14,13 @@ from hymba_train.ops import causal_conv_triton as conv_module
 from hymba_train.ops import cross_entropy_triton as loss_module
 from hymba_train.ops import normed_average_triton as average_module
 from hymba_train.ops import rms_norm_triton, rope_triton, swiglu_triton
+from hymba_train.ops.branch_norms import normed_average
 from hymba_train.ops.causal_conv import causal_conv_rows
 from hymba_train.ops.causal_conv_triton import causal_conv_rows_triton
 from hymba_train.ops.cross_entropy import linear_cross_entropy
 from hymba_train.ops.cross_entropy_triton import linear_cross_entropy_triton
 from hymba_train.ops.gradient_slots import split_columns, split_rows
 from hymba_train.ops.group_rms_norm_triton import group_rms_norm_triton
-from hymba_train.ops.normed_average import normed_average
 from hymba_train.ops.normed_average_triton import normed_average_triton
 from hymba_train.ops.rms_norm import add_rms_norm, group_rms_norm, rms_norm
 from hymba_train.ops.rope import rope_tables, rotate_heads
@@ -131,8 +131,8 @@ def parts_fused(projected: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor
     return turn(q, *cos_sin, HEADS), turn(k, *cos_sin, KV_HEADS), out, *(p.sigmoid() for p in pieces)
 
 
-def linear_loss(function: Callable, **kwargs) -> Callable:
-    return lambda hidden, weight: function(hidden, weight, labels(hidden.shape[0]), VOCAB, **kwargs)
+def linear_loss(function: Callable) -> Callable:
+    return lambda hidden, weight: function(hidden, weight, labels(hidden.shape[0]), VOCAB)
 
 
 def conv_inputs(rows: int, dtype: torch.dtype) -> list[Tensor]:
@@ -195,7 +195,6 @@ def cases() -> list[Case]:
              (2 * (D + 320 + E + 640 + E) * b + 320, (2 * (D + 320) + 3 * E + 3 * (640 + E)) * b + 320)),
         Case("linear_cross_entropy", lambda n, t: [randn(n, D), randn(PADDED_VOCAB, D, scale=0.03)],
              linear_loss(linear_cross_entropy),
-             {"triton": linear_loss(linear_cross_entropy_triton),
-              "triton, recompute": linear_loss(linear_cross_entropy_triton, recompute=True)},
+             {"triton": linear_loss(linear_cross_entropy_triton)},
              (2 * PADDED_VOCAB * b, 4 * PADDED_VOCAB * b), flops_per_row=2 * D * PADDED_VOCAB, knobs=loss_knobs),
     ]  # fmt: skip

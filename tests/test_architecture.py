@@ -25,7 +25,7 @@ FORBIDDEN = [
     ("hymba_train/hf/modeling_hymba.py", "from hymba_train import config", "Rooms import"),
     ("hymba_train/runs/chart.py", "def f():\n    from hymba_train.train import main", "The command alone"),
     ("hymba_train/train/loop.py", "from hymba_train.callbacks import jsonl", "Training knows callbacks"),
-    ("hymba_train/plan/sizes.py", "def f():\n    import torch", "Configuration, descriptions and plan"),
+    ("hymba_train/plan/checkpoints.py", "def f():\n    import torch", "Configuration, descriptions and plan"),
     ("launch/cluster.py", "from hymba_train.ops import rope", "What runs on a login node"),
     ("hymba_train/ops/rope.py", "import megatron.core", "Kernels are free"),
     ("hymba_train/data/blend.py", "def f():\n    import megatron.core.datasets", "Megatron-Core is touched"),

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from hymba_train.cli import VERBS
+from hymba_train.config import compose
+from hymba_train.describe import model_tensors
 from tests.recipes.rows import ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +89,32 @@ def test_commands_in_the_pages_exist(page):
         words = shlex.split(line.strip(), comments=True) if line.strip().startswith("hymba ") else []
         if words:
             assert words[1] in VERBS, line
+
+
+def names_of(path: str) -> set[str]:
+    """'NAME' and 'CLASS.MEMBER' of all that a file of the package defines."""
+    found = set()
+    for node in ast.parse((ROOT / "hymba_train" / path).read_text()).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{member.name}" for member in node.body if isinstance(member, ast.FunctionDef)}
+    return found
+
+
+def test_names_in_the_diagrams_are_those_of_the_code():
+    """In a node: <b>file</b>, the names in it; <i>parameters</i>."""
+    step, layer = re.findall(
+        r"^```mermaid\n(.*?)^```", (DOCS / "architecture.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    for diagram in (step, layer):
+        nodes = re.findall(r"<b>(.+?)</b><br/>(.+?)(?:<br/>|\")", diagram)
+        assert len(nodes) > 10 and len(nodes) == diagram.count("<b>")
+        assert [(path, name) for path, names in nodes for name in names.split(", ") if name not in names_of(path)] == []
+    model = compose(["model=hymba_tiny"]).model
+    known = {part for tensor in model_tensors(model) for part in tensor.name.split(".")}
+    named = [name for names in re.findall(r"<i>(.+?)</i>", layer) for name in names.split(", ")]
+    assert len(named) > 10 and [name for name in named if name not in known] == []
 
 
 def test_kubernetes_example_is_yaml():

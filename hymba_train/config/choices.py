@@ -9,7 +9,7 @@ from hymba_train.config.decays import DECAYS, STYLES
 from hymba_train.config.nearest import nearest
 from hymba_train.config.recall_kinds import RECALL_KINDS
 from hymba_train.config.schema import TO_BE_GIVEN, Config
-from hymba_train.config.typed import flatten, to_plain
+from hymba_train.config.typed import flatten, to_plain, with_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope_type": ("default", "ntk"),
@@ -73,7 +73,7 @@ def check_values(config: Config) -> list[str]:
     """One line for every value that its key cannot take, whatever the other keys say."""
     problems = []
     for key, value in flatten(to_plain(config)).items():
-        pattern = _pattern(key)
+        pattern = with_name(key)
         if value == TO_BE_GIVEN and pattern not in MAY_BE_OPEN:
             problems.append(f"{key}: to be given; nothing can be planned without it")
         if value is None or value == TO_BE_GIVEN:
@@ -86,17 +86,7 @@ def check_values(config: Config) -> list[str]:
 
 def choices_of(key: str) -> tuple[str, ...]:
     """Words that a dotted key may take; none where it takes others."""
-    return CHOICES.get(_pattern(key), ())
-
-
-def _pattern(key: str) -> str:
-    """data.phases.stable.blend.books -> data.phases.NAME.blend.NAME"""
-    parts = key.split(".")
-    if len(parts) > 2 and ".".join(parts[:2]) in ("data.phases", "data.sources", "evaluation.recall"):
-        parts[2] = "NAME"
-        if parts[3:4] == ["blend"] and len(parts) > 4:
-            parts[4] = "NAME"
-    return ".".join(parts)
+    return CHOICES.get(with_name(key), ())
 
 
 def _check_value(key: str, value: Any) -> str | None:

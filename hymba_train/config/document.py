@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import inspect
 import textwrap
-import typing
 from dataclasses import dataclass
 
 import yaml
 
 from hymba_train.config import schema
-from hymba_train.config.typed import field_types, is_schema, type_name
+from hymba_train.config.typed import schema_fields, schema_of_names, type_name, with_name
 
 
 @dataclass(frozen=True)
@@ -43,43 +41,18 @@ def _meanings() -> dict[tuple[str, str], str]:
 def key_docs() -> list[KeyDoc]:
     """Every key of the schema, in its order."""
     docs: list[KeyDoc] = []
-
-    def walk(cls: type, prefix: str) -> None:
-        defaults = {f.name: f for f in dataclasses.fields(cls)}
-        for name, annotation in field_types(cls).items():
-            dotted, args = f"{prefix}{name}", typing.get_args(annotation)
-            if is_schema(annotation):
-                walk(annotation, f"{dotted}.")
-                continue
-            field = defaults[name]
-            value = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                value = field.default_factory()
-            default = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
-            default = "to be given" if value == schema.TO_BE_GIVEN else default
-            docs.append(KeyDoc(dotted, _short(annotation), default, _meanings().get((cls.__name__, name), "")))
-            if typing.get_origin(annotation) is dict and is_schema(args[1]):
-                walk(args[1], f"{dotted}.NAME.")
-
-    walk(schema.Config, "")
+    for key, cls, name, annotation in schema_fields():
+        value = getattr(cls(), name)
+        default = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+        default = "to be given" if value == schema.TO_BE_GIVEN else default
+        kind = "mapping of names to what follows" if schema_of_names(annotation) else type_name(annotation)
+        docs.append(KeyDoc(key, kind, default, _meanings().get((cls.__name__, name), "")))
     return docs
-
-
-def _short(annotation: object) -> str:
-    args = typing.get_args(annotation)
-    if typing.get_origin(annotation) is dict and is_schema(args[1]):
-        return "mapping of names to what follows"
-    return type_name(annotation)
 
 
 def meaning_of(key: str) -> str:
     """Meaning of a dotted key; names the user chose are found too (``data.phases.stable.tokens``)."""
-    parts = key.split(".")
-    for doc in key_docs():
-        known = doc.key.split(".")
-        if len(known) == len(parts) and all(k in ("NAME", p) for k, p in zip(known, parts, strict=True)):
-            return doc.meaning
-    return ""
+    return next((doc.meaning for doc in key_docs() if doc.key == with_name(key)), "")
 
 
 def document_keys() -> str:

@@ -7,6 +7,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from hymba_train.config.nearest import did_you_mean
@@ -75,8 +76,7 @@ def type_name(annotation: Any) -> str:
     if origin is list:
         return f"list of {type_name(args[0])}"
     if origin is dict:
-        element = "(" + type_name(args[1]) + ")" if is_schema(args[1]) else type_name(args[1])
-        return f"mapping of names to {element}"
+        return f"mapping of names to {f'({type_name(args[1])})' if is_schema(args[1]) else type_name(args[1])}"
     return "text" if annotation is str else annotation.__name__
 
 
@@ -211,21 +211,44 @@ def _unknown(dotted: str, siblings: list[str], root: type) -> str:
     return f"{dotted}: unknown key; {tail}"
 
 
+def schema_of_names(annotation: Any) -> type | None:
+    """Schema of the values of a mapping from names that the user chooses; None for any other type."""
+    args = typing.get_args(annotation)
+    return args[1] if typing.get_origin(annotation) is dict and is_schema(args[1]) else None
+
+
+def schema_fields(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, type, str, Any]]:
+    """(dotted key, class, field, type) of every key of a schema, in its order. NAME stands for a name the user chooses:
+    ``data.phases``, then ``data.phases.NAME.tokens``."""
+    for name, annotation in field_types(schema).items():
+        dotted = f"{prefix}{name}"
+        if is_schema(annotation):
+            yield from schema_fields(annotation, f"{dotted}.")
+            continue
+        yield dotted, schema, name, annotation
+        if below := schema_of_names(annotation):
+            yield from schema_fields(below, f"{dotted}.NAME.")
+
+
 @functools.cache
 def schema_keys(schema: type = Config) -> tuple[str, ...]:
-    """Every dotted key of a schema; NAME stands for a name the user chooses (``data.phases.NAME.tokens``)."""
-    keys: list[str] = []
+    """Every dotted key of a schema that has a value of its own."""
+    return tuple(key for key, _, _, annotation in schema_fields(schema) if not schema_of_names(annotation))
 
-    def walk(cls: type, prefix: str) -> None:
-        for name, annotation in field_types(cls).items():
-            dotted = f"{prefix}{name}"
-            args = typing.get_args(annotation)
-            if is_schema(annotation):
-                walk(annotation, f"{dotted}.")
-            elif typing.get_origin(annotation) is dict and is_schema(args[1]):
-                walk(args[1], f"{dotted}.NAME.")
-            else:
-                keys.append(dotted)
 
-    walk(schema, "")
-    return tuple(keys)
+def with_name(key: str) -> str:
+    """A dotted key with NAME for every name that the user chose.
+
+    >>> with_name("data.phases.stable.blend.books")
+    'data.phases.NAME.blend.NAME'
+    """
+    annotation: Any = Config
+    parts = []
+    for part in key.split("."):
+        is_name = typing.get_origin(annotation) is dict
+        parts.append("NAME" if is_name else part)
+        if is_name:
+            annotation = typing.get_args(annotation)[1]
+        else:
+            annotation = field_types(annotation).get(part) if is_schema(annotation) else None
+    return ".".join(parts)

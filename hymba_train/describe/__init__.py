@@ -6,8 +6,14 @@
 from hymba_train.describe.cache import ACCOUNTINGS, CacheBytes, cache_bytes
 from hymba_train.describe.dims import ModelDims
 from hymba_train.describe.flops import flops_per_token, head_flops, layer_flops, training_flops, visible_keys
-from hymba_train.describe.memory import held_parameters
-from hymba_train.describe.parameters import Slice, TensorDescription, capacity, kv_is_replicated, partition
+from hymba_train.describe.parameters import (
+    Slice,
+    TensorDescription,
+    capacity,
+    held_parameters,
+    kv_is_replicated,
+    partition,
+)
 from hymba_train.describe.published import export_obstacles
 from hymba_train.describe.stack import LayerDescription, kv_crossing, resolve_stack, used_mixers
 from hymba_train.describe.tensors import end_tensors, layer_tensors, model_tensors

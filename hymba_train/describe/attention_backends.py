@@ -61,7 +61,7 @@ def _saved_by_torch(x: Sizes) -> Iterator[SavedTensor]:
     all_pairs, all_keys = x.B * pairs + x.M * x.M, x.B * keys + x.M
     yield SavedTensor("attention.softmax", x.H * all_pairs / x.N, FLOAT32)
     if x.is_bf16:
-        yield SavedTensor("attention.weights", x.H * all_pairs / x.N, x.v)
+        yield x.kept("attention.weights", x.H * all_pairs / x.N)
     yield SavedTensor("attention.q", x.H * x.dk, FLOAT32)
     text_keys = all_keys - x.M
     if x.is_bf16 or x.heads.kv_index:
@@ -71,12 +71,12 @@ def _saved_by_torch(x: Sizes) -> Iterator[SavedTensor]:
         yield SavedTensor("attention.k_rotated", groups * x.dk if x.makes_kv else 0, FLOAT32)
     if not x.heads.kv_index:  # the meta tokens' values are a view of where they were projected
         if x.makes_kv and x.kv_in_projection:
-            yield SavedTensor(*x.projected, x.v)
+            yield x.kept(*x.projected)
         elif x.makes_kv:
-            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
+            yield x.kept("kv_proj.v", groups * x.dv)
     else:
         text_keys = all_keys
-    yield SavedTensor("attention.values", groups * x.dv * text_keys / x.N, x.v)
+    yield x.kept("attention.values", groups * x.dv * text_keys / x.N)
     masks = (x.B if x.setting.documents else 1) * pairs + x.M * x.M
     yield SavedTensor("attention.mask", masks / x.N, BOOL)
 
@@ -86,33 +86,33 @@ def _saved_by_flex(x: Sizes) -> Iterator[SavedTensor]:
     front; those of the meta tokens' own call are views of where they were made."""
     groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
     keys = x.B * (x.M + x.S) / x.N
-    yield SavedTensor("attention.q", x.H * x.dk, x.v)
-    yield SavedTensor("attention.keys", groups * x.dk * keys, x.v)
-    yield SavedTensor("attention.values", groups * x.dv * keys, x.v)
-    yield SavedTensor("attention.flex_out", x.H * x.dv, x.v)
+    yield x.kept("attention.q", x.H * x.dk)
+    yield x.kept("attention.keys", groups * x.dk * keys)
+    yield x.kept("attention.values", groups * x.dv * keys)
+    yield x.kept("attention.flex_out", x.H * x.dv)
     yield SavedTensor("attention.log_sum", x.H, FLOAT32)
     if x.makes_kv and x.M and not x.heads.kv_index:
-        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
+        yield x.kept("attention.k_rotated", groups * x.dk)
         if x.kv_in_projection:
-            yield SavedTensor(*x.projected, x.v)
+            yield x.kept(*x.projected)
         else:
-            yield SavedTensor("kv_proj.v", groups * x.dv, x.v)
+            yield x.kept("kv_proj.v", groups * x.dv)
 
 
 def _saved_by_cudnn(x: Sizes) -> Iterator[SavedTensor]:
     """Text and meta tokens apart, so nothing is put in front; V is copied out of where it was projected. The output is
     what comes behind it saves, unless padding heads are put behind its own."""
     groups = x.H if x.heads.kv_index else len(x.heads.kv_heads)
-    yield SavedTensor("attention.q", x.H * x.dk, x.v)
+    yield x.kept("attention.q", x.H * x.dk)
     if x.heads.kv_index:
-        yield SavedTensor("attention.keys", groups * x.dk, x.v)
+        yield x.kept("attention.keys", groups * x.dk)
     elif x.makes_kv:
-        yield SavedTensor("attention.k_rotated", groups * x.dk, x.v)
-    yield SavedTensor("attention.values", groups * x.dv, x.v)
+        yield x.kept("attention.k_rotated", groups * x.dk)
+    yield x.kept("attention.values", groups * x.dv)
     behind = "out_proj.in"
     if x.description.mixer == "hybrid":
         behind = "concat.attention" if x.model.branch_fusion == "concat" else "average.attention"
-    yield SavedTensor(behind if x.H * x.dv == x.A else "attention.out", x.H * x.dv, x.v)
+    yield x.kept(behind if x.H * x.dv == x.A else "attention.out", x.H * x.dv)
     yield SavedTensor("attention.log_sum", x.H, FLOAT32)
 
 

@@ -98,3 +98,17 @@ def kv_is_replicated(num_kv_heads: int, tensor_size: int) -> bool:
 def norm_tensor(name: str, size: int, hf_name: str) -> TensorDescription:
     """Weight of a norm over ``size`` values, whole on every rank, in float32."""
     return TensorDescription(name, (size,), hf_name, float32=True)
+
+
+def held_parameters(tensor: TensorDescription, tensor_parallel: int) -> int:
+    """Elements of a tensor that one tensor-parallel rank allocates: cut, padded, or whole if it is not cut.
+
+    KV heads that do not divide over the ranks are held whole by every rank.
+    """
+    if tensor.axis is None:
+        return tensor.num_parameters
+    held = 0
+    for part in tensor.slices:
+        units = part.units if part.is_replicated(tensor_parallel) else part.part(tensor_parallel, 0)[2]
+        held += units * part.unit_size
+    return held * tensor.num_parameters // tensor.shape[tensor.axis]

@@ -24,9 +24,11 @@ from hymba_train.describe.stack import LayerDescription
 
 FLOAT32, INT64, BOOL, FP8 = 4, 8, 1, 1  # bytes
 MOST_STATES = 16  # of the scan in CUDA
-GROUP_ALIGNMENT = 16  # columns at multiples of which dt, B and C start (hymba_train.model.ssm)
 SCAN_CHUNK = 64  # steps between saved states of the scan in Triton and torch on a GPU
 SCAN_TILE = (16, 64)  # tokens and channels of a saved state of the scan in CUDA
+GROUP_ALIGNMENT = 16
+"""Columns at multiples of which x_proj's dt, B and C start: their matrix products and norms then move 16 bytes of bf16
+at a time, which rows of Hymba's 100 + 16 + 16 columns do not allow."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,20 @@ def norm_torch(x: Sizes, name: str) -> Iterator[SavedTensor]:
     """RMSNorm of the residual stream, and its output, which what comes behind it saves."""
     yield SavedTensor(f"{name}.wide", x.D, FLOAT32)  # in float32 the residual stream itself
     yield SavedTensor(f"{name}.scale", x.D / x.whole_D, FLOAT32)
-    yield SavedTensor(f"{name}.normalised", x.D, x.v)
-    yield SavedTensor(f"{name}.out", x.D, x.v)
+    yield x.kept(f"{name}.normalised", x.D)
+    yield x.kept(f"{name}.out", x.D)
 
 
 def norm_triton(x: Sizes, name: str) -> Iterator[SavedTensor]:
-    yield SavedTensor(f"{name}.in", x.D, x.v)
+    yield x.kept(f"{name}.in", x.D)
     yield SavedTensor(f"{name}.scale", x.D / x.whole_D, FLOAT32)
-    yield SavedTensor(f"{name}.out", x.D, x.v)
+    yield x.kept(f"{name}.out", x.D)
 
 
 def _rotate_torch(x: Sizes) -> Iterator[SavedTensor]:
     """cos and sin in the activations' type, for the queries and for the keys made here; in float32 they are shared."""
     if x.is_bf16:
-        yield SavedTensor("rope.tables", x.dk * (2 if x.makes_kv else 1), x.v)
+        yield x.kept("rope.tables", x.dk * (2 if x.makes_kv else 1))
 
 
 def nothing(x: Sizes) -> Iterator[SavedTensor]:
@@ -199,8 +201,8 @@ def _scan_reference(x: Sizes) -> Iterator[SavedTensor]:
 
 
 def _scan_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor("scan.dt", x.E, x.v)
-    yield SavedTensor("scan.z", x.E, x.v)  # contiguous copies
+    yield x.kept("scan.dt", x.E)
+    yield x.kept("scan.z", x.E)  # contiguous copies
     yield SavedTensor("scan.B_C", 2 * x.states, FLOAT32)
     num_states = _num_states(x, lambda x, batch: SCAN_CHUNK)
     yield SavedTensor("scan.states", x.E * x.states * num_states / x.N, FLOAT32)
@@ -211,16 +213,16 @@ def _scan_cuda(x: Sizes) -> Iterator[SavedTensor]:
     """Reads its inputs where they lie, and keeps the state of every tile of tokens and block of channels, padded."""
     tokens, channels = SCAN_TILE
     tiles = x.B * math.ceil(x.S / tokens) + math.ceil(x.M / tokens)
-    yield SavedTensor("scan.dt", x.E, x.v)
-    yield SavedTensor("scan.y", x.E, x.v)  # before the gate
-    yield SavedTensor(*x.projected, x.v)  # z
+    yield x.kept("scan.dt", x.E)
+    yield x.kept("scan.y", x.E)  # before the gate
+    yield x.kept(*x.projected)  # z
     padded = math.ceil(x.E / channels) * channels
     yield SavedTensor("scan.states", padded * MOST_STATES * tiles / x.N, FLOAT32)
 
 
 def _ssd_torch(x: Sizes) -> Iterator[SavedTensor]:
     """Its inputs: the rest is recomputed. dt is a view of in_proj's output; the documents' numbers are shared."""
-    yield SavedTensor(*x.projected, x.v)
+    yield x.kept(*x.projected)
 
 
 def _ssd_reference(x: Sizes) -> Iterator[SavedTensor]:
@@ -230,8 +232,8 @@ def _ssd_reference(x: Sizes) -> Iterator[SavedTensor]:
 
 
 def _ssd_mamba_ssm(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor(*x.projected, x.v)
-    yield SavedTensor("ssd.out", x.out_width, x.v)
+    yield x.kept(*x.projected)
+    yield x.kept("ssd.out", x.out_width)
     yield SavedTensor("ssd.decay", x.ssd.num_heads // x.setting.tensor, FLOAT32)
 
 
@@ -239,35 +241,35 @@ def _group_norm_torch(x: Sizes) -> Iterator[SavedTensor]:
     """The three norms between x_proj and the scan, and their output."""
     yield SavedTensor("dt_B_C.wide", x.small if x.is_bf16 else x.small_aligned, FLOAT32)
     yield SavedTensor("dt_B_C.scale", 3, FLOAT32)
-    yield SavedTensor("dt_B_C.normalised", x.small, x.v)
-    yield SavedTensor("dt_B_C.out", x.small_aligned, x.v)
+    yield x.kept("dt_B_C.normalised", x.small)
+    yield x.kept("dt_B_C.out", x.small_aligned)
 
 
 def _group_norm_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor("dt_B_C.in", x.small_aligned, x.v)
-    yield SavedTensor("dt_B_C.out", x.small_aligned, x.v)
+    yield x.kept("dt_B_C.in", x.small_aligned)
+    yield x.kept("dt_B_C.out", x.small_aligned)
 
 
 def _average_torch(x: Sizes) -> Iterator[SavedTensor]:
     for branch in ("attention", "ssm"):
         yield SavedTensor(f"average.{branch}_wide", x.E, FLOAT32)
-        yield SavedTensor(f"average.{branch}_normalised", x.E, x.v)
+        yield x.kept(f"average.{branch}_normalised", x.E)
     yield SavedTensor("average.scale", 2, FLOAT32)
 
 
 def _average_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor("average.attention", x.E, x.v)
-    yield SavedTensor("average.ssm", x.E, x.v)
+    yield x.kept("average.attention", x.E)
+    yield x.kept("average.ssm", x.E)
     yield SavedTensor("average.sums", 2, FLOAT32)
 
 
 def _swiglu_torch(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor("ffn.gate_up", 2 * x.F, x.v)
-    yield SavedTensor("ffn.silu_gate", x.F, x.v)
+    yield x.kept("ffn.gate_up", 2 * x.F)
+    yield x.kept("ffn.silu_gate", x.F)
 
 
 def _swiglu_triton(x: Sizes) -> Iterator[SavedTensor]:
-    yield SavedTensor("ffn.gate_up", 2 * x.F, x.v)
+    yield x.kept("ffn.gate_up", 2 * x.F)
 
 
 def loss_torch(model: ModelConfig, setting: Setting) -> SavedTensor:

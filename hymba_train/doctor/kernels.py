@@ -61,9 +61,6 @@ def _run_fused(op: str, function: Any, make: Any, kind: str) -> tuple[list[Any],
 
     rows, width = 40, 64
     x, weight = make(rows, width), make(width)
-    if op == "causal_conv":
-        inputs = [make(2, 20, width), make(width, 4), weight]
-        return inputs, function(*inputs)[0]
     if op == "causal_conv_rows":
         inputs = [x, make(width, 4), weight]
         return inputs, function(*inputs, num_meta=8, batch=2, seq=16)

@@ -45,8 +45,3 @@ class AttentionBranch(nn.Module):
         ).unsqueeze(1)  # fmt: skip
         padding = (self.head_capacity - self.num_heads) * d.value_head_dim
         return F.pad(out, (0, padding)) if padding else out  # F.pad by nothing copies
-
-
-def needed_kv_heads(dims: ModelDims, tensor_size: int, tensor_rank: int) -> range:
-    """KV heads that one rank's query heads attend to."""
-    return heads_of_rank(dims, tensor_size, tensor_rank).kv_heads

@@ -26,7 +26,7 @@ def build_model_chunks(
     """
     device = device or runtime.device
     transformer = hymba_config(config, runtime.device)
-    ops = select_ops(config, runtime.device, transformer.params_dtype, uneven_kv=transformer.kv_replicated)
+    ops = select_ops(config, runtime.device, transformer.params_dtype)
     spec = layer_spec(config.precision.layer_spec, runtime.device.type, transformer.params_dtype)
     mine = chunks[runtime.pipeline_rank :: runtime.pipeline_size]
     built = []

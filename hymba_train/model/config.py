@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from hymba_train.config.schema import Config, ModelConfig
-from hymba_train.describe import LayerDescription, ModelDims, capacity, kv_is_replicated, resolve_stack
+from hymba_train.describe import LayerDescription, ModelDims, capacity, resolve_stack
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -24,11 +24,6 @@ class HymbaConfig(TransformerConfig):
     model: ModelConfig = None
     dims: ModelDims = None
     layers: tuple[LayerDescription, ...] = field(default_factory=tuple)
-
-    @property
-    def kv_replicated(self) -> bool:
-        """K/V projections are held whole by every rank: the KV heads do not divide by the tensor-parallel size."""
-        return kv_is_replicated(self.dims.num_kv_heads, self.tensor_model_parallel_size)
 
 
 def hymba_config(config: Config, device: torch.device) -> HymbaConfig:

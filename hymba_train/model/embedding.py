@@ -12,6 +12,8 @@ from hymba_train.model.rows import TokenRows
 
 
 class HymbaEmbedding(MegatronModule):
+    """Word embeddings cut over the vocabulary, meta tokens [M, D] whole on every rank."""
+
     def __init__(self, config: HymbaConfig, padded_vocab_size: int, pg_collection) -> None:
         super().__init__(config)
         d = config.dims

@@ -14,6 +14,8 @@ from hymba_train.model.config import HymbaConfig
 
 @dataclass
 class FfnSubmodules:
+    """Linear layers of an FFN: local (CPU) or Transformer Engine."""
+
     linear_fc1: ModuleSpec | type = None
     linear_fc2: ModuleSpec | type = None
 

@@ -9,27 +9,31 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from hymba_train.describe import LayerDescription, TensorDescription, layer_tensors
+from hymba_train.describe import LayerDescription
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
-from hymba_train.parallel.cut import LocalTensor, local_tensor
+from hymba_train.parallel.cut import layer_cuts
 
 
 @dataclass
 class HymbaLayerSubmodules:
+    """What a layer is built of (:mod:`hymba_train.model.layer_specs`)."""
+
     norm: ModuleSpec | type = None
     mixer: ModuleSpec | type = None
     ffn: ModuleSpec | type = None
 
 
 class HymbaLayer(MegatronModule):
+    """Built of ``submodules``. ``cuts``: name below the layer -> this rank's part, of every parameter."""
+
     def __init__(
         self, config: HymbaConfig, submodules: HymbaLayerSubmodules, layer: LayerDescription, ops: Ops, pg_collection
     ) -> None:
         super().__init__(config)
         self.layer = layer
-        self.cuts = layer_cuts(config, layer, pg_collection.tp.size(), pg_collection.tp.rank())
+        self.cuts = layer_cuts(config.model, layer, pg_collection.tp.size(), pg_collection.tp.rank())
         mixer_cuts = {n.removeprefix("mixer."): c for n, c in self.cuts.items() if n.startswith("mixer.")}
 
         def norm():
@@ -55,26 +59,3 @@ class HymbaLayer(MegatronModule):
         else:
             hidden = hidden + mixed
         return (hidden, *own_kv) if self.layer.kv_role == "producer" else (hidden,)
-
-
-def layer_cuts(
-    config: HymbaConfig, layer: LayerDescription, tensor_size: int, tensor_rank: int
-) -> dict[str, LocalTensor]:
-    """Name below the layer -> this rank's part, for every parameter of a layer.
-
-    Where KV heads do not divide, in_proj's K/V slices become ``mixer.kv_proj.weight``, whole on every rank.
-    """
-    cuts: dict[str, LocalTensor] = {}
-    for tensor in layer_tensors(config.model, layer):
-        kv = tuple(s for s in tensor.slices if s.kv)
-        if kv and config.kv_replicated:
-            rest = tuple(s for s in tensor.slices if not s.kv)
-            cuts[tensor.name] = local_tensor(tensor, tensor_size, tensor_rank, rest)
-            cuts[_kv_name(tensor)] = local_tensor(tensor, tensor_size, tensor_rank, kv, replicate=True)
-        else:
-            cuts[tensor.name] = local_tensor(tensor, tensor_size, tensor_rank)
-    return cuts
-
-
-def _kv_name(tensor: TensorDescription) -> str:
-    return tensor.name.replace("in_proj", "kv_proj")

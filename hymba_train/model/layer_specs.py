@@ -9,29 +9,20 @@ from megatron.core.transformer import ModuleSpec
 from hymba_train.errors import UserError
 from hymba_train.model.ffn import FfnSubmodules, GatedFfn
 from hymba_train.model.layer import HymbaLayer, HymbaLayerSubmodules
-from hymba_train.model.mixer import HybridMixer, MixerSubmodules
+from hymba_train.model.mixer import LayerMixer, MixerSubmodules
 from hymba_train.model.norm import RMSNorm
-
-LAYER_SPECS = ("local", "transformer_engine")
 
 
 def layer_spec(name: str, device_type: str, dtype: torch.dtype) -> ModuleSpec:
-    """Spec of a HymbaLayer. ``auto`` is transformer_engine for bf16 on a GPU, else local: Transformer Engine computes
-    float32 products in TF32.
+    """Spec of a HymbaLayer; ``name``: precision.layer_spec. ``auto`` is transformer_engine for bf16 on a GPU, else
+    local: Transformer Engine computes float32 products in TF32.
 
     Raises UserError where Transformer Engine is asked for and is not installed.
     """
     if name == "auto":
         name = "transformer_engine" if device_type == "cuda" and dtype is torch.bfloat16 else "local"
-    if name == "local":
-        return _spec(ColumnParallelLinear, RowParallelLinear)
-    if name == "transformer_engine":
-        return _spec(*_transformer_engine_linears())
-    raise UserError(f"precision.layer_spec={name!r}: known are auto, {', '.join(LAYER_SPECS)}")
-
-
-def _spec(column: type, row: type) -> ModuleSpec:
-    mixer = ModuleSpec(HybridMixer, submodules=MixerSubmodules(in_proj=column, out_proj=row))
+    column, row = (ColumnParallelLinear, RowParallelLinear) if name == "local" else _transformer_engine_linears()
+    mixer = ModuleSpec(LayerMixer, submodules=MixerSubmodules(in_proj=column, out_proj=row))
     ffn = ModuleSpec(GatedFfn, submodules=FfnSubmodules(linear_fc1=column, linear_fc2=row))
     return ModuleSpec(HymbaLayer, submodules=HymbaLayerSubmodules(norm=RMSNorm, mixer=mixer, ffn=ffn))
 

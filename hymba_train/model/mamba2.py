@@ -14,14 +14,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, distributed, nn
 
 from hymba_train.describe.mixers.mamba2 import Mamba2Dims
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
-from hymba_train.model.ssm import Weights
+from hymba_train.model.weights import Weights, rows_on_every_rank
 from hymba_train.ops.branch_norms import gated_rms_norm
 
 
@@ -54,18 +53,12 @@ class Mamba2Branch(nn.Module):
     def forward(self, hidden: Tensor, batch: MicroBatch, x: Tensor, z: Tensor, dt: Tensor) -> Tensor:
         """hidden [N(/TP), 1, D], the mixer's input; x, z [N, channels], dt [N, heads] -> [N, 1, channels]."""
         d = self.config.dims
-        B, C = self._conv(self._project_bc(hidden), self.bc_conv(), batch).split(self.own.bc_size // 2, dim=-1)
+        bc = nn.functional.linear(rows_on_every_rank(hidden, self.config, self.tp_group), self.bc_proj().weight)
+        B, C = self._conv(bc, self.bc_conv(), batch).split(self.own.bc_size // 2, dim=-1)
         y = self._scan(self._conv(x, self.conv(), batch), dt, B, C, batch)
         all_reduce = partial(distributed.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
         norm = self.gated_norm().weight
         return gated_rms_norm(y, z, norm, self.config.layernorm_epsilon, d.inner_size, all_reduce).unsqueeze(1)
-
-    def _project_bc(self, hidden: Tensor) -> Tensor:
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return nn.functional.linear(hidden[:, 0], self.bc_proj().weight)
 
     def _conv(self, rows: Tensor, conv: Weights, batch: MicroBatch) -> Tensor:
         sizes = batch.rows

@@ -8,10 +8,10 @@
         ssm(x, z)           --ssm_norm--------'
 
 With model.branch_fusion=concat the normed branches go into a wider out_proj side by side, and need not be equally wide.
-A layer with one branch alone has no norms before out_proj. Where the mixer names a branch of its own
-(:attr:`hymba_train.describe.mixers.Mixer.branch`), that is built as ``branch(config, ops, tp_group)`` and called as
-``branch(hidden, batch, **parts)`` with its input [N(/TP), 1, D] and in_proj's slices by name [N, width]; it returns
-[N, 1, width of out_proj]. Its parameters are the mixer's by name.
+A layer with one branch alone has no norms before out_proj. The module beside attention, or in its place, is the one
+that :attr:`hymba_train.describe.mixers.Mixer.branch` names: built as ``branch(config, ops, tp_group)``, called as
+``branch(hidden, batch, **parts)`` with the mixer's input [N(/TP), 1, D] and in_proj's slices by name [N, width], but
+for attention's, it returns [N, 1, channels]. Its parameters are the mixer's by name.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, distributed, nn
 
 from hymba_train.describe import LayerDescription
+from hymba_train.describe.heads import heads_of_rank
 from hymba_train.describe.mixers import MIXERS
-from hymba_train.model.attention import AttentionBranch, needed_kv_heads
+from hymba_train.model.attention import AttentionBranch
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
-from hymba_train.model.ssm import SsmBranch, Weights
+from hymba_train.model.weights import Weights, rows_on_every_rank
 from hymba_train.ops.branch_norms import normed_concat
 from hymba_train.ops.gradient_slots import split_columns
 from hymba_train.parallel.cut import LocalTensor
@@ -50,7 +47,7 @@ class MixerSubmodules:
     out_proj: ModuleSpec | type = None
 
 
-class HybridMixer(MegatronModule):
+class LayerMixer(MegatronModule):
     """in_proj, branches, average, out_proj of one layer. ``cuts`` are its described parameters on this rank."""
 
     def __init__(
@@ -70,15 +67,12 @@ class HybridMixer(MegatronModule):
             kv = cuts["kv_proj.weight"]
             self.kv_proj = Weights(weight=torch.empty(kv.shape, dtype=config.params_dtype))
             self.kv_proj.weight.partial_gradient_across_tp = True
-            self.kv_heads = needed_kv_heads(dims, tp, rank)
+            self.kv_heads = heads_of_rank(dims, tp, rank).kv_heads
         if layer.has_attention:
             self.attention = AttentionBranch(dims, layer, ops, tp, rank)
-        if layer.has_ssm:
-            self.ssm = SsmBranch(config, cuts["D"].shape[0], ops, self.tp_group)
         branch = MIXERS[layer.mixer].branch
-        if branch:
-            self.ssm = pkgutil.resolve_name(branch)(config, ops, self.tp_group)
-        if layer.mixer == "hybrid":
+        self.ssm = pkgutil.resolve_name(branch)(config, ops, self.tp_group) if branch else None
+        if layer.has_attention and branch:
             for name in ("attention_norm", "ssm_norm"):
                 shape = cuts[f"{name}.weight"].shape
                 setattr(self, name, Weights(weight=torch.empty(shape, dtype=torch.float32)))
@@ -98,34 +92,26 @@ class HybridMixer(MegatronModule):
         widths = [s.capacity for s in self.in_slices]
         columns = split_columns(projected.flatten(1), widths)  # [N, capacity] each
         parts = dict(zip((s.name for s in self.in_slices), columns, strict=True))
-        own_kv = None
+        own_kv, branches = None, []
         if self.layer.has_attention:
+            q = parts.pop("q")
             if kv is None:
-                k, v = (parts["k"], parts["v"]) if "k" in parts else self._project_kv(hidden)
+                k, v = (parts.pop("k"), parts.pop("v")) if "k" in parts else self._project_kv(hidden)
                 kv = own_kv = (self.attention.rotate_keys(k, batch), v.unsqueeze(1))
-            attention = self.attention(parts["q"], *kv, batch)
-        if self.layer.has_ssm:
-            ssm = self.ssm(parts["x"], parts["z"], batch)
-        elif not self.layer.has_attention:
-            ssm = self.ssm(hidden, batch, **parts)
-        if self.layer.mixer == "hybrid":
-            fused = self._fuse(attention, ssm)
-        else:
-            fused = attention if self.layer.has_attention else ssm
+            branches.append(self.attention(q, *kv, batch))
+        if self.ssm is not None:
+            branches.append(self.ssm(hidden, batch, **parts))
+        fused = self._fuse(*branches) if len(branches) == 2 else branches[0]
         return self.out_proj(fused)[0], own_kv
 
     def _project_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """K/V [N, ...] of the KV heads that this rank's queries need, from weights that every rank holds whole."""
-        d = self.config.dims
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        d, rows = self.config.dims, rows_on_every_rank(hidden, self.config, self.tp_group)
         k, v = self.kv_proj().weight.split([d.num_kv_heads * d.head_dim, d.num_kv_heads * d.value_head_dim])
         need = self.kv_heads
         return (
-            nn.functional.linear(hidden[:, 0], k[need.start * d.head_dim : need.stop * d.head_dim]),
-            nn.functional.linear(hidden[:, 0], v[need.start * d.value_head_dim : need.stop * d.value_head_dim]),
+            nn.functional.linear(rows, k[need.start * d.head_dim : need.stop * d.head_dim]),
+            nn.functional.linear(rows, v[need.start * d.value_head_dim : need.stop * d.value_head_dim]),
         )
 
     def _fuse(self, attention: Tensor, ssm: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class HymbaModel(LanguageModule):
                 _, _, position, below = name.split(".", 3)  # modules count from the chunk's first layer, names globally
                 layer = self.decoder.layers[int(position)]
                 cut = layer.cuts[below]
-                name = f"decoder.layers.{layer.layer.index}.{below.replace('kv_proj', 'in_proj')}"
+                name = f"decoder.layers.{layer.layer.index}.{cut.description.name}"
             else:
                 cut = local_tensor(by_name[name], size, rank)
             found.append((name, param, by_name[name], cut))

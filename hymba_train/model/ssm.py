@@ -10,36 +10,18 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from hymba_train.describe import capacity
+from hymba_train.describe.saved import GROUP_ALIGNMENT
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
+from hymba_train.model.weights import Weights
 from hymba_train.ops.rms_norm import aligned
 from hymba_train.ops.selective_scan_rows import selective_scan_rows
 
 
-class Weights(nn.Module):
-    """Bare parameters of a step that is an op rather than a module.
-
-    Take them by calling it: with overlap_param_gather Megatron-Core waits for a parameter in the forward hook of the
-    module that owns it, and what is read without a call may not have arrived.
-    """
-
-    def __init__(self, **tensors: Tensor) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            setattr(self, name, nn.Parameter(tensor))
-
-    def forward(self) -> Weights:
-        return self
-
-
-ALIGNMENT = 16
-"""Columns at multiples of which dt, B and C start: their matrix products and norms then move 16 bytes of bf16 at a
-time, which rows of Hymba's 100 + 16 + 16 columns do not allow."""
-
-
 class _AlignGroups(torch.autograd.Function):
-    """Rows of a weight in groups of ``widths``, each followed by zero rows up to a multiple of ALIGNMENT."""
+    """Rows of a weight in groups of ``widths``, each followed by zero rows up to a multiple of GROUP_ALIGNMENT."""
 
     @staticmethod
     def forward(ctx, weight, widths):
@@ -47,13 +29,13 @@ class _AlignGroups(torch.autograd.Function):
         parts = []
         for part, width in zip(weight.split(widths), widths, strict=True):
             parts.append(part)
-            if width % ALIGNMENT:
-                parts.append(weight.new_zeros(-width % ALIGNMENT, weight.shape[1]))
+            if width % GROUP_ALIGNMENT:
+                parts.append(weight.new_zeros(-width % GROUP_ALIGNMENT, weight.shape[1]))
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, d_out):
-        parts = d_out.split([aligned(width, ALIGNMENT) for width in ctx.widths])
+        parts = d_out.split([aligned(width, GROUP_ALIGNMENT) for width in ctx.widths])
         return torch.cat([part[:width] for part, width in zip(parts, ctx.widths, strict=True)]), None
 
 
@@ -86,9 +68,10 @@ class SsmBranch(nn.Module):
     Padding channels have zero weights everywhere, so that their output and all their gradients are zero.
     """
 
-    def __init__(self, config: HymbaConfig, num_channels: int, ops: Ops, tp_group) -> None:
+    def __init__(self, config: HymbaConfig, ops: Ops, tp_group) -> None:
         super().__init__()
         d, dtype = config.dims, config.params_dtype
+        num_channels = capacity(d.num_heads, tp_group.size()) * d.head_channels
         self.dt_rank, self.state_dim, self.tp_group = d.dt_rank, d.state_dim, tp_group
         self.ops, self.eps = ops, config.layernorm_epsilon
         self.conv = Weights(
@@ -103,8 +86,8 @@ class SsmBranch(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_channels, d.state_dim, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(num_channels, dtype=torch.float32))
 
-    def forward(self, x: Tensor, z: Tensor, batch: MicroBatch) -> Tensor:
-        """x, z [N, channels] -> gated scan output [N, 1, channels]."""
+    def forward(self, hidden: Tensor, batch: MicroBatch, x: Tensor, z: Tensor) -> Tensor:
+        """x, z [N, channels] -> gated scan output [N, 1, channels]. ``hidden``, the mixer's input, is not used."""
         rows, conv = batch.rows, self.conv()
         u = self.ops.causal_conv_rows(
             x, conv.weight, conv.bias, num_meta=rows.num_meta, batch=rows.batch, seq=rows.seq,
@@ -114,11 +97,11 @@ class SsmBranch(nn.Module):
         weight = _AlignGroups.apply(self.x_proj().weight, [w.shape[0] for w in norms])
         s, u = _Project.apply(u, weight)
         s = reduce_from_tensor_model_parallel_region(s, group=self.tp_group)
-        normed = self.ops.group_rms_norm(s, norms, self.eps, ALIGNMENT)
+        normed = self.ops.group_rms_norm(s, norms, self.eps, GROUP_ALIGNMENT)
         # Every rank's channels send a partial gradient back through dt, B and C. Summed here, after the norms, it is
         # whole when it reaches their weights, which therefore need no reduction of their own.
         normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
-        room = [aligned(w.shape[0], ALIGNMENT) for w in norms]
+        room = [aligned(w.shape[0], GROUP_ALIGNMENT) for w in norms]
         dt, B, C = normed.split(room, dim=-1)
         if room[1] > self.state_dim:
             B, C = B[:, : self.state_dim], C[:, : self.state_dim]

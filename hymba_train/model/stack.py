@@ -15,8 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
+from hymba_train.describe.heads import heads_of_rank
 from hymba_train.describe.stack import kv_crossing
-from hymba_train.model.attention import needed_kv_heads
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
 from hymba_train.model.rows import MicroBatch
@@ -108,7 +108,7 @@ def _alone(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def kv_columns(config: HymbaConfig, tensor_size: int, tensor_rank: int) -> tuple[int, int]:
     """Columns of a message that one producer's K and V take on this rank."""
     d = config.dims
-    heads = len(needed_kv_heads(d, tensor_size, tensor_rank))
+    heads = len(heads_of_rank(d, tensor_size, tensor_rank).kv_heads)
     factor = tensor_size if config.sequence_parallel else 1
     return heads * d.head_dim * factor, heads * d.value_head_dim * factor
 

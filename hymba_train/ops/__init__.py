@@ -1,7 +1,7 @@
 """Numerics with interchangeable kernels behind one signature each. Torch only, free of Megatron-Core.
 
-``attention``, ``selective_scan`` and ``causal_conv`` are the modules of the plain-torch backends, whose functions carry
-the signature (and its documentation) that every other backend shares. :func:`select` chooses a backend.
+Modules named after an op (``attention``, ``selective_scan``, ``swiglu``, ...) hold its plain-torch backend, whose
+function carries the signature (and its documentation) that every other backend shares. :func:`select` chooses one.
 """
 
 from hymba_train.ops.registry import BACKENDS, Backend, Choice, select

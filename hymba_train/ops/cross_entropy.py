@@ -7,17 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, *, recompute: bool = False
-) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Loss per token of the logits hidden @ weight.T. Backend ``torch``.
 
     Args:
         hidden: [N, D].
         weight: [V', D]; rows from vocab_size on pad the vocabulary: probability and gradient zero.
         labels: int64 [N]; not predicted where negative: loss and gradients zero.
-        recompute: keep no logits, compute them again in the backward pass, in blocks of rows (``triton`` only; here
-            it has no effect).
 
     Returns:
         float32 [N] (float64 if hidden is).

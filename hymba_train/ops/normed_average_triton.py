@@ -31,7 +31,7 @@ def normed_average_triton(
     true_width: int,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
-    """:func:`hymba_train.ops.normed_average.normed_average`; backend ``triton``."""
+    """:func:`hymba_train.ops.branch_norms.normed_average`; backend ``triton``."""
     slots = (slot_of(attention), slot_of(ssm))
     return _NormedAverage.apply(attention, ssm, attention_weight, ssm_weight, eps, true_width, all_reduce, slots)
 

@@ -151,7 +151,6 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("ssd_scan", "torch", f"{_HERE}.ssd_scan:ssd_scan", _ANY, _DETERMINISTIC),
         Backend("ssd_scan", "reference", f"{_HERE}.ssd_scan:ssd_scan_reference", _ANY, _DETERMINISTIC),
     ),
-    "causal_conv": (Backend("causal_conv", "torch", f"{_HERE}.causal_conv:causal_conv", _ANY, _DETERMINISTIC),),
     "causal_conv_rows": _pair(
         "causal_conv_rows", "causal_conv_triton:causal_conv_rows_triton", "causal_conv:causal_conv_rows"
     ),
@@ -161,7 +160,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         "group_rms_norm", "group_rms_norm_triton:group_rms_norm_triton", "rms_norm:group_rms_norm"
     ),
     "normed_average": _pair(
-        "normed_average", "normed_average_triton:normed_average_triton", "normed_average:normed_average"
+        "normed_average", "normed_average_triton:normed_average_triton", "branch_norms:normed_average"
     ),
     "swiglu": _pair("swiglu", "swiglu_triton:swiglu_triton", "swiglu:swiglu"),
     "rotate_heads": _pair("rotate_heads", "rope_triton:rotate_heads_triton", "rope:rotate_heads"),

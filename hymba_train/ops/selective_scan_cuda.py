@@ -19,6 +19,7 @@ from torch import Tensor
 from hymba_train.errors import UserError
 from hymba_train.ops.gradient_slots import GradientSlot, empty_gradient, slot_of
 from hymba_train.ops.nvrtc import Module
+from hymba_train.ops.rows_triton import multiprocessors
 
 TILE_TOKENS, BLOCK_CHANNELS, MAX_STATES, THREADS = 16, 64, 16, 128
 PRIVATE_STATE = BLOCK_CHANNELS * MAX_STATES
@@ -196,7 +197,7 @@ class _Run:
         u, A_log = tensors["u"], tensors["A_log"]
         self.device = u.device
         batch, num_tokens, channels = u.shape
-        self.chunks = chunks = choose_chunks(batch, num_tokens, channels, _multiprocessors(u.device), CHAIN_TOKENS[way])
+        self.chunks = chunks = choose_chunks(batch, num_tokens, channels, multiprocessors(u.device), CHAIN_TOKENS[way])
         self.params = p = Params()
         self.tensors: list[Tensor] = []
         p.batch, p.tokens, p.channels, p.states = batch, num_tokens, channels, A_log.shape[1]
@@ -330,8 +331,3 @@ def _compiled(
     x_dtype: torch.dtype, bc_dtype: torch.dtype, exact: bool, device_index: int, build: tuple[int, ...]
 ) -> Module:
     return Module(source(), defines(x_dtype, bc_dtype, exact), device_index)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from hymba_train.describe import Slice, TensorDescription
+from hymba_train.config.schema import ModelConfig
+from hymba_train.describe import LayerDescription, Slice, TensorDescription, layer_tensors
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,26 @@ def local_tensor(
             local_start += capacity * u
         full_start += s.size
     return LocalTensor(tensor, tuple(out), replicate)
+
+
+def layer_cuts(
+    model: ModelConfig, layer: LayerDescription, tensor_size: int, tensor_rank: int
+) -> dict[str, LocalTensor]:
+    """Name below the layer -> this rank's part, for every parameter of a layer.
+
+    Where KV heads do not divide, in_proj's K/V slices become ``mixer.kv_proj.weight``, whole on every rank.
+    """
+    cuts: dict[str, LocalTensor] = {}
+    for tensor in layer_tensors(model, layer):
+        kv = tuple(s for s in tensor.slices if s.is_replicated(tensor_size))
+        if kv:
+            rest = tuple(s for s in tensor.slices if s not in kv)
+            own = tensor.name.replace("in_proj", "kv_proj")
+            cuts[own] = local_tensor(tensor, tensor_size, tensor_rank, kv, replicate=True)
+            cuts[tensor.name] = local_tensor(tensor, tensor_size, tensor_rank, rest)
+        else:
+            cuts[tensor.name] = local_tensor(tensor, tensor_size, tensor_rank)
+    return cuts
 
 
 def sharded(

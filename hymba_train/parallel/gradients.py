@@ -10,9 +10,9 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 def finalize_model_grads(model: list, num_tokens: torch.Tensor | None = None, pg_collection=None, **kwargs) -> None:
     """Megatron-Core's reductions (data parallel, sequence-parallel norms, tied embeddings), then the sum over
-    tensor-parallel ranks of K/V weights that every rank holds whole.
+    tensor-parallel ranks for weights that every rank holds whole and uses with heads of its own: replicated K/V, and B
+    and C of Mamba-2 (parameters with ``partial_gradient_across_tp``).
 
-    Each rank's queries see those K/V, so each has a part of their gradient; with and without sequence parallelism.
     ``num_tokens`` is not used: the division by the tokens of the global batch would be a pass over all gradients, and
     the update makes it as it reads them (:mod:`hymba_train.train.step`).
     """

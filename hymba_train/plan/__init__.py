@@ -1,6 +1,6 @@
 """Everything that can be known and checked before a GPU is held. Free of torch; ``hymba plan`` prints it."""
 
-from hymba_train.plan.plan import LayerPlan, PhasePlan, Plan, layers_of_chunk, make_plan
+from hymba_train.plan.plan import LayerPlan, PhasePlan, Plan, make_plan
 from hymba_train.plan.stages import Border, Chunk
 from hymba_train.plan.steps import Segment, StepInfo, StepPlan, batch_sizes, plan_steps
 
@@ -14,7 +14,6 @@ __all__ = [
     "StepInfo",
     "StepPlan",
     "batch_sizes",
-    "layers_of_chunk",
     "make_plan",
     "plan_steps",
 ]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from hymba_train.config.nearest import did_you_mean, nearest
-from hymba_train.config.numbers import divisors_around, multiples_around
+from hymba_train.config.nearest import did_you_mean, divisors_around, multiples_around, nearest
 from hymba_train.config.schema import TO_BE_GIVEN, CheckpointConfig, Config, ModelConfig, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, export_obstacles, resolve_stack, used_mixers
 from hymba_train.describe.dims import inner_size_in_words
@@ -73,27 +72,13 @@ def _check_branches(model: ModelConfig, layers: list[LayerDescription]) -> list[
             f"model.num_attention_heads={d.num_heads} does not divide {inner}, which heads share out among them: "
             f"{divisors_around(d.num_heads, d.inner_size)}"
         )
-    elif d.attention_size != d.inner_size and model.branch_fusion == "mean" and _has(layers, "hybrid"):
+    elif d.attention_size != d.inner_size and model.branch_fusion == "mean" and "hybrid" in [x.mixer for x in layers]:
         problems.append(
             f"model.v_head_dim={model.v_head_dim} x model.num_attention_heads {d.num_heads} = {d.attention_size}, but "
             f"the SSM branch is {d.inner_size} wide and branch_fusion=mean needs equal widths: set "
             "model.v_head_dim=null or model.branch_fusion=concat"
         )
     return problems + [line for mixer in used_mixers(layers) for line in mixer.check_model(model)]
-
-
-def _has(layers: list[LayerDescription], mixer: str) -> bool:
-    return any(layer.mixer == mixer for layer in layers)
-
-
-def _check_cut(config: Config) -> list[str]:
-    """What the mixers ask of tensor parallelism."""
-    tp = config.parallel.tensor
-    try:
-        mixers = used_mixers(resolve_stack(config.model))
-    except ValueError:  # check_model says it
-        return []
-    return [] if tp == 1 else [line for mixer in mixers for line in mixer.check_layout(config.model, tp)]
 
 
 def check_layout(config: Config, world_size: int) -> list[str]:
@@ -133,7 +118,13 @@ def check_layout(config: Config, world_size: int) -> list[str]:
             f"{_processes(world_size)}, no multiple of parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} = "
             f"{ranks}: {multiples_around(world_size, ranks)}"
         )
-    return problems + _check_cut(config) + _check_chunks(config)
+    return problems + _check_chunks(config)
+
+
+def check_cut(config: Config) -> list[str]:
+    """What the mixers ask of tensor parallelism. Expects a possible model."""
+    tp, mixers = config.parallel.tensor, used_mixers(resolve_stack(config.model))
+    return [] if tp == 1 else [line for mixer in mixers for line in mixer.check_layout(config.model, tp)]
 
 
 def _processes(world_size: int) -> str:
@@ -163,7 +154,7 @@ def _check_chunks(config: Config) -> list[str]:
 
 
 def check_schedule(config: Config) -> list[str]:
-    """Learning-rate schedule and the few logging keys with a form of their own."""
+    """Learning-rate schedule."""
     s, problems = config.schedule, []
     if config.optim.min_lr > config.optim.lr:
         problems.append(
@@ -179,19 +170,22 @@ def check_schedule(config: Config) -> list[str]:
         problems.append(
             "optim.min_lr=0 is never reached by schedule.lr_wsd_decay_style=exponential; set optim.min_lr above 0"
         )
+    return problems
+
+
+def check_run(config: Config) -> list[str]:
+    """Words with a form of their own: the run's name, which becomes a directory below run.directory, and the steps to
+    profile."""
+    problems, name = [], config.run.name
+    if name != TO_BE_GIVEN and not all(_NAME.fullmatch(part) for part in name.split("/")):
+        problems.append(
+            f"run.name={name}: use letters, digits and . _ = + - only, as it becomes a directory: a1, or ablation/a1"
+        )
     if config.logging.profile is not None:
         start, _, end = config.logging.profile.partition(":")
         if not (start.isdigit() and end.isdigit() and int(start) < int(end)):
             problems.append(f"logging.profile={config.logging.profile!r}: write START:END, START < END, e.g. '10:13'")
     return problems
-
-
-def check_run(config: Config) -> list[str]:
-    """The run's name, which becomes a directory below run.directory."""
-    name = config.run.name
-    if name == TO_BE_GIVEN or all(_NAME.fullmatch(part) for part in name.split("/")):
-        return []
-    return [f"run.name={name}: use letters, digits and . _ = + - only, as it becomes a directory: a1, or ablation/a1"]
 
 
 def phase_is_given(phase: PhaseConfig) -> bool:

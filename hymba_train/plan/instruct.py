@@ -10,6 +10,7 @@ from typing import Any
 
 from hymba_train.config.freeze import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config, PhaseConfig
+from hymba_train.plan.paths import is_url, tokenizer_file
 from hymba_train.plan.recall import SOURCE_KIND
 
 _TAIL = struct.Struct("<Q8s")  # of a .pack file, see hymba_train.data.packs
@@ -78,7 +79,7 @@ def check_conversations(config: Config, needs_reference: bool = True) -> list[st
     problems: list[str] = []
     for name in sorted(names & set(data.sources)):
         path = data.sources[name].path
-        if path == TO_BE_GIVEN or data.path == TO_BE_GIVEN or "://" in f"{data.path}{path}":
+        if path == TO_BE_GIVEN or data.path == TO_BE_GIVEN or is_url(f"{data.path}{path}"):
             continue
         prefix = data_file(data, path)
         if Path(f"{prefix}.idx").is_file():
@@ -133,13 +134,11 @@ def _differs(path: Path, facts: dict[str, Any]) -> bool:
 
 def _check_tokenizer(config: Config, key: str, manifest: dict[str, Any]) -> list[str]:
     given = config.data.tokenizer
-    if given == TO_BE_GIVEN or "://" in given:
+    if given == TO_BE_GIVEN or is_url(given):
         return []
-    path = data_file(config.data, given)
-    if path.is_dir():
-        path = next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), path)
+    path = tokenizer_file(data_file(config.data, given))
     made_with = manifest.get("tokenizer", {}).get("sha256")
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() == made_with:
+    if path is None or hashlib.sha256(path.read_bytes()).hexdigest() == made_with:
         return []
     return [
         f"{key}: tokens and mask were made with another tokenizer than data.tokenizer={given}; set that, or run `hymba "

@@ -20,13 +20,12 @@ from hymba_train.describe import (
     layer_tensors,
 )
 from hymba_train.describe.activations import (
-    BACKEND_KEYS,
-    backends_of,
     head_saved_tensors,
     layer_saved_tensors,
     logit_gradient_bytes,
     recomputed_saved_tensors,
 )
+from hymba_train.describe.backends import backends_of
 from hymba_train.describe.saved import SavedTensor, Setting
 from hymba_train.plan.precision import PRODUCTS
 from hymba_train.plan.stages import Chunk
@@ -83,15 +82,11 @@ def setting_of(config: Config, phase: PhaseConfig) -> Setting:
     """What saved tensors depend on, for a run's micro-batch. A device of ``auto`` is planned as a GPU."""
     p, precision = config.parallel, config.precision
     device = "cpu" if config.run.device == "cpu" else "cuda"
-    asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
     return Setting(
         phase.micro_batch_size, phase.seq_length, p.tensor, p.sequence,
         value_bytes=2 if precision.params == "bf16" else 4, fp8=precision.fp8 is not None,
         documents=config.data.document_mask, device=device,
-        backends=backends_of(
-            device, precision.params == "bf16", config.run.deterministic, config.model.mamba_state_dim, asked,
-            ModelDims.of(config.model).head_dim,
-        ),
+        backends=backends_of(config, device),
     )  # fmt: skip
 
 

@@ -15,18 +15,18 @@ def check_files(config: Config) -> list[str]:
     problems = []
     if data.path == TO_BE_GIVEN:  # nothing relative to it can be looked for
         return _check_load(config)
-    remote = data.path is not None and _is_url(data.path)
+    remote = data.path is not None and is_url(data.path)
     if data.path is not None and not remote and not Path(data.path).is_dir():
         made_by = f"make it (the demo's: `hymba data prepare-demo --output {data.path}`), or set data.path"
         return [f"data.path={data.path}: no such directory; {made_by}", *_check_load(config)]
-    if data.tokenizer != TO_BE_GIVEN and not remote and not _is_url(data.tokenizer):
+    if data.tokenizer != TO_BE_GIVEN and not remote and not is_url(data.tokenizer):
         path = data_file(data, data.tokenizer)
-        if not (path.is_file() or (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()):
+        if tokenizer_file(path) is None:
             problems.append(
                 f"data.tokenizer={data.tokenizer}: {path} is neither a directory with tokenizer.json nor a .model file"
             )
     for name, source in data.sources.items():
-        if source.path == TO_BE_GIVEN or remote or _is_url(source.path):
+        if source.path == TO_BE_GIVEN or remote or is_url(source.path):
             continue
         prefix = data_file(data, source.path)
         missing = [suffix for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
@@ -42,15 +42,20 @@ def check_cache(config: Config) -> list[str]:
     data = config.data
     named = {"data.path": data.path, "data.tokenizer": data.tokenizer}
     named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
-    remote = [f"{key}={path}" for key, path in named.items() if path is not None and _is_url(path)]
+    remote = [f"{key}={path}" for key, path in named.items() if path is not None and is_url(path)]
     if not remote or data.cache is not None:
         return []
     return [f"data.cache: to be given, because {remote[0]} is remote: a directory on a local disk with room for a copy"]
 
 
-def _is_url(path: str) -> bool:
+def is_url(path: str) -> bool:
     """A remote file system: what lies there is looked for when the data are opened."""
     return "://" in path
+
+
+def tokenizer_file(path: Path) -> Path | None:
+    """The file that holds a tokenizer: ``path``, or one in this directory. None: there is none."""
+    return next((p for p in (path, path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None)
 
 
 def _check_packs(config: Config, source: str, prefix: Path) -> list[str]:

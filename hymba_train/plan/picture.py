@@ -7,7 +7,12 @@ from pathlib import Path
 from hymba_train.errors import UserError
 from hymba_train.plan.plan import Plan
 
-COLOURS = {"global": "#c44e52", "local": "#4c72b0", "ssm": "#55a868"}
+SPANS = {
+    "global": ("attention to everything", "#c44e52"),
+    "local": ("attention in a window", "#4c72b0"),
+    "-": ("SSM alone", "#55a868"),
+}
+"""LayerDescription.span -> words of the legend, colour of the box."""
 BOX_WIDTH, BOX_HEIGHT = 0.8, 1.0
 
 
@@ -23,8 +28,7 @@ def draw_stack(plan: Plan, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(max(6.0, 0.36 * num_layers + 1), 3.2))
     for row in plan.layers:
         layer = row.description
-        kind = "ssm" if not layer.has_attention else "global" if layer.window is None else "local"
-        box = Rectangle((layer.index - BOX_WIDTH / 2, 0), BOX_WIDTH, BOX_HEIGHT, color=COLOURS[kind])
+        box = Rectangle((layer.index - BOX_WIDTH / 2, 0), BOX_WIDTH, BOX_HEIGHT, color=SPANS[layer.span][1])
         axes.add_patch(box)
         axes.text(layer.index, BOX_HEIGHT / 2, str(layer.index), ha="center", va="center", color="white", fontsize=8)
         for consumer in layer.kv_consumers if layer.kv_role == "producer" else ():
@@ -40,11 +44,9 @@ def draw_stack(plan: Plan, path: Path) -> None:
         axes.text(middle, -0.18, name, ha="center", va="top", fontsize=8)
         if chunk.layers.start:
             axes.axvline(chunk.layers.start - 0.5, color="black", linewidth=1, linestyle=":")
-    names = {"global": "attention to everything", "local": "attention in a window", "ssm": "SSM alone"}
-    used = {"ssm" if not r.description.has_attention else "global" if r.description.window is None else "local"
-            for r in plan.layers}  # fmt: skip
+    used = {row.description.span for row in plan.layers}
     axes.legend(
-        handles=[Patch(color=COLOURS[kind], label=names[kind]) for kind in names if kind in used],
+        handles=[Patch(color=colour, label=words) for span, (words, colour) in SPANS.items() if span in used],
         loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8,
     )  # fmt: skip
     axes.set(

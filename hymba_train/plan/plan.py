@@ -87,13 +87,6 @@ class Plan:
     to_be_given: tuple[str, ...]  # dotted keys only the user knows
     notes: tuple[str, ...]  # worth knowing, not wrong
 
-    def layers_of_chunk(self, pipeline_rank: int, virtual_rank: int = 0) -> range:
-        """Global layer numbers of one model chunk. Raises KeyError for a chunk that does not exist."""
-        for chunk in self.chunks:
-            if (chunk.pipeline_rank, chunk.virtual_rank) == (pipeline_rank, virtual_rank):
-                return chunk.layers
-        raise KeyError(f"no chunk of pipeline rank {pipeline_rank}, virtual stage {virtual_rank}")
-
     def require_complete(self) -> None:
         """What ``train`` asks for beyond ``plan``: nothing is left to be given. Raises UserError, one line a key."""
         if self.to_be_given:
@@ -124,11 +117,6 @@ def _default_world_size(config: Config) -> int:
     return config.parallel.world_size or config.parallel.tensor * config.parallel.pipeline
 
 
-def layers_of_chunk(plan: Plan, pipeline_rank: int, virtual_rank: int = 0) -> range:
-    """Global layer numbers of one model chunk; chunk c belongs to pipeline rank c % PP, virtual stage c // PP."""
-    return plan.layers_of_chunk(pipeline_rank, virtual_rank)
-
-
 def _all_problems(config: Config, world_size: int | None, check_paths: bool, needs_reference: bool) -> list[str]:
     problems = check_values(config)
     wrong = {line.partition(".")[0] for line in problems}  # later checks rely on single values being possible
@@ -144,6 +132,7 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool, nee
         problems += checks.check_layout(config, world_size)
         ranks = config.parallel.tensor * config.parallel.pipeline
         data_parallel = world_size // ranks if world_size % ranks == 0 else None
+        problems += [] if model_problems else checks.check_cut(config)
     if fine("model", "parallel", "precision") and not model_problems:
         problems += check_precision(config)
     if fine("optim", "schedule"):

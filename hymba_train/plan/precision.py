@@ -6,12 +6,11 @@ tensors in blocks, and each recipe wants whole blocks along both axes of what it
 
 from __future__ import annotations
 
-from hymba_train.config.nearest import did_you_mean
-from hymba_train.config.numbers import multiples_around
+from hymba_train.config.nearest import did_you_mean, multiples_around
 from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.describe import LayerDescription, ModelDims, capacity, layer_tensors, resolve_stack, used_mixers
-from hymba_train.describe.activations import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of
 from hymba_train.describe.attention_backends import check_attention
+from hymba_train.describe.backends import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, asked_backends, backends_of
 from hymba_train.describe.mixers import SsdSizes
 from hymba_train.describe.saved import MOST_STATES
 
@@ -62,13 +61,8 @@ def _check_backends(config: Config) -> list[str]:
 
 def _check_kernels(config: Config) -> list[str]:
     """What kernels ask of shapes and settings, where it is sure that they will run."""
-    precision, d = config.precision, ModelDims.of(config.model)
-    asked = {op: getattr(precision, key) for op, key in BACKEND_KEYS.items()}
-    chosen = asked
-    if config.run.device == "cuda":
-        chosen = backends_of(
-            "cuda", precision.params == "bf16", config.run.deterministic, d.state_dim, asked, d.head_dim
-        )
+    d = ModelDims.of(config.model)
+    chosen = backends_of(config, "cuda") if config.run.device == "cuda" else asked_backends(config)
     problems, layers = [], resolve_stack(config.model)
     has_attention = any(layer.has_attention for layer in layers)
     scan = chosen["selective_scan"]
@@ -121,11 +115,7 @@ def _check_widths(config: Config, fp8: str, block: int) -> list[str]:
     """Widths of every product on a rank, each named once by the key that decides it."""
     model, tp = config.model, config.parallel.tensor
     problems: dict[str, None] = {}
-    try:
-        stack = resolve_stack(model)
-    except ValueError:  # check_model says it
-        return []
-    for kind in dict.fromkeys(layer.kind for layer in stack):
+    for kind in dict.fromkeys(layer.kind for layer in resolve_stack(model)):
         for name, width, key in _widths(config, kind):
             if width % block:
                 of_rank = f" on each of {tp} tensor-parallel ranks" if tp > 1 and name else ""

@@ -17,9 +17,9 @@ from rich.table import Table
 from hymba_train.config.document import meaning_of
 from hymba_train.describe import LayerDescription, cache_bytes
 from hymba_train.describe.flops import BACKWARD_FACTOR
+from hymba_train.plan.checkpoints import checkpoint_sizes
 from hymba_train.plan.measured import estimate_times
 from hymba_train.plan.plan import Plan
-from hymba_train.plan.sizes import checkpoint_sizes
 from hymba_train.plan.suggest import Suggestion
 
 MIN_WIDTH = 150

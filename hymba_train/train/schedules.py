@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hymba_train.config.decays import DECAYS, STYLES
+from hymba_train.config.decays import DECAYS
 from hymba_train.config.schema import OptimConfig, ScheduleConfig
-from hymba_train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,10 @@ class LearningRate:
 
     @classmethod
     def of(cls, schedule: ScheduleConfig, optim: OptimConfig, total_tokens: int) -> LearningRate:
-        """Schedule of a run of ``total_tokens`` text tokens, all phases together.
-
-        Raises UserError, one line a problem, for unknown styles and fractions that do not fit.
-        """
-        problems = []
-        if schedule.lr_decay_style not in STYLES:
-            problems.append(f"schedule.lr_decay_style={schedule.lr_decay_style!r}: known are {', '.join(STYLES)}")
-        if schedule.lr_wsd_decay_style not in DECAYS:
-            known = ", ".join(DECAYS)
-            problems.append(f"schedule.lr_wsd_decay_style={schedule.lr_wsd_decay_style!r}: known are {known}")
-        decay_fraction = schedule.lr_wsd_decay_fraction if schedule.lr_decay_style == "wsd" else 0.0
-        for key, value in (("warmup", schedule.lr_warmup_fraction), ("wsd_decay", schedule.lr_wsd_decay_fraction)):
-            if not 0 <= value <= 1:
-                problems.append(f"schedule.lr_{key}_fraction={value} is a share of all tokens: give 0 to 1")
-        if schedule.lr_warmup_fraction + decay_fraction > 1:
-            problems.append(
-                f"schedule.lr_warmup_fraction={schedule.lr_warmup_fraction} and schedule.lr_wsd_decay_fraction="
-                f"{decay_fraction} are more than all tokens: their sum must be at most 1"
-            )
-        if problems:
-            raise UserError(*problems)
+        """Schedule of a run of ``total_tokens`` text tokens, all phases together. Expects what the plan has checked."""
         return cls(
-            schedule.lr_decay_style, optim.lr, optim.min_lr, total_tokens,
-            schedule.lr_warmup_fraction * total_tokens, decay_fraction * total_tokens, schedule.lr_wsd_decay_style,
+            schedule.lr_decay_style, optim.lr, optim.min_lr, total_tokens, schedule.lr_warmup_fraction * total_tokens,
+            schedule.lr_wsd_decay_fraction * total_tokens, schedule.lr_wsd_decay_style,
         )  # fmt: skip
 
     def __call__(self, tokens: float) -> float:

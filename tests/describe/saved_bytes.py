@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hymba_train.config import compose
+from hymba_train.describe.heads import heads_of_rank
 from hymba_train.model import build_model_chunks
-from hymba_train.model.attention import needed_kv_heads
 from hymba_train.model.rows import MicroBatch, TokenRows, num_token_rows
 from hymba_train.parallel import create_groups, destroy_groups
 from hymba_train.parallel.device import activate
@@ -89,7 +89,7 @@ def measure(case: dict) -> list[tuple[int, str]]:
 
         kv = []
         if layer.layer.kv_role == "consumer":
-            groups = len(needed_kv_heads(d, tensor, tensor - 1))
+            groups = len(heads_of_rank(d, tensor, tensor - 1).kv_heads)
             kv = [stream(rows.num_rows, groups * width) for width in (d.head_dim, d.value_head_dim)]
         known = [*held, *kv, inputs.cos, inputs.sin, inputs.reach, *([] if segments is None else [segments])]
         with Counter(known) as counter:

@@ -11,15 +11,8 @@ import pytest
 
 from hymba_train.config import compose
 from hymba_train.describe import resolve_stack
-from hymba_train.describe.activations import (
-    BACKEND_KEYS,
-    KNOWN_BACKENDS,
-    ON_GPU_ONLY,
-    backends_of,
-    head_saved_tensors,
-    layer_saved_tensors,
-    recomputed_saved_tensors,
-)
+from hymba_train.describe.activations import head_saved_tensors, layer_saved_tensors, recomputed_saved_tensors
+from hymba_train.describe.backends import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of
 from hymba_train.describe.saved import Setting
 from tests.children import child_environment
 
@@ -91,9 +84,7 @@ def measure(cases):
 
 def planned(c):
     config = compose([*c["overrides"], "parallel.world_size=null"])
-    precision, device = config.precision, "cuda" if c["device"] == "cuda" else "cpu"
-    asked = {"selective_scan": precision.scan_backend, "attention": precision.attention_backend}
-    backends = backends_of(device, precision.params == "bf16", asked=asked)
+    backends = backends_of(config, "cuda" if c["device"] == "cuda" else "cpu")
     setting = Setting(
         c["batch"], c["seq"], config.parallel.tensor, config.parallel.sequence,
         value_bytes=2 if config.precision.params == "bf16" else 4, documents=c["documents"],
@@ -141,15 +132,18 @@ def test_auto_is_what_the_registry_would_take(device):
 
     from hymba_train.ops import BACKENDS
 
+    config = compose(TINY)
     for is_bf16, deterministic, num_states, head_dim in itertools.product(
         (True, False), (False, True), (16, 32), (64, 72)
     ):
         needs = {"backward", "segment_ids"} | ({"deterministic"} if deterministic else set())
         dtype = torch.bfloat16 if is_bf16 else torch.float32
+        config.precision.params, config.run.deterministic = "bf16" if is_bf16 else "float32", deterministic
+        config.model.mamba_state_dim, config.model.kv_channels = num_states, head_dim
+        chosen = backends_of(config, device)
         for op in KNOWN_BACKENDS:
             wanted = needs | ({"wide_state"} if num_states > 16 and op == "selective_scan" else set())
             if op == "rotate_heads" and head_dim == 72:
                 wanted |= {"odd_width"}
             able = (b for b in BACKENDS[op] if device in b.device_types and dtype in b.dtypes and not wanted - b.can)
-            chosen = backends_of(device, is_bf16, deterministic, num_states, head_dim=head_dim)
             assert chosen[op] == next(able).name

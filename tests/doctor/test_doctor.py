@@ -87,7 +87,7 @@ def test_gpus_that_torch_does_not_see(monkeypatch, tmp_path, output, code, level
 
 def test_every_backend_is_run(monkeypatch):
     findings = kernels.kernels()
-    assert {"attention", "selective_scan", "causal_conv"} <= {f.name for f in findings}
+    assert {"attention", "selective_scan", "causal_conv_rows"} <= {f.name for f in findings}
     if not torch.cuda.is_available():
         assert any(f.name.strip() == "reference" and "agrees with torch" in f.value for f in findings)
         assert any(f.name.strip() == "flex" and "not here" in f.value for f in findings)

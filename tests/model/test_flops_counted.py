@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hymba_train.describe.flops import BACKWARD_FACTOR, flops_per_token
+from hymba_train.describe.saved import GROUP_ALIGNMENT
 from hymba_train.model import build_model_chunks
-from hymba_train.model.ssm import ALIGNMENT
 from tests.train.tiny_run import tiny_config
 
 BATCH, SEQ = 3, 24
@@ -26,7 +26,11 @@ def test_matrix_products_equal_the_formula(tmp_path, lone_runtime, pattern):
     counted as one of these."""
     shared = [[1, 2]] if pattern == ["hybrid"] else []
     # Groups of x_proj as wide as they are computed: padding is not in the formula.
-    exact = {"model.mamba_dt_rank": ALIGNMENT, "model.mamba_state_dim": ALIGNMENT, "model.mamba2_head_dim": 8}
+    exact = {
+        "model.mamba_dt_rank": GROUP_ALIGNMENT,
+        "model.mamba_state_dim": GROUP_ALIGNMENT,
+        "model.mamba2_head_dim": 8,
+    }
     if "mamba2" in pattern:
         exact["model.branch_fusion"] = "concat"
     config = tiny_config(tmp_path, **{"model.layer_pattern": pattern, "model.kv_groups": shared}, **exact)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hymba_train.errors import UserError
+from hymba_train.ops.branch_norms import normed_average
 from hymba_train.ops.gradient_slots import split_columns
-from hymba_train.ops.normed_average import normed_average
 from hymba_train.ops.rms_norm import add_rms_norm, aligned, group_rms_norm, rms_norm
 from hymba_train.ops.rope import rope_tables, rotate_heads
 from hymba_train.ops.swiglu import swiglu

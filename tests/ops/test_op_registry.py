@@ -64,7 +64,6 @@ def test_backends_of_an_op_share_its_signature():
 
 
 def test_a_choice_is_called_like_the_op():
-    conv = select("causal_conv", "auto", "cpu", needs={"initial_state"})
-    out, taps = conv(torch.zeros(1, 2, 3), torch.zeros(3, 4), torch.ones(3), initial_taps=None)
-    torch.testing.assert_close(out, torch.nn.functional.silu(torch.ones(1, 2, 3)))
-    assert taps.shape == (1, 3, 3)
+    conv = select("causal_conv_rows", "auto", "cpu", needs={"segment_ids"})
+    out = conv(torch.zeros(5, 3), torch.zeros(3, 4), torch.ones(3), num_meta=1, batch=2, seq=2)
+    torch.testing.assert_close(out, torch.nn.functional.silu(torch.ones(5, 3)))

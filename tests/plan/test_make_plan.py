@@ -7,7 +7,7 @@ import pytest
 from hymba_train.config import compose
 from hymba_train.describe.activations import head_saved_tensors, layer_saved_tensors
 from hymba_train.errors import UserError
-from hymba_train.plan import layers_of_chunk, make_plan
+from hymba_train.plan import make_plan
 from hymba_train.plan.memory import setting_of
 from hymba_train.plan.render import plan_to_json
 
@@ -44,8 +44,8 @@ def test_phases_of_the_published_recipe():
 @pytest.mark.parametrize("pipeline", [2, 4, 8, 16])
 def test_every_layer_is_in_one_stage(pipeline):
     plan = plan_of(*FREE, f"parallel.pipeline={pipeline}")
-    held = [i for rank in range(pipeline) for i in layers_of_chunk(plan, rank)]
-    assert held == list(range(32))
+    held = [i for chunk in plan.chunks for i in chunk.layers]
+    assert held == list(range(32)) and [chunk.pipeline_rank for chunk in plan.chunks] == list(range(pipeline))
     assert [b.kv_producers for b in plan.borders] == [()] * (pipeline - 1)
     assert {layer.description.index: layer.pipeline_rank for layer in plan.layers} == {
         i: c.pipeline_rank for c in plan.chunks for i in c.layers
@@ -54,11 +54,10 @@ def test_every_layer_is_in_one_stage(pipeline):
 
 def test_interleaved_stages():
     plan = plan_of(*FREE, "parallel.pipeline=4", "parallel.virtual_pipeline=2")
-    assert layers_of_chunk(plan, 0, 0) == range(0, 3) and layers_of_chunk(plan, 3, 1).stop == 32
-    held = [i for v in range(2) for rank in range(4) for i in plan.layers_of_chunk(rank, v)]
-    assert held == list(range(32))
-    with pytest.raises(KeyError, match="virtual stage 2"):
-        plan.layers_of_chunk(0, 2)
+    assert plan.chunks[0].layers == range(0, 3)
+    assert [i for chunk in plan.chunks for i in chunk.layers] == list(range(32))
+    places = [(chunk.virtual_rank, chunk.pipeline_rank) for chunk in plan.chunks]
+    assert places == [(v, rank) for v in range(2) for rank in range(4)]
 
 
 def test_a_layout_of_ones_own():

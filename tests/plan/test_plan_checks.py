@@ -3,7 +3,7 @@
 import pytest
 
 from hymba_train.config import compose
-from hymba_train.config.numbers import divisors_around, multiples_around
+from hymba_train.config.nearest import divisors_around, multiples_around
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
 
@@ -144,7 +144,7 @@ def test_widths_are_looked_at_again_where_auto_turns_out_to_be_a_gpu(monkeypatch
     config = compose(["experiment=demo", "precision=bf16", "model.num_attention_heads=16", "run.device=auto"])
     make_plan(config, check_paths=False)
     with pytest.raises(UserError, match="choose 4 or 8 heads"):
-        select_ops(config, torch.device("cuda"), torch.bfloat16, uneven_kv=False)
+        select_ops(config, torch.device("cuda"), torch.bfloat16)
 
 
 def test_delayed_scaling_is_not_recomputed():
@@ -166,6 +166,19 @@ def test_parallel_needs_a_head_a_rank_and_known_micro_batches():
     assert line.startswith("parallel.pipeline_layout=[0, 8]: every chunk needs a layer")
     (line,) = problems(*tiny, "model.rope_type=ntk", "model.hidden_size=8")
     assert line == "model.num_attention_heads=4: heads of 2 are too narrow for rope_type=ntk; choose 2 at most"
+
+
+def test_unknown_decays_and_impossible_shares_are_all_named():
+    lines = problems(
+        "experiment=demo", "schedule.lr_decay_style=wds", "schedule.lr_wsd_decay_style=sqrt",
+        "schedule.lr_warmup_fraction=1.5", "schedule.lr_wsd_decay_fraction=-0.1",
+    )  # fmt: skip
+    assert [line.partition(":")[0] for line in lines] == [
+        "schedule.lr_decay_style=wds", "schedule.lr_warmup_fraction=1.5", "schedule.lr_wsd_decay_fraction=-0.1",
+        "schedule.lr_wsd_decay_style=sqrt",
+    ]  # fmt: skip
+    (line,) = problems("experiment=demo", "schedule.lr_warmup_fraction=0.5", "schedule.lr_wsd_decay_fraction=0.6")
+    assert line.endswith("add up to more than 1: lower one by 0.1")
 
 
 def test_exponential_decay_never_reaches_nothing():

@@ -11,8 +11,8 @@ from hymba_train.config import compose
 from hymba_train.describe import cache_bytes
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
+from hymba_train.plan.checkpoints import checkpoint_sizes
 from hymba_train.plan.picture import draw_stack
-from hymba_train.plan.sizes import checkpoint_sizes
 from hymba_train.plan.suggest import MEMORY_IN_USE, suggest
 
 BIG = ["experiment=pretrain_1p5b"]

@@ -10,6 +10,8 @@ import torch
 from hymba_train.describe import model_tensors
 from hymba_train.model import build_model_chunks
 from hymba_train.train.optimizer import build_optimizer, wrap_model
+from hymba_train.train.schedules import set_hyperparameters
+from hymba_train.train.step import Stepper
 from tests.train.tiny_run import tiny_config
 
 
@@ -58,6 +60,31 @@ def test_float32_parameters_stay_float32_in_a_bf16_model(tmp_path, lone_runtime)
     _, model, _ = build(tmp_path, lone_runtime, **{"precision.params": "bf16"})
     for name, param, description, _ in model.described_parameters():
         assert param.dtype is (torch.float32 if description.float32 else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradients_are_reduced_in_the_type_asked_for(tmp_path, lone_runtime, distributed):
+    """In bf16 the sum over micro-batches is rounded after each: near, but not equal."""
+    found = {}
+    for in_fp32 in (True, False):
+        changes = {"parallel.distributed_optimizer": distributed, "precision.grad_reduce_in_fp32": in_fp32}
+        config = tiny_config(tmp_path, **{"precision.params": "bf16"}, **changes)
+        (model,) = build_model_chunks(config, lone_runtime, [range(config.model.num_layers)])
+        chunks = wrap_model(config, lone_runtime, [model])
+        optimizer = build_optimizer(config, lone_runtime, chunks)
+        for _, param, description, _ in model.described_parameters():
+            is_wide = in_fp32 or description.float32
+            assert param.main_grad.dtype is (torch.float32 if is_wide else torch.bfloat16), description.name
+        tokens = torch.randint(0, config.model.vocab_size, (3, 1, 17), generator=torch.Generator().manual_seed(5))
+        batches = [{"tokens": t[:, :-1], "labels": t[:, 1:], "positions": None, "segment_ids": None} for t in tokens]
+        set_hyperparameters(optimizer.param_groups, 1e-3, 0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        result = Stepper(lone_runtime, chunks, optimizer).train(batches)
+        assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        found[in_fp32] = result.loss, result.grad_norm
+    assert found[False][0] == found[True][0]
+    norm, exact = found[False][1], found[True][1]
+    assert norm == pytest.approx(exact, rel=1e-2) and norm != exact
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -32,17 +32,17 @@ class Mixer:
     """What mixes the tokens of a layer, between ``in_proj`` and ``out_proj``.
 
     :mod:`hymba_train.describe` asks for shapes, work and memory, :mod:`hymba_train.plan` for problems, and the model
-    for the module to build. A mixer that is neither attention nor Mamba-1 names that module in ``branch``.
+    for the module to build.
     """
 
     name: str
     """As in model.layer_pattern."""
     branch: str = ""
-    """'module:class' of the module between in_proj and out_proj (hymba_train/model/mixer.py says how it is called);
-    '': made of the attention and Mamba-1 branches."""
+    """'module:class' of what stands between in_proj and out_proj, beside attention if there is that, too
+    (hymba_train/model/mixer.py says how it is called); '': attention alone."""
     has_attention: bool = False
     has_ssm: bool = False
-    """A Mamba-1 branch."""
+    """Whether the branch is Mamba-1."""
     in_published_format: bool = True
     """Whether the Hugging Face format of Hymba has such layers."""
 

@@ -20,6 +20,7 @@ class HymbaMixer(Mixer):
 
     def __init__(self, name: str, has_attention: bool, has_ssm: bool) -> None:
         self.name, self.has_attention, self.has_ssm = name, has_attention, has_ssm
+        self.branch = "hymba_train.model.ssm:SsmBranch" if has_ssm else ""
 
     @property
     def is_hybrid(self) -> bool:

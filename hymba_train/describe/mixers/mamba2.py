@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hymba_train.config.numbers import divisors_around
+from hymba_train.config.nearest import divisors_around
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe.dims import ModelDims, inner_size_in_words
 from hymba_train.describe.mixers.base import By, Mixer, SsdSizes
