@@ -40,7 +40,8 @@ class Checkpointing(Callback):
         self._report(loop, self.writer.poll(sums=loop.answers))
         due = self.interval and loop.state.step % self.interval == 0
         if loop.stop_reason or loop.finished:  # before the evaluation that ends the run: it may take long
-            self._save(loop, wait=True)
+            if not loop.suspect:
+                self._save(loop, wait=True)
         elif due or loop.save_requested:
             self._save(loop, wait=False)
 

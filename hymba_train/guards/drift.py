@@ -18,7 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.errors import ReplicasDiffer
-from hymba_train.train.optimizer import gathered_parameters
+from hymba_train.parallel.gathered import gathered_parameters
 
 CHUNK_VALUES = 2**22  # summed up at a time: 32 MiB of int64
 MOST_NAMED = 5

@@ -97,10 +97,7 @@ class Watchdog(Callback):
     def on_guard(self, loop, event) -> None:
         self._move(marks.BETWEEN)  # a rewind may follow
 
-    def on_evaluate_end(self, loop, losses) -> None:
-        self.touch()
-
-    def on_recall_end(self, loop, scores) -> None:
+    def on_evaluation_end(self, loop, result) -> None:
         self.touch()
 
     def on_checkpoint_saved(self, loop, path, step) -> None:

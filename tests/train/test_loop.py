@@ -173,6 +173,34 @@ def test_a_guard_that_stops_ends_the_run_before_the_bad_step():
     assert recorder.calls[-3:] == ["on_guard", "on_train_end", "close"]
 
 
+def lost(*calls):
+    return acting(**dict.fromkeys([f"call{number}" for number in calls], "lost"))[0]
+
+
+def test_a_run_that_is_not_trained_any_more_fails_before_its_end():
+    seen = []
+
+    class Watch(Callback):
+        def on_step_end(self, loop, metrics):
+            seen.append((loop.state.step, loop.suspect))
+
+    loop = make([Watch()], train=lost(2, 3, 4), max_lost=1)
+    assert loop.run().step == 3 and loop.failed and not loop.finished
+    assert loop.stop_reason == "the last 2 steps were not applied: bad step"
+    assert seen == [(1, False), (2, False), (3, True)], "known before the step's hooks: nothing is saved"
+
+
+def test_a_run_of_which_no_step_was_applied_does_not_finish():
+    loop = make([], train=lost(1, 2, 3, 4, 5))
+    assert loop.run().step == 5 and loop.failed and loop.suspect and not loop.finished
+    assert loop.stop_reason == "the last 5 steps were not applied: bad step"
+
+
+def test_lost_steps_now_and_then_are_no_failure():
+    loop = make([], train=lost(1, 2, 4, 5), max_lost=2)
+    assert loop.run().step == 5 and loop.finished and loop.stop_reason == "all phases trained"
+
+
 def test_a_rewind_goes_on_from_the_state_that_was_loaded():
     recorder, (train, calls) = Recorder(), acting(call4="rewind")
 
