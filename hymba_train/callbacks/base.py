@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing; override what is needed. ``loop`` gives ``state``, ``request_stop()`` and ``request_save()``."""
+    """Does nothing; override what is needed. ``loop`` gives ``state`` and ``request_stop()``."""
 
     def on_train_start(self, loop: Loop) -> None:
         """Before the first step of this process, after a checkpoint has been loaded."""

@@ -17,12 +17,12 @@ from hymba_train.callbacks.jsonl import METRICS, JsonLines, read_events
 from hymba_train.callbacks.never_fatal import NeverFatal
 from hymba_train.callbacks.profile import Profile
 from hymba_train.callbacks.progress import Progress
-from hymba_train.callbacks.stop_file import StopOnRequest
+from hymba_train.callbacks.stop import StopOnRequest
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB
-from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
 from hymba_train.guards.starts import Starts
+from hymba_train.parallel.ranks import on_rank_0
 
 if TYPE_CHECKING:
     from hymba_train.evaluation.in_training import EvaluationInTraining

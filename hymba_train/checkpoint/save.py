@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hymba_train.checkpoint import directory, manifest, together, tree
+from hymba_train.checkpoint import directory, manifest, tree
 from hymba_train.checkpoint.background import Background
 from hymba_train.checkpoint.optimizer_state import optimizer_state, optimizer_step, sharded_tensors
 from hymba_train.checkpoint.share import Planner, Share
@@ -25,6 +25,7 @@ from hymba_train.checkpoint.writing import publish, write_share
 from hymba_train.errors import UserError
 from hymba_train.files import make_private
 from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.ranks import on_rank_0
 from hymba_train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class CheckpointWriter:
         with self._errors_named(path), gathered_parameters(self.chunks):
             content = self._content(state)
             self._needed_bytes = self._count_bytes(content)
-            together.on_rank_0(lambda: self._start(step))
+            on_rank_0(lambda: self._start(step))
             metadata = self.metadata(state)
             share = self._planner.share(content, path)
         self._under_way = self._begin(path, share, metadata)
@@ -179,7 +180,7 @@ class CheckpointWriter:
             current.process.kill()
         reasons: list[str | None] = [None] * self.runtime.world_size
         dist.all_gather_object(reasons, outcome)
-        free = together.on_rank_0(lambda: self._clean_up(current.path))
+        free = on_rank_0(lambda: self._clean_up(current.path))
         ranks = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
         raise self._error(current.path, "; ".join(ranks[:MOST_REASONS]), free)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
 from hymba_train.data import TrainingData
 from hymba_train.errors import ReplicasDiffer
@@ -24,6 +23,7 @@ from hymba_train.guards.stragglers import Stragglers
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.outcome import write_outcome
 from hymba_train.parallel.fp8_state import Fp8State
+from hymba_train.parallel.ranks import on_rank_0
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
 from hymba_train.train.step import MicroBatch, Stepper, StepResult

@@ -54,7 +54,7 @@ class DriftGuard(Callback):
     def on_step_end(self, loop, metrics) -> None:
         step = loop.state.step
         is_last = loop.stop_reason or loop.finished  # Checkpointing saves in this hook then
-        if is_last or loop.save_requested or any(step % interval == 0 for interval in self.intervals):
+        if is_last or any(step % interval == 0 for interval in self.intervals):
             self.check(loop)
 
     def on_train_end(self, loop) -> None:

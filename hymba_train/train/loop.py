@@ -74,9 +74,7 @@ class Loop:
         self.failed = False  # the run ended before its end, and starting it again would end the same way
         self.suspect = False  # it did so because the weights may be wrong: nothing is to be saved of them
         self._lost_in_a_row = 0
-        self.save_requested = False  # true during on_step_end of the step in which all ranks learnt of a request
         self._wants_stop: str | None = None
-        self._wants_save = False
         self._first_step = state.step
 
     # -- for callbacks ---------------------------------------------------------------------------------------------
@@ -85,10 +83,6 @@ class Loop:
         """End training. May be called on any rank, at any time, from a signal handler too: all ranks stop together
         after the step in which they have told each other, and a last checkpoint is written."""
         self._wants_stop = reason
-
-    def request_save(self) -> None:
-        """Write a checkpoint soon; as :meth:`request_stop`, from any rank."""
-        self._wants_save = True
 
     @property
     def trained(self) -> bool:
@@ -156,7 +150,6 @@ class Loop:
                 self.meter.restart()
             self.emit("on_step_end", metrics)
             self.meter.resume()
-            self.save_requested = False
 
     def _planned(self) -> Iterator[PlannedStep]:
         """Steps to train, until something ends the run; says what in ``stop_reason``."""
@@ -175,18 +168,15 @@ class Loop:
     def _one_step(self, step: PlannedStep) -> StepResult:
         batches = self._load(step)
         self.emit("on_batch_loaded")
-        wanted = (int(self._wants_stop is not None), int(self._wants_save), *self._ask())
-        return self._train(step, batches, wanted)
+        return self._train(step, batches, (int(self._wants_stop is not None), *self._ask()))
 
     def _count(self, step: PlannedStep, result: StepResult) -> None:
         self.state.advance(step.batch_size, step.seq_length)
         self.meter.count(step.tokens, step.flops_per_token, step.executed_flops_per_token)
-        stop, save, *answers = result.requests
+        stop, *answers = result.requests
         self.answers = tuple(answers)
         if stop:
             self.stop_reason = self._wants_stop or "another rank asked to stop"
-        if save:
-            self.save_requested, self._wants_save = True, False
         self._end_if_lost(result)
 
     def _end_if_lost(self, result: StepResult) -> None:

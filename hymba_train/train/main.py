@@ -17,7 +17,7 @@ from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, prune, step_o
 from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
-from hymba_train.checkpoint.together import alike, failing_at_once, locked, on_rank_0
+from hymba_train.checkpoint.together import locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data import DataRecord, build_training_data
@@ -30,6 +30,7 @@ from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import fp8_state, initialize, shutdown
 from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.ranks import alike, failing_at_once, on_rank_0
 from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.dpo import objective_of
 from hymba_train.train.feed import Feed

@@ -127,15 +127,6 @@ def test_a_checkpoint_is_reported_before_the_next_save_may_delete_it(tmp_path, l
     assert [step for step, _ in writer.saves] == [2, 4, 6]
 
 
-def test_a_request_saves_now(tmp_path, loop_of):
-    writer = FakeWriter(tmp_path)
-    loop = loop_of(Checkpointing(writer, 0))
-    loop.start()
-    loop.save_requested = True
-    loop.step(1)
-    assert writer.saves == [(1, False)]
-
-
 def evaluation(run, interval, *is_missing):
     return Evaluation(EvaluationInTraining("validation", interval, run), *is_missing)
 
