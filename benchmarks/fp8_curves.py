@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.bench.step import batch_overrides, call
+from hymba_train.callbacks.jsonl import counting, read_lines
 from hymba_train.config import compose
 from hymba_train.data.build import load_tokenizer
 from hymba_train.errors import UserError
-from hymba_train.runs.metrics import counting, read_lines
 
 FIRST_STEPS = 10  # of which the speed says nothing
 

@@ -60,7 +60,7 @@ class Bench:
         self.planned = PlannedStep(
             0, "bench", 0, phase.global_batch_size, phase.micro_batch_size, phase.seq_length, 1e-4, 0.0
         )
-        self.loop = SimpleNamespace(state=TrainState(), save_requested=False, emit=lambda *args: None)
+        self.loop = SimpleNamespace(state=TrainState(), emit=lambda *args: None)
         watchdog = Watchdog(config.guards, directory, runtime)
         self.guards = Guards(
             config, directory, runtime, self.models, self.chunks, self.optimizer, self.stepper, None, self.loop.state,

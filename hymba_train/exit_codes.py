@@ -6,6 +6,6 @@ Codes of a rank; torchrun shows them in its table of failures and itself ends wi
 from __future__ import annotations
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, start again to go on
-GUARD_STOP = 76  # a guard ended the run; started again unchanged it would end again
+GUARD_STOP = 76  # a guard ended the run, or none did and nothing was trained any more; unchanged it would end again
 HUNG = 77  # the watchdog ended the ranks; start again (a rank that cannot even end itself is killed: -9)
 DRIFTED = 78  # replicas of parameters differ; no checkpoint was written; start again to go on from the newest one

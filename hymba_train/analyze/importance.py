@@ -136,14 +136,11 @@ def _accuracy(name: str, values: dict[str, float]) -> float:
 
 
 def score_recall(loaded: LoadedModel, args: argparse.Namespace) -> Score:
-    """Accuracy of the recall tasks of recipes/evaluation/RECIPE.yaml. Raises UserError: it has none."""
-    from hymba_train.config import compose
+    """Accuracy of the recall tasks of recipes/evaluation/RECIPE.yaml. Raises UserError."""
     from hymba_train.config.schema import PhaseConfig
-    from hymba_train.evaluation.held_out import recall_scores
+    from hymba_train.evaluation.recall_trial import recall_scores, tasks_of_recipe
 
-    tasks, tokenizer = compose([f"evaluation={args.recall}", "model=hymba_1p5b"]).evaluation, loaded.require_tokenizer()
-    if not tasks.recall:
-        raise UserError(f"--recall {args.recall}: has no tasks; give a recipe of recipes/evaluation, e.g. recall_512")
+    tasks, tokenizer = tasks_of_recipe(args.recall), loaded.require_tokenizer()
 
     def score(model: Any) -> dict[str, float]:
         found = recall_scores(model, tokenizer, tasks, PhaseConfig(), batch_size=args.batch_size)

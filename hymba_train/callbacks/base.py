@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hymba_train.evaluation.in_training import EvaluationResult
     from hymba_train.train.loop import Loop
     from hymba_train.train.metrics import StepMetrics
 
 
 class Callback:
-    """Does nothing; override what is needed. ``loop`` gives ``state``, ``request_stop()`` and ``request_save()``."""
+    """Does nothing; override what is needed. ``loop`` gives ``state`` and ``request_stop()``."""
 
     def on_train_start(self, loop: Loop) -> None:
         """Before the first step of this process, after a checkpoint has been loaded."""
@@ -42,11 +43,8 @@ class Callback:
     def on_log(self, loop: Loop, metrics: StepMetrics) -> None:
         """After the steps that are logged: each logging.log_interval-th, and the last one."""
 
-    def on_evaluate_end(self, loop: Loop, losses: dict[str, float]) -> None:
-        """After an evaluation: held-out loss in nats per token by domain."""
-
-    def on_recall_end(self, loop: Loop, scores: dict[str, dict]) -> None:
-        """After a trial of the recall tasks: task -> accuracy, loss and what else there is (evaluation.scoring)."""
+    def on_evaluation_end(self, loop: Loop, result: EvaluationResult) -> None:
+        """After an evaluation of the model as it is now."""
 
     def on_checkpoint_saved(self, loop: Loop, path: Path, step: int) -> None:
         """After a checkpoint of ``step`` has been published; with an asynchronous save that is some steps later."""

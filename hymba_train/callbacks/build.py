@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.checkpointing import Checkpointing, Writer
@@ -13,44 +13,40 @@ from hymba_train.callbacks.curve import LossCurve
 from hymba_train.callbacks.evaluation import Evaluation
 from hymba_train.callbacks.export import Export
 from hymba_train.callbacks.garbage import CollectGarbage
-from hymba_train.callbacks.jsonl import JsonLines, read_events
+from hymba_train.callbacks.jsonl import METRICS, JsonLines, read_events
 from hymba_train.callbacks.never_fatal import NeverFatal
 from hymba_train.callbacks.profile import Profile
 from hymba_train.callbacks.progress import Progress
-from hymba_train.callbacks.stop_file import StopOnRequest
+from hymba_train.callbacks.stop import StopOnRequest
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB
-from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
-from hymba_train.guards.progress import Starts
+from hymba_train.guards.starts import Starts
+from hymba_train.parallel.ranks import on_rank_0
 
-METRICS = "metrics.jsonl"
+if TYPE_CHECKING:
+    from hymba_train.evaluation.in_training import EvaluationInTraining
+
 EXPORTS = "hf"
 
 
 def build_callbacks(
-    config: Config, directory: Path, runtime, steps, peak, writer: Writer,
-    evaluate: Callable[[], dict[str, float]] | None, recall: Callable[[], dict[str, dict[str, Any]]] | None = None,
+    config: Config, directory: Path, runtime, steps, peak, writer: Writer, evaluations: Iterable[EvaluationInTraining],
     touch: Callable[[], None] = lambda: None,
 ) -> list[Callback]:  # fmt: skip
-    """Checkpoints and evaluation on every rank, first, and exports on the first; then, on the logging rank, everything
+    """Checkpoints and evaluations on every rank, first, and exports on the first; then, on the logging rank, everything
     that only looks on.
 
     Args:
         steps: the run's StepPlan. peak: the meter's :class:`hymba_train.train.metrics.Peak`.
-        evaluate: None if there is no validation domain. recall: None if there is no recall task.
         touch: tells the watchdog that a long wait is none for others.
     """
-    c, log = config.checkpoint, config.logging
+    c = config.checkpoint
     callbacks: list[Callback] = []
     if c.enabled:  # before the evaluation, which takes long and may be cut off
         callbacks.append(Checkpointing(writer, c.save_interval))
-    if evaluate:
-        missing = _missing(directory / METRICS, "validation")
-        callbacks.append(Evaluation(evaluate, log.eval_interval, is_missing=missing))
-    if recall:
-        missing = _missing(directory / METRICS, "recall")
-        callbacks.append(Evaluation(recall, config.evaluation.recall_interval, "on_recall_end", missing))
+    for evaluation in evaluations:
+        callbacks.append(Evaluation(evaluation, _missing(directory / METRICS, evaluation.name)))
     if c.enabled and c.export_interval is not None and runtime.rank == 0:
         exports = Export(directory / EXPORTS, c.export_interval, c.export_dtype, checkpoints=writer.root, touch=touch)
         callbacks.append(NeverFatal(exports))

@@ -22,7 +22,7 @@ class Writer(Protocol):
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` steps (0: never), on request, and at the end, unless the weights are suspect then.
+    """Saves every ``interval`` steps (0: never) and at the end, unless the weights are suspect then.
 
     Runs on every rank. A checkpoint is reported only once it is published.
     """
@@ -38,10 +38,10 @@ class Checkpointing(Callback):
 
     def on_step_end(self, loop, metrics) -> None:
         self._report(loop, self.writer.poll(sums=loop.answers))
-        due = self.interval and loop.state.step % self.interval == 0
         if loop.stop_reason or loop.finished:  # before the evaluation that ends the run: it may take long
-            self._save(loop, wait=True)
-        elif due or loop.save_requested:
+            if not loop.suspect:
+                self._save(loop, wait=True)
+        elif self.interval and loop.state.step % self.interval == 0:
             self._save(loop, wait=False)
 
     def on_train_end(self, loop) -> None:

@@ -1,11 +1,12 @@
-"""loss_curves.png: training and held-out loss over tokens, drawn at the end from metrics.jsonl."""
+"""loss_curves.png: losses and throughput over tokens, drawn from metrics.jsonl."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.jsonl import read_events
+from hymba_train.callbacks.jsonl import Line, counting, read_lines
 
 
 class LossCurve(Callback):
@@ -15,30 +16,38 @@ class LossCurve(Callback):
         self.metrics_path, self.image_path, self.title = metrics_path, image_path, title
 
     def on_train_end(self, loop) -> None:
-        draw(self.metrics_path, self.image_path, self.title)
+        draw(read_lines(self.metrics_path), self.image_path, self.title)
 
 
-def draw(metrics_path: Path, image_path: Path, title: str) -> None:
-    """Draw ``image_path`` (PNG) from the lines of ``metrics_path``; nothing if no step was logged."""
+def draw(lines: Sequence[Line], path: Path, title: str) -> None:
+    """Loss, held-out losses and throughput over tokens, as PNG into ``path``; nothing if no step was logged.
+
+    Raises OSError if it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = read_events(metrics_path, "train")
+    train, held_out = counting(lines, "train"), counting(lines, "validation")
     if not train:
         return
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.plot([r["tokens"] for r in train], [_number(r["loss"]) for r in train], label="training", linewidth=1)
-    held_out = read_events(metrics_path, "validation")
-    for domain in sorted({name for record in held_out for name in record["loss"]}):
-        points = [(r["tokens"], _number(r["loss"][domain])) for r in held_out if domain in r["loss"]]
-        axes.plot(*zip(*points, strict=True), label=f"held out: {domain}", marker="o", markersize=3)
-    axes.set(xlabel="text tokens", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(image_path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
+    tokens = [line["tokens"] for line in train]
+    top.plot(tokens, [_number(line["loss"]) for line in train], label="training", linewidth=1)
+    for domain in sorted({name for line in held_out for name in line["loss"]}):
+        points = [(line["tokens"], _number(line["loss"][domain])) for line in held_out if domain in line["loss"]]
+        top.plot(*zip(*points, strict=True), label=f"held out: {domain}", marker="o", markersize=3)
+    top.set(ylabel="loss (nats per token)", title=title)
+    top.legend()
+    bottom.plot(tokens, [line["tokens_per_second"] for line in train], linewidth=1)
+    bottom.set(xlabel="text tokens", ylabel="tokens per second", ylim=(0, None))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight", format="png")
+    finally:
+        pyplot.close(figure)
 
 
 def _number(value: float | None) -> float:

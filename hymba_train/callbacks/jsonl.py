@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.callbacks.base import Callback
+from hymba_train.json_lines import finite, open_to_append, read_json_lines
+
+if TYPE_CHECKING:
+    from hymba_train.evaluation.in_training import EvaluationResult
+
+METRICS = "metrics.jsonl"
+Line = dict[str, Any]
 
 
 class JsonLines(Callback):
-    """Writes ``{"event": "train", "step": ...}`` lines; other events are validation, recall, start, phase, checkpoint,
-    guard, rewind and end.
+    """Writes ``{"event": "train", "step": ...}`` lines; other events are start, phase, checkpoint, guard, rewind, end,
+    and evaluations by their names (validation, recall).
 
     Loss and gradient norm are written a second time as hexadecimal floats (``loss_hex``), which is what two runs are
     compared by bit for bit. After a restart, steps behind the loaded checkpoint come again: the last line of a step
@@ -24,20 +31,10 @@ class JsonLines(Callback):
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         """``facts`` (device, layout, MFU denominator ...) go into the start line of every process."""
         self.path, self.facts = path, facts
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._end_torn_line()
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held open for the run)
-
-    def _end_torn_line(self) -> None:
-        """A process that was killed while writing leaves half a line: keep the next one apart from it."""
-        if self.path.exists() and self.path.stat().st_size:
-            with open(self.path, "rb+") as file:
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+        self._file = open_to_append(path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        record = {"event": event, "step": step, **{k: _plain(v) for k, v in values.items()}}
+        record = {"event": event, "step": step, **finite(values)}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -64,12 +61,8 @@ class JsonLines(Callback):
     def on_rewind(self, loop) -> None:
         self.write("rewind", loop.state.step, tokens=loop.state.tokens)
 
-    def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
-        hexes = {name: float(loss).hex() for name, loss in losses.items()}
-        self.write("validation", loop.state.step, tokens=loop.state.tokens, loss=losses, loss_hex=hexes)
-
-    def on_recall_end(self, loop, scores: dict[str, dict[str, Any]]) -> None:
-        self.write("recall", loop.state.step, tokens=loop.state.tokens, tasks=scores)
+    def on_evaluation_end(self, loop, result: EvaluationResult) -> None:
+        self.write(result.name, loop.state.step, tokens=loop.state.tokens, **result.record)
 
     def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
         self.write("checkpoint", step, path=path.name, time=time.time())
@@ -85,26 +78,24 @@ class JsonLines(Callback):
         self._file.close()
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them (the hexadecimal twin says which)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value
+def read_lines(path: Path) -> list[Line]:
+    """All records in the order in which they were written; torn lines are left out."""
+    return [r for r in read_json_lines(path) if isinstance(r.get("step"), int) and "event" in r]
 
 
-def read_events(path: Path, event: str) -> list[dict[str, Any]]:
-    """Records of one kind, in the order of their steps, the last line of a step counting; a torn line is left out."""
-    records: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and record.get("event") == event:
-                records[record["step"]] = record
-    return [records[step] for step in sorted(records)]
+def counting(lines: Iterable[Line], event: str) -> list[Line]:
+    """Records of one kind that are part of the run's history, by step. A process that starts from step s replaces
+    everything that was logged after s before it."""
+    kept: list[Line] = []
+    for line in lines:
+        if line["event"] == "start":
+            kept = [k for k in kept if k["step"] <= line["step"]]
+        if line["event"] == event:
+            kept = [k for k in kept if k["step"] < line["step"]]
+            kept.append(line)
+    return kept
+
+
+def read_events(path: Path, event: str) -> list[Line]:
+    """:func:`counting` of a file; nothing if it is not there."""
+    return counting(read_lines(path), event)

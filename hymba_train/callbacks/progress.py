@@ -6,9 +6,12 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from hymba_train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from hymba_train.evaluation.in_training import EvaluationResult
 
 
 class Progress(Callback):
@@ -48,12 +51,8 @@ class Progress(Callback):
         self._start, self._start_tokens = time.monotonic(), loop.state.tokens
         self.say(f"went back to step {loop.state.step}")
 
-    def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
-        self.say(f"step {loop.state.step} held-out loss: " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-
-    def on_recall_end(self, loop, scores: dict[str, dict]) -> None:
-        parts = "  ".join(f"{name} {score['accuracy']:.1%}" for name, score in scores.items())
-        self.say(f"step {loop.state.step} recall: {parts}")
+    def on_evaluation_end(self, loop, result: EvaluationResult) -> None:
+        self.say(f"step {loop.state.step} {result.summary}")
 
     def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
         self.say(f"saved {path}")

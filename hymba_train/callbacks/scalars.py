@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def train_scalars(m) -> dict[str, float]:
+if TYPE_CHECKING:
+    from hymba_train.evaluation.in_training import EvaluationResult
+    from hymba_train.train.metrics import StepMetrics
+
+
+def train_scalars(m: StepMetrics) -> dict[str, float]:
     """StepMetrics -> name: value; figures that do not exist on this device are left out."""
     values = {
         "train/loss": m.loss,
@@ -22,11 +28,6 @@ def train_scalars(m) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def validation_scalars(losses: dict[str, float]) -> dict[str, float]:
-    """Domain -> held-out loss, as name: value."""
-    return {f"validation/{domain}/loss": loss for domain, loss in losses.items()}
-
-
-def recall_scalars(scores: dict[str, dict]) -> dict[str, float]:
-    """Task -> scores, as name: value."""
-    return {f"recall/{task}/{name}": found[name] for task, found in scores.items() for name in ("accuracy", "loss")}
+def evaluation_scalars(result: EvaluationResult) -> dict[str, float]:
+    """Its figures as name: value, below the evaluation's name."""
+    return {f"{result.name}/{name}": value for name, value in result.figures.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.scalars import recall_scalars, train_scalars, validation_scalars
+from hymba_train.callbacks.scalars import evaluation_scalars, train_scalars
 from hymba_train.errors import UserError
 
 
@@ -32,13 +32,8 @@ class TensorBoard(Callback):
         for name, value in {**train_scalars(metrics), "train/tokens": metrics.tokens}.items():
             self._writer.add_scalar(name, value, metrics.step)
 
-    def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
-        for name, value in validation_scalars(losses).items():
-            self._writer.add_scalar(name, value, loop.state.step)
-        self._writer.flush()
-
-    def on_recall_end(self, loop, scores) -> None:
-        for name, value in recall_scalars(scores).items():
+    def on_evaluation_end(self, loop, result) -> None:
+        for name, value in evaluation_scalars(result).items():
             self._writer.add_scalar(name, value, loop.state.step)
         self._writer.flush()
 

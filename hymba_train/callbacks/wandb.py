@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.scalars import recall_scalars, train_scalars, validation_scalars
+from hymba_train.callbacks.scalars import evaluation_scalars, train_scalars
 from hymba_train.errors import UserError
 from hymba_train.files import write_atomically
 
@@ -50,11 +50,8 @@ class WandB(Callback):
     def on_log(self, loop, metrics) -> None:
         self._run.log({**train_scalars(metrics), "step": metrics.step, "tokens": metrics.tokens})
 
-    def on_evaluate_end(self, loop, losses: dict[str, float]) -> None:
-        self._run.log({**validation_scalars(losses), "step": loop.state.step, "tokens": loop.state.tokens})
-
-    def on_recall_end(self, loop, scores) -> None:
-        self._run.log({**recall_scalars(scores), "step": loop.state.step, "tokens": loop.state.tokens})
+    def on_evaluation_end(self, loop, result) -> None:
+        self._run.log({**evaluation_scalars(result), "step": loop.state.step, "tokens": loop.state.tokens})
 
     def on_exception(self, loop, error: BaseException) -> None:
         if self._run is not None:

@@ -87,6 +87,17 @@ def older(path: Path) -> list[Path]:
     return [p for p in reversed(complete_steps(path.parent)) if _published_step(p) < _published_step(path)]
 
 
+def steps_at(path: Path) -> list[Path]:
+    """Step directories meant by ``path``: itself alone, or those of a run, the newest first and older ones after it."""
+    if is_complete(path):
+        return [path]
+    for root in (path / CHECKPOINTS, path):
+        found, _ = newest(root)
+        if found is not None:
+            return [found, *older(found)]
+    return []
+
+
 def has_any(root: Path) -> bool:
     """Whether anything below ``root`` shows that a checkpoint was once published here, readable or not."""
     return root.is_dir() and any(p.name == LATEST or step_of(p) is not None for p in root.iterdir())

@@ -25,6 +25,7 @@ from hymba_train.checkpoint.optimizer_state import (
 from hymba_train.checkpoint.restricted import nothing_runs
 from hymba_train.config.schema import Config
 from hymba_train.errors import UserError
+from hymba_train.parallel.ranks import on_rank_0
 from hymba_train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def find_source(config: Config, run_directory: Path | None) -> Source | None:
     over for the next older one. Raises UserError, on all ranks, if there are checkpoints but none is whole: a run never
     starts from random weights because a file cannot be read.
     """
-    candidates, weights_only, remarks = together.on_rank_0(lambda: _candidates(config, run_directory))
+    candidates, weights_only, remarks = on_rank_0(lambda: _candidates(config, run_directory))
     rejected: list[str] = []
     for path in candidates:
         problems = together.verify(path)
@@ -93,13 +94,10 @@ def resolve(path: Path, key: str) -> list[Path]:
 
     Raises UserError naming ``key`` if there is none.
     """
-    if directory.is_complete(path):
-        return [path]
-    for root in (path / directory.CHECKPOINTS, path):
-        newest, _ = directory.newest(root)
-        if newest is not None:
-            return [newest, *directory.older(newest)]
-    raise UserError(f"{key}={path}: neither a complete step directory (step_0001000) nor a run directory with one")
+    found = directory.steps_at(path)
+    if not found:
+        raise UserError(f"{key}={path}: neither a complete step directory (step_0001000) nor a run directory with one")
+    return found
 
 
 @dataclass(frozen=True)

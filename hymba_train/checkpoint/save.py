@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hymba_train.checkpoint import directory, manifest, together, tree
+from hymba_train.checkpoint import directory, manifest, tree
 from hymba_train.checkpoint.background import Background
 from hymba_train.checkpoint.optimizer_state import optimizer_state, optimizer_step, sharded_tensors
 from hymba_train.checkpoint.share import Planner, Share
@@ -24,6 +24,8 @@ from hymba_train.checkpoint.together import first_cause
 from hymba_train.checkpoint.writing import publish, write_share
 from hymba_train.errors import UserError
 from hymba_train.files import make_private
+from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.ranks import on_rank_0
 from hymba_train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -48,9 +50,8 @@ class _UnderWay:
 class CheckpointWriter:
     """Saves a run into ``root``. Every method is called by all ranks alike.
 
-    ``chunks`` are the model chunks in DistributedDataParallel, with their parameters gathered (no forward hook of
-    overlap_param_gather may be pending). ``metadata`` makes checkpoint.json from the train state's dict. ``retain``
-    runs on rank 0, in the background, after a checkpoint has been published.
+    ``chunks`` are the model chunks in DistributedDataParallel. ``metadata`` makes checkpoint.json from the train
+    state's dict. ``retain`` runs on rank 0, in the background, after a checkpoint has been published.
 
     A save is one path, in the background or not: tensors are copied off the GPU, and a fork of each rank writes and
     verifies its share; rank 0's publishes. Without ``asynchronous`` :meth:`save` waits for it. One save is under way at
@@ -79,10 +80,10 @@ class CheckpointWriter:
         self._finish()
         step = state["step"]
         path = self.root / f"{directory.step_name(step)}.incomplete"
-        with self._errors_named(path):
+        with self._errors_named(path), gathered_parameters(self.chunks):
             content = self._content(state)
             self._needed_bytes = self._count_bytes(content)
-            together.on_rank_0(lambda: self._start(step))
+            on_rank_0(lambda: self._start(step))
             metadata = self.metadata(state)
             share = self._planner.share(content, path)
         self._under_way = self._begin(path, share, metadata)
@@ -179,7 +180,7 @@ class CheckpointWriter:
             current.process.kill()
         reasons: list[str | None] = [None] * self.runtime.world_size
         dist.all_gather_object(reasons, outcome)
-        free = together.on_rank_0(lambda: self._clean_up(current.path))
+        free = on_rank_0(lambda: self._clean_up(current.path))
         ranks = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
         raise self._error(current.path, "; ".join(ranks[:MOST_REASONS]), free)
 

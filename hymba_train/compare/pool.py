@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 
+from hymba_train.callbacks.jsonl import METRICS, counting, read_lines
 from hymba_train.compare.child import PRELOAD, SERVER, last_line, train_run
 from hymba_train.compare.study import Run
 from hymba_train.config import freeze_run
 from hymba_train.errors import UserError
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import clear, read_outcome, request_stop
-from hymba_train.runs.metrics import counting, read_lines
-from hymba_train.runs.summary import METRICS
 
 LOG = "output.log"
 LOOK_SECONDS = 0.2

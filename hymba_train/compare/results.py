@@ -8,10 +8,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hymba_train.callbacks.jsonl import METRICS, counting, read_lines
 from hymba_train.compare.study import Run, Study, flops_at, num_parameters
 from hymba_train.describe.cache import cache_bytes
-from hymba_train.runs.metrics import counting, read_lines, useful_seconds
-from hymba_train.runs.summary import METRICS, state_of
+from hymba_train.runs.metrics import useful_seconds
+from hymba_train.runs.summary import state_of
 
 CACHE_TOKENS = 8192
 """Length of the sequence whose cache is given."""

@@ -305,7 +305,7 @@ class GuardsConfig:
     grad_spike_ratio: float = 10.0
     """Least ratio to the median of a gradient-norm spike (norm before clipping)."""
     max_skips: int = 10
-    """More skipped steps than this within skip_window_steps end the run."""
+    """More skipped steps than this within skip_window_steps end the run; without numerics, more in a row."""
     skip_window_steps: int = 1000
     """Steps over which max_skips counts."""
     max_rewinds: int = 3

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hymba_train.checkpoint.directory import CHECKPOINTS, is_complete, newest
+from hymba_train.checkpoint.directory import CHECKPOINTS, steps_at
 from hymba_train.checkpoint.metadata import read_metadata
 from hymba_train.config import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config
@@ -38,14 +38,13 @@ class TrainingCheckpoint:
     @classmethod
     def find(cls, path: Path) -> TrainingCheckpoint:
         """``path`` is a step directory, or a run, whose newest complete checkpoint is taken. Raises UserError."""
-        step = path if is_complete(path) else None
-        for root in (path / CHECKPOINTS, path):
-            step = step or newest(root)[0]
-        if step is None:
+        steps = steps_at(path)
+        if not steps:
             raise UserError(
                 f"{path}: neither a complete step directory (step_0001000) nor a run directory with one; "
                 "hymba train writes them into runs/NAME/checkpoints"
             )
+        step = steps[0]
         metadata = read_metadata(step)
         try:
             config = from_plain(metadata["config"])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_train.convert.cli import add_model_arguments, load_from
 from hymba_train.errors import UserError
+from hymba_train.json_lines import finite
 from hymba_train.parser import Parser
 
 if TYPE_CHECKING:
-    from hymba_train.config.schema import EvaluationConfig
     from hymba_train.convert.source import TrainingCheckpoint
 
 
@@ -41,7 +40,7 @@ def run_eval(argv: list[str]) -> int:
         raise UserError("--recall and --tasks: one at a time")
     results = _tasks(args) if args.tasks else _held_out(args) if args.recall is None else _recall(args)
     if args.json:
-        print(json.dumps(_plain(results), indent=1))
+        print(json.dumps(finite(results), indent=1))
         return 0
     width = max(map(len, results))
     for name, values in results.items():
@@ -51,15 +50,6 @@ def run_eval(argv: list[str]) -> int:
 
 def _show(value: Any) -> str:
     return " ".join(f"{v:.3g}" for v in value) if isinstance(value, list) else f"{value:,.6g}"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_of(args: argparse.Namespace) -> TrainingCheckpoint:
@@ -90,10 +80,10 @@ def _held_out(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def _recall(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from hymba_train.data.build import load_tokenizer
-    from hymba_train.evaluation.held_out import recall_scores
+    from hymba_train.evaluation.recall_trial import recall_scores, tasks_of_recipe
 
     run = _run_of(args)
-    evaluation = run.config.evaluation if not args.recall else _recipe(args.recall)
+    evaluation = tasks_of_recipe(args.recall) if args.recall else run.config.evaluation
     if not evaluation.recall:
         raise UserError(
             f"--recall: {run.path} has no evaluation.recall; give a recipe of recipes/evaluation, e.g. recall_512"
@@ -103,19 +93,6 @@ def _recall(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return recall_scores(
         loaded.model, tokenizer or loaded.require_tokenizer(), evaluation, run.phase, batch_size=args.batch_size
     )
-
-
-def _recipe(name: str) -> EvaluationConfig:
-    """The evaluation group of a recipe, checked. Raises UserError."""
-    from hymba_train.config import compose
-    from hymba_train.config.choices import check_values
-    from hymba_train.plan.recall import check_recall
-
-    config = compose([f"evaluation={name}", "model=hymba_1p5b"])
-    problems = [line for line in check_values(config) if line.startswith("evaluation.")] or check_recall(config)
-    if problems:
-        raise UserError(*problems)
-    return config.evaluation
 
 
 def _tasks(args: argparse.Namespace) -> dict[str, dict[str, float]]:

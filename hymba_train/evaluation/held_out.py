@@ -1,25 +1,58 @@
-"""Loaded models: held-out loss by domain, and recall tasks."""
+"""Held-out loss by domain: of the model in training, and of a loaded one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_train.config.schema import Config, EvaluationConfig, PhaseConfig
+from hymba_train.config.schema import Config, PhaseConfig
 from hymba_train.data.batches import validation_batches
 from hymba_train.data.build import build_training_data
 from hymba_train.data.dataset import TrainingData
-from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError
-from hymba_train.evaluation.in_training import Scores, rows_of
-from hymba_train.evaluation.scoring import NUM_SUMS, batches, make_tasks, score, scores_of
-from hymba_train.evaluation.symbols import choose_symbols
+from hymba_train.evaluation.in_training import EvaluationInTraining, EvaluationResult
+
+if TYPE_CHECKING:
+    from hymba_train.train.step import Stepper
+
+
+def in_training(
+    config: Config, data: TrainingData, stepper: Stepper, current_phase: Callable[[], PhaseConfig]
+) -> EvaluationInTraining | None:
+    """Every logging.eval_interval steps, at the current phase's sequence length; None if no domain is held out."""
+
+    def run() -> EvaluationResult:
+        phase, runtime, losses = current_phase(), stepper.runtime, {}
+        for domain in data.validation_domains:
+            batches = validation_batches(
+                data, domain, phase.seq_length, micro_batch_size=phase.micro_batch_size,
+                data_parallel_rank=runtime.data_parallel_rank, data_parallel_size=runtime.data_parallel_size,
+            )  # fmt: skip
+            loss_sum, num_tokens = stepper.evaluate(
+                cast(list[dict[str, Tensor | None]], batches)
+            )  # a TypedDict is a dict
+            losses[domain] = loss_sum / max(num_tokens, 1)
+        return result_of(losses)
+
+    return EvaluationInTraining("validation", config.logging.eval_interval, run) if data.validation_domains else None
+
+
+def result_of(losses: dict[str, float]) -> EvaluationResult:
+    """``losses``: domain -> mean loss in nats per labelled token, exact over all ranks."""
+    hexes = {domain: float(loss).hex() for domain, loss in losses.items()}
+    return EvaluationResult(
+        "validation",
+        record={"loss": losses, "loss_hex": hexes},
+        figures={f"{domain}/loss": loss for domain, loss in losses.items()},
+        summary="held-out loss: " + "  ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items()),
+    )
 
 
 @dataclass(frozen=True)
@@ -85,30 +118,3 @@ def apart(tokens: Tensor, labels: Tensor, segment_ids: Tensor) -> tuple[Tensor, 
         pad([y for _, y in pieces], batch_first=True, padding_value=IGNORED_LABEL),
         mask,
     )
-
-
-@torch.inference_mode()
-def recall_scores(
-    model: Any, tokenizer: Tokenizer, evaluation: EvaluationConfig, phase: PhaseConfig, *, batch_size: int | None = None
-) -> Scores:
-    """Scores of a model on the tasks of ``evaluation``: the very samples that a run with these settings is tried on.
-
-    Args:
-        phase: its micro-batches say how many rows there are in a forward pass, unless ``batch_size`` does.
-
-    Raises UserError if the model has another vocabulary than the tokenizer, or that one too few ordinary tokens.
-    """
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.path} one of "
-            f"{tokenizer.vocab_size}"
-        )
-    symbols = choose_symbols(tokenizer, evaluation.recall_symbols, evaluation.recall_separators)
-    found: Scores = {}
-    for task in make_tasks(evaluation, symbols):
-        sums = torch.zeros(task.num_buckets, NUM_SUMS, dtype=torch.float64)
-        for batch in batches(task, batch_size or rows_of(task.length, phase)):
-            on_device = batch.to(model.device)
-            sums += score(model(on_device.tokens).logits, on_device, task.num_buckets)
-        found[task.name] = scores_of(sums.tolist())
-    return found

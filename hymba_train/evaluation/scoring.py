@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_train.config.schema import EvaluationConfig, RecallTaskConfig
+from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.evaluation.recall import EVALUATION, draw, num_buckets
-from hymba_train.evaluation.symbols import Symbols
+from hymba_train.evaluation.symbols import Symbols, choose_symbols
 from hymba_train.plan.recall import items_of
 
+Scores = dict[str, Any]
+"""What is reported of a task: numbers by name, and a list of them where there are several buckets."""
 NUM_SUMS = 4
 """Per bucket: answers, answers that are right, answer tokens, summed loss of the answer tokens."""
 
@@ -38,8 +42,9 @@ class Task:
         return num_buckets(self.kind)
 
 
-def make_tasks(evaluation: EvaluationConfig, symbols: Symbols) -> list[Task]:
-    """The tasks of evaluation.recall, in its order."""
+def make_tasks(evaluation: EvaluationConfig, tokenizer: Tokenizer) -> list[Task]:
+    """The tasks of evaluation.recall, in its order. Raises UserError if the tokenizer has too few ordinary tokens."""
+    symbols = choose_symbols(tokenizer, evaluation.recall_symbols, evaluation.recall_separators)
 
     def make(name: str, task: RecallTaskConfig) -> Task:
         return Task(name, task.kind, task.length, items_of(task), task.num_samples, evaluation.recall_seed, symbols)
@@ -114,11 +119,11 @@ def score(logits: Tensor, batch: RecallBatch, buckets: int) -> Tensor:
     return sums
 
 
-def scores_of(sums: Sequence[Sequence[float]]) -> dict[str, float | list[float]]:
+def scores_of(sums: Sequence[Sequence[float]]) -> Scores:
     """What is reported of a task: ``accuracy`` (share of answers that are right), ``loss`` (nats per answer token),
     ``answers`` (how many were asked for); over several buckets ``by_depth`` as well, accuracies from front to back."""
     answers, right, tokens, loss = (sum(column) for column in zip(*sums, strict=True))
-    found: dict[str, float | list[float]] = {
+    found: Scores = {
         "accuracy": right / max(answers, 1), "loss": loss / tokens if tokens else math.nan, "answers": int(answers),
     }  # fmt: skip
     if len(sums) > 1:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import Config
 from hymba_train.data.dataset import TrainingData
 from hymba_train.errors import ReplicasDiffer
@@ -19,11 +18,12 @@ from hymba_train.exit_codes import DRIFTED
 from hymba_train.guards.drift import DriftGuard
 from hymba_train.guards.ledger import Ledger
 from hymba_train.guards.numerics import NumericalGuard
-from hymba_train.guards.progress import failed_before, too_many_starts
+from hymba_train.guards.starts import failed_before, too_many_starts
 from hymba_train.guards.stragglers import Stragglers
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.outcome import write_outcome
 from hymba_train.parallel.fp8_state import Fp8State
+from hymba_train.parallel.ranks import on_rank_0
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
 from hymba_train.train.step import MicroBatch, Stepper, StepResult
@@ -66,13 +66,13 @@ class Guards:
         if self._numerics is None:
             self._fp8.remember()
             result = self._stepper.train(batches, requests, seconds)
-            if result.action == "skipped":
+            if result.action == "lost":
                 self._fp8.go_back()
-                return replace(result, event=self._unguarded_skip(planned, result))
+                return replace(result, event=self._about_lost(planned, result))
             return result
         return self._numerics.step(planned, batches, requests, seconds)
 
-    def _unguarded_skip(self, planned: PlannedStep, result: StepResult) -> dict[str, Any]:
+    def _about_lost(self, planned: PlannedStep, result: StepResult) -> dict[str, Any]:
         """For the log: nobody looks for the cause, but a step that was not applied is not passed over in silence."""
         return {
             "guard": "none", "step": self._state.step + 1, "phase": planned.phase_name,

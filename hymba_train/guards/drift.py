@@ -18,7 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.errors import ReplicasDiffer
-from hymba_train.train.optimizer import gathered_parameters
+from hymba_train.parallel.gathered import gathered_parameters
 
 CHUNK_VALUES = 2**22  # summed up at a time: 32 MiB of int64
 MOST_NAMED = 5
@@ -54,7 +54,7 @@ class DriftGuard(Callback):
     def on_step_end(self, loop, metrics) -> None:
         step = loop.state.step
         is_last = loop.stop_reason or loop.finished  # Checkpointing saves in this hook then
-        if is_last or loop.save_requested or any(step % interval == 0 for interval in self.intervals):
+        if is_last or any(step % interval == 0 for interval in self.intervals):
             self.check(loop)
 
     def on_train_end(self, loop) -> None:

@@ -12,7 +12,6 @@ Then every monitor ends its own rank. It ends with its rank, however that ends.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import threading
 import time
 from pathlib import Path
 
+from hymba_train.checkpoint.children import die_with
 from hymba_train.guards import hang, marks, stacks
 
 TICK_SECONDS = 0.5
@@ -31,7 +31,6 @@ SECONDS_FOR_A_DUMP = 1.0
 SECONDS_TO_OBEY = 1.5
 SECONDS_IN_ALL = 15.0  # then the rank is ended whatever the file system does
 DUMP_SIGNAL = signal.SIGUSR2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Monitor:
@@ -167,6 +166,5 @@ def main() -> None:
     # What ends or stops the rank's process group is not meant for its monitor: the rank may want to save first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with(facts["pid"])
     Monitor(facts).run()

@@ -102,8 +102,9 @@ class NumericalGuard:
         where = f"in the forward pass of data-parallel rank {differing}" if differing else "in a backward pass"
         event |= {"action": "run again", "where": where}
         self.stepper.update(again)
-        result = self._accept(planned, batches, again)
-        return self._result(first, result.action, result.reason, event, shown=again)
+        # Requests and seconds are those of the step's first run: the later ones carry none.
+        accepted = self._accept(planned, batches, again)
+        return replace(accepted, requests=first.requests, rank_seconds=first.rank_seconds, event=event)
 
     def _diagnose(self, batches: list[MicroBatch], phase: int) -> tuple[Diagnosis, Gradients]:
         runs: list[Gradients] = []
@@ -168,13 +169,9 @@ class NumericalGuard:
         return named
 
     @staticmethod
-    def _result(
-        gradients: Gradients, action: str, reason: str, event: dict[str, Any], shown: Gradients | None = None
-    ) -> StepResult:
-        """Requests are those of the step's first run: the later ones carry none."""
-        g = shown or gradients
+    def _result(g: Gradients, action: str, reason: str, event: dict[str, Any]) -> StepResult:
         event = {"action": action, **event}
-        return StepResult(g.loss, g.grad_norm, g.num_labelled_tokens, gradients.requests, action, reason, event)
+        return StepResult(g.loss, g.grad_norm, g.num_labelled_tokens, g.requests, action, reason, event)
 
 
 def _in_words(event: dict[str, Any], diagnosis: Diagnosis) -> str:

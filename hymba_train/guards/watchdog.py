@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 import hymba_train
 from hymba_train.callbacks.base import Callback
-from hymba_train.checkpoint.together import on_rank_0
 from hymba_train.config.schema import GuardsConfig
 from hymba_train.exit_codes import HUNG
 from hymba_train.guards import marks
 from hymba_train.guards.monitor import DUMP_SIGNAL
+from hymba_train.parallel.ranks import on_rank_0
 
 HANGS = "hangs"
 BEAT_SECONDS = 0.5
@@ -97,10 +97,7 @@ class Watchdog(Callback):
     def on_guard(self, loop, event) -> None:
         self._move(marks.BETWEEN)  # a rewind may follow
 
-    def on_evaluate_end(self, loop, losses) -> None:
-        self.touch()
-
-    def on_recall_end(self, loop, scores) -> None:
+    def on_evaluation_end(self, loop, result) -> None:
         self.touch()
 
     def on_checkpoint_saved(self, loop, path, step) -> None:

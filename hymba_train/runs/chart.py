@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from hymba_train.callbacks.progress import format_count
+
 # Bit of each dot in a braille character, by column and row within it.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _EMPTY = 0x2800
@@ -37,7 +39,7 @@ def chart(xs: Sequence[float], ys: Sequence[float], width: int, height: int, x_l
         f"{label:>{margin}} ┤" + "".join(chr(_EMPTY + bits) for bits in row)
         for label, row in zip(labels, grid, strict=True)
     ]
-    left, right = format_si(low_x), f"{format_si(high_x)} {x_label}"
+    left, right = format_count(low_x), f"{format_count(high_x)} {x_label}"
     return [*rows, " " * (margin + 2) + left + right.rjust(max(width - len(left), len(right) + 1))]
 
 
@@ -46,14 +48,3 @@ def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]
     (x0, y0), (x1, y1) = start, end
     steps = max(abs(x1 - x0), abs(y1 - y0), 1)
     return [(round(x0 + (x1 - x0) * i / steps), round(y0 + (y1 - y0) * i / steps)) for i in range(steps + 1)]
-
-
-def format_si(value: float) -> str:
-    """
-    >>> [format_si(v) for v in (0, 12, 1234, 2.5e6, 1e12)]
-    ['0', '12', '1.23k', '2.5M', '1T']
-    """
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"

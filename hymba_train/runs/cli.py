@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hymba_train.callbacks.curve import draw
+from hymba_train.callbacks.jsonl import METRICS, Line, counting, read_lines
 from hymba_train.callbacks.progress import format_count
 from hymba_train.config.nearest import did_you_mean
 from hymba_train.errors import UserError
 from hymba_train.parser import Parser
 from hymba_train.runs.chart import chart
-from hymba_train.runs.metrics import Line, counting, read_lines
-from hymba_train.runs.summary import METRICS, RunSummary, find_runs, launches, summarize
+from hymba_train.runs.summary import RunSummary, find_runs, launches, summarize
 
 COMMANDS = ("list", "show")
 NARROW, WIDE = 40, 100  # columns of a chart
@@ -96,7 +97,10 @@ def show(root: Path, name: str, png: str | None) -> int:
     if not train:
         raise UserError(f"{runs[name] / METRICS}: no step has been logged yet")
     if png is not None:
-        draw_png(lines, Path(png), name)
+        try:
+            draw(lines, Path(png), name)
+        except OSError as error:
+            raise UserError(f"--png {png}: cannot be written ({error.strerror or error})") from error
         print(png)
         return 0
     summary = summarize(runs[name], root)
@@ -126,35 +130,3 @@ def _held_out(lines: list[Line]) -> list[str]:
     last = validation[-1]
     losses = "  ".join(f"{k} {'nan' if v is None else f'{v:.4f}'}" for k, v in last["loss"].items())
     return [f"{'held out':<11} {losses} (step {last['step']})"]
-
-
-def draw_png(lines: list[Line], path: Path, title: str) -> None:
-    """Loss, held-out losses and throughput over tokens, into ``path``. Raises UserError if it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train, validation = counting(lines, "train"), counting(lines, "validation")
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
-    tokens = [line["tokens"] for line in train]
-
-    def number(value: float | None) -> float:
-        return float("nan") if value is None else value
-
-    top.plot(tokens, [number(line["loss"]) for line in train], label="training", linewidth=1)
-    for domain in sorted({name for line in validation for name in line["loss"]}):
-        points = [(line["tokens"], number(line["loss"][domain])) for line in validation if domain in line["loss"]]
-        top.plot(*zip(*points, strict=True), label=f"held out: {domain}", marker="o", markersize=3)
-    top.set(ylabel="loss (nats per token)", title=title)
-    top.legend()
-    bottom.plot(tokens, [line["tokens_per_second"] for line in train], linewidth=1)
-    bottom.set(xlabel="text tokens", ylabel="tokens per second", ylim=(0, None))
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=120, bbox_inches="tight", format="png")
-    except OSError as error:
-        raise UserError(f"--png {path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        pyplot.close(figure)

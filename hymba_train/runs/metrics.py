@@ -1,40 +1,10 @@
-"""Reading metrics.jsonl over all restarts: what counts, what was trained twice, how much of the time was useful."""
+"""How much of a run's time was useful, over all restarts, from the lines of its metrics.jsonl."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-Line = dict[str, Any]
-
-
-def read_lines(path: Path) -> list[Line]:
-    """All records in the order in which they were written; torn lines are left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record:
-                lines.append(record)
-    return lines
-
-
-def counting(lines: Iterable[Line], event: str) -> list[Line]:
-    """Records of one kind that are part of the run's history, by step. A process that starts from step s replaces
-    everything that was logged after s before it."""
-    kept: list[Line] = []
-    for line in lines:
-        if line["event"] == "start":
-            kept = [k for k in kept if k["step"] <= line["step"]]
-        elif line["event"] == event:
-            kept = [k for k in kept if k["step"] < line["step"]]
-            kept.append(line)
-    return kept
+from hymba_train.callbacks.jsonl import Line
 
 
 def useful_seconds(lines: Iterable[Line]) -> float:

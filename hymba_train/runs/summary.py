@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hymba_train.callbacks.jsonl import METRICS, Line, counting, read_lines
 from hymba_train.callbacks.progress import format_seconds
 from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.checkpoint import manifest
@@ -17,9 +18,8 @@ from hymba_train.config import FROZEN_NAME, load_frozen
 from hymba_train.errors import UserError
 from hymba_train.outcome import read_outcome
 from hymba_train.plan import plan_steps
-from hymba_train.runs.metrics import Line, counting, goodput, read_lines
+from hymba_train.runs.metrics import goodput
 
-METRICS = "metrics.jsonl"
 SILENT_AFTER_SECONDS = 300  # or ten logged intervals, if that is longer
 SQUEUE_SECONDS = 10
 

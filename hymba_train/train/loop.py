@@ -51,6 +51,7 @@ class Loop:
         batch_hash: hash of a step's tokens for the log; None: none.
         train_steps: stop after this step of the run.
         go_back: load the newest checkpoint and set ``state`` to it; false if there is none.
+        max_lost: more steps in a row than this that were lost end the run.
         ask: numbers of this rank, asked for in every step; they travel with it to the other ranks, and come back summed
             over all of them as ``answers``.
     """
@@ -62,18 +63,18 @@ class Loop:
         start_phase: Callable[[PlannedStep], None] = lambda step: None,
         batch_hash: Callable[[PlannedStep], str] | None = None, log_interval: int = 1, train_steps: int | None = None,
         go_back: Callable[[], bool] = lambda: False, ask: Callable[[], tuple[int, ...]] = lambda: (),
+        max_lost: int = 10,
     ) -> None:  # fmt: skip
         self.state, self.steps, self.callbacks, self.meter = state, steps, callbacks, meter
         self._load, self._train, self._start_phase, self._batch_hash = load, train, start_phase, batch_hash
         self.log_interval, self.train_steps = log_interval, train_steps
-        self._go_back, self._ask = go_back, ask
+        self._go_back, self._ask, self._max_lost = go_back, ask, max_lost
         self.answers: tuple[int, ...] = ()
         self.stop_reason = ""
-        self.failed = False  # a guard ended the run, and starting it again would end the same way
+        self.failed = False  # the run ended before its end, and starting it again would end the same way
         self.suspect = False  # it did so because the weights may be wrong: nothing is to be saved of them
-        self.save_requested = False  # true during on_step_end of the step in which all ranks learnt of a request
+        self._lost_in_a_row = 0
         self._wants_stop: str | None = None
-        self._wants_save = False
         self._first_step = state.step
 
     # -- for callbacks ---------------------------------------------------------------------------------------------
@@ -83,10 +84,6 @@ class Loop:
         after the step in which they have told each other, and a last checkpoint is written."""
         self._wants_stop = reason
 
-    def request_save(self) -> None:
-        """Write a checkpoint soon; as :meth:`request_stop`, from any rank."""
-        self._wants_save = True
-
     @property
     def trained(self) -> bool:
         """Whether this process has done a step."""
@@ -94,8 +91,8 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train; false after an early stop."""
-        return self._is_over()
+        """Whether nothing is left to train; false after an early stop, and of a run that has failed."""
+        return self._is_over() and not self.failed
 
     def emit(self, event: str, *args) -> None:
         """Call one hook of every callback, in order."""
@@ -153,7 +150,6 @@ class Loop:
                 self.meter.restart()
             self.emit("on_step_end", metrics)
             self.meter.resume()
-            self.save_requested = False
 
     def _planned(self) -> Iterator[PlannedStep]:
         """Steps to train, until something ends the run; says what in ``stop_reason``."""
@@ -172,18 +168,24 @@ class Loop:
     def _one_step(self, step: PlannedStep) -> StepResult:
         batches = self._load(step)
         self.emit("on_batch_loaded")
-        wanted = (int(self._wants_stop is not None), int(self._wants_save), *self._ask())
-        return self._train(step, batches, wanted)
+        return self._train(step, batches, (int(self._wants_stop is not None), *self._ask()))
 
     def _count(self, step: PlannedStep, result: StepResult) -> None:
         self.state.advance(step.batch_size, step.seq_length)
         self.meter.count(step.tokens, step.flops_per_token, step.executed_flops_per_token)
-        stop, save, *answers = result.requests
+        stop, *answers = result.requests
         self.answers = tuple(answers)
         if stop:
             self.stop_reason = self._wants_stop or "another rank asked to stop"
-        if save:
-            self.save_requested, self._wants_save = True, False
+        self._end_if_lost(result)
+
+    def _end_if_lost(self, result: StepResult) -> None:
+        """A run in which nothing is trained any more has failed, and does not come to its end."""
+        self._lost_in_a_row = self._lost_in_a_row + 1 if result.action == "lost" else 0
+        all_lost = self._lost_in_a_row == self.state.step - self._first_step
+        if self._lost_in_a_row > self._max_lost or (all_lost and self._is_over()):
+            self.failed = self.suspect = True
+            self.stop_reason = f"the last {self._lost_in_a_row} steps were not applied: {result.reason}"
 
     def _metrics(self, step: PlannedStep, result: StepResult, logged: bool) -> StepMetrics:
         return StepMetrics(

@@ -17,25 +17,27 @@ from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, prune, step_o
 from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
 from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
-from hymba_train.checkpoint.together import alike, failing_at_once, locked, on_rank_0
+from hymba_train.checkpoint.together import locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data.build import build_training_data
 from hymba_train.data.identity import DataRecord
 from hymba_train.describe.dims import effective_rotary_base
-from hymba_train.evaluation.in_training import make_evaluate, make_recall
+from hymba_train.evaluation.build import evaluations_in_training
 from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
 from hymba_train.guards.build import Guards, refusal_at_start, refusal_from, watched
-from hymba_train.guards.progress import forget_earlier_outcome
+from hymba_train.guards.starts import forget_earlier_outcome
 from hymba_train.guards.watchdog import Watchdog
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import fp8_state, initialize, shutdown
+from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.ranks import alike, failing_at_once, on_rank_0
 from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.dpo import objective_of
 from hymba_train.train.feed import Feed
 from hymba_train.train.loop import Loop, PlannedStep
 from hymba_train.train.metrics import ThroughputMeter, peak_of
-from hymba_train.train.optimizer import build_optimizer, gathered_parameters, wrap_model
+from hymba_train.train.optimizer import build_optimizer, wrap_model
 from hymba_train.train.order import Order
 from hymba_train.train.schedules import set_hyperparameters
 from hymba_train.train.state import TrainState
@@ -93,20 +95,16 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     )
     layout = Layout.of(config, runtime)
     kept, root = config.checkpoint, directory / CHECKPOINTS
-    writer = GatheringWriter(
+    writer = CheckpointWriter(
         root, runtime, chunks, optimizer,
         lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
         kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
 
-    def current_phase():
-        return phases[state.phase]
-
     callbacks = guards.callbacks + alike(
         lambda: build_callbacks(
             config, directory, runtime, plan.steps, meter.peak, writer,
-            make_evaluate(data, stepper, runtime, current_phase) if data.validation_domains else None,
-            make_recall(config, stepper, runtime, current_phase) if config.evaluation.recall else None,
+            evaluations_in_training(config, data, stepper, lambda: phases[state.phase]),
             watchdog.touch if watchdog else lambda: None,
         )
     )  # fmt: skip
@@ -136,7 +134,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         state, order, callbacks, meter, load=feed.load, train=one_step, start_phase=start_phase,
         batch_hash=feed.hash if config.logging.batch_hash and runtime.is_logging_rank else None,
         log_interval=config.logging.log_interval, train_steps=config.run.train_steps, go_back=go_back,
-        ask=writer.status,
+        ask=writer.status, max_lost=config.guards.max_skips,
     )  # fmt: skip
     try:
         loop.run()
@@ -206,11 +204,3 @@ class Start:
         if not loaded.rng_restored:
             seed_everything(config.run.seed + state.step, config.run.deterministic)
         return state, remembered
-
-
-class GatheringWriter(CheckpointWriter):
-    """Saves with every rank's parameters gathered, which overlap_param_gather leaves to the next forward pass."""
-
-    def save(self, state: dict[str, int], wait: bool = False) -> None:
-        with gathered_parameters(self.chunks):
-            super().save(state, wait)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -120,19 +118,3 @@ def adams_of(optimizer: MegatronOptimizer) -> list[GroupStepAdamW]:
     """The optimizers that make the updates, inside of Megatron-Core's."""
     inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
     return [adam for adam in inner if adam is not None]
-
-
-@contextmanager
-def gathered_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """Inside, every rank holds its updated parameters: for evaluation and checkpoints.
-
-    With overlap_param_gather they arrive only while the next forward pass runs.
-    """
-    hooked = [chunk for chunk in chunks if chunk.use_forward_hook]
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook(param_sync=True)
-    try:
-        yield
-    finally:
-        for chunk in hooked:
-            chunk.enable_forward_pre_hook()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hymba_train.checkpoint.load import find_source, load_checkpoint
-from hymba_train.checkpoint.together import failing_at_once, locked
+from hymba_train.checkpoint.together import locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data.answers import write_reference
@@ -27,6 +27,7 @@ from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.errors import UserError
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import initialize, shutdown
+from hymba_train.parallel.ranks import failing_at_once
 from hymba_train.plan import Plan
 from hymba_train.train.dpo import checkpoint_hash, document_sums
 from hymba_train.train.optimizer import build_optimizer, wrap_model

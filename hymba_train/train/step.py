@@ -16,7 +16,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from hymba_train.ops.segments import document_ends
 from hymba_train.parallel.fp8_state import Fp8State
-from hymba_train.train.optimizer import adams_of, gathered_parameters
+from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.train.optimizer import adams_of
 
 MicroBatch = dict[str, torch.Tensor | None]  # see hymba_train.data.batches.MicroBatch
 
@@ -32,7 +33,9 @@ class StepResult:
     grad_norm: float  # global, before clipping
     num_labelled_tokens: int  # or whatever the objective counts: pairs
     requests: tuple[int, ...]
-    action: str = "updated"  # updated | skipped | rewind | stop: what became of the step (hymba_train.guards)
+    # What became of the step: updated, skipped (as a guard has decided), lost (not finite, and no guard looks why),
+    # rewind, stop.
+    action: str = "updated"
     reason: str = ""  # why it was not an update
     event: dict[str, Any] | None = None  # for the log, if a guard has something to say
     rank_seconds: tuple[float, ...] = ()  # what each rank said about its step before
@@ -103,7 +106,7 @@ class Stepper:
     ) -> StepResult:
         """One step that nobody guards: applied if loss and gradient norm are finite."""
         gradients, updated = self.step(micro_batches, requests, seconds)
-        return result_of(gradients, *(() if updated else ("skipped", "loss or gradient norm is not finite")))
+        return result_of(gradients, *(() if updated else ("lost", "loss or gradient norm is not finite")))
 
     def step(
         self,

@@ -128,15 +128,18 @@ def test_tasks_need_the_harness(trained, tmp_path, monkeypatch):
 
 def test_importance_on_recall_tasks(trained, tmp_path, monkeypatch):
     from hymba_train.analyze.importance import main as importance
-    from hymba_train.config.schema import Config, EvaluationConfig, RecallTaskConfig
+    from hymba_train.config import compose
+    from hymba_train.evaluation import recall_trial
 
     with pytest.raises(UserError, match="ordinary"):  # the tiny vocabulary has not that many symbols
         importance(["--model", str(trained.run), "--output", str(tmp_path), "--recall", "recall_512"])
-    tasks = {"pairs": RecallTaskConfig("mqar", 24, 4, 6)}
-    config = Config(evaluation=EvaluationConfig(tasks, recall_symbols=16))
-    monkeypatch.setattr("hymba_train.config.compose", lambda overrides: config)
+    tasks = ["evaluation.recall={pairs:{kind:mqar,length:24,items:4,num_samples:6}}", "evaluation.recall_symbols=16"]
+    monkeypatch.setattr(recall_trial, "compose", lambda overrides: compose(["model=hymba_1p5b", *tasks]))
     found = run("importance", tmp_path, "--model", trained.run, "--recall", "mine", "--sequences", 1)
     assert set(found["whole"]) == {"loss/odd", "loss/even", "pairs"} and 0 <= found["whole"]["pairs"] <= 1
+    tasks.append("evaluation.recall.pairs.items=12")  # refused as `hymba eval` and a plan refuse it
+    with pytest.raises(UserError, match=r"evaluation\.recall\.pairs\.items=12 need 49 tokens, length is 24"):
+        importance(["--model", str(trained.run), "--output", str(tmp_path), "--recall", "mine"])
 
 
 def test_help_names_every_analysis(capsys):

@@ -15,7 +15,7 @@ class FakeLoop(SimpleNamespace):
 
     def __init__(self, *callbacks):
         super().__init__(
-            state=TrainState(), callbacks=list(callbacks), emitted=[], save_requested=False, trained=False,
+            state=TrainState(), callbacks=list(callbacks), emitted=[], trained=False,
             stop_reason="", finished=False, failed=False, suspect=False, answers=(0, 0),
         )  # fmt: skip
 
@@ -34,7 +34,6 @@ class FakeLoop(SimpleNamespace):
         metrics = metrics_of(number, **values)
         self.emit("on_log", metrics)
         self.emit("on_step_end", metrics)
-        self.save_requested = False
 
     def end(self, finished=True):
         self.finished, self.stop_reason = finished, "all phases trained" if finished else "a signal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from hymba_train.callbacks.jsonl import JsonLines, read_events
+from hymba_train.evaluation.held_out import result_of
 
 FACTS = {"device": "cpu", "mfu_denominator": "n/a: no peak known for CPU"}
 
@@ -21,7 +22,7 @@ def test_a_run_is_one_object_a_line(tmp_path, loop_of):
     loop = loop_of(JsonLines(path, FACTS))
     loop.start()
     loop.step(1, loss=0.1 + 0.2, batch_hash="ab12")
-    loop.emit("on_evaluate_end", {"books": 1 / 3})
+    loop.emit("on_evaluation_end", result_of({"books": 1 / 3}))
     loop.emit("on_checkpoint_saved", tmp_path / "step_0000001", 1)
     loop.end()
     records = lines(path)
@@ -48,6 +49,7 @@ def test_restarts_append_and_the_last_line_of_a_step_counts(tmp_path, loop_of):
     path = tmp_path / "metrics.jsonl"
     for steps, loss in (((1, 2, 3), 9.0), ((2, 3, 4), 5.0)):
         loop = loop_of(JsonLines(path, FACTS))
+        loop.state.step = steps[0] - 1
         loop.start()
         for step in steps:
             loop.step(step, loss=loss)

@@ -14,6 +14,7 @@ from hymba_train.callbacks.progress import Progress, format_count, format_second
 from hymba_train.callbacks.tensorboard import TensorBoard
 from hymba_train.callbacks.wandb import WandB, run_id
 from hymba_train.errors import UserError
+from hymba_train.evaluation.held_out import result_of
 
 
 class Terminal(io.StringIO):
@@ -25,7 +26,7 @@ def run(progress, loop_of):
     loop = loop_of(progress)
     loop.start()
     loop.step(1, mfu=0.4123, mfu_executed=0.3987, memory_gib=12.3)
-    loop.emit("on_evaluate_end", {"books": 2.5, "code": 1.25})
+    loop.emit("on_evaluation_end", result_of({"books": 2.5, "code": 1.25}))
     loop.step(2)
     loop.end()
 
@@ -75,7 +76,7 @@ def test_tensorboard_has_the_figures_by_step(tmp_path, loop_of):
     loop.start()
     loop.step(1)
     loop.step(2)
-    loop.emit("on_evaluate_end", {"books": 2.5})
+    loop.emit("on_evaluation_end", result_of({"books": 2.5}))
     loop.end()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("train/loss")] == [(1, 2.9), (2, 2.8)]
@@ -160,6 +161,6 @@ def test_the_curve_is_drawn_from_the_log(tmp_path, loop_of):
     loop.start()
     loop.step(1)
     loop.step(2, loss=float("nan"))
-    loop.emit("on_evaluate_end", {"books": 2.5})
+    loop.emit("on_evaluation_end", result_of({"books": 2.5}))
     loop.end()
     assert image.read_bytes().startswith(b"\x89PNG")

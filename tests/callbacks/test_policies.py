@@ -13,6 +13,7 @@ from hymba_train.callbacks.never_fatal import HOOKS, NeverFatal
 from hymba_train.callbacks.profile import Profile, parse_range
 from hymba_train.checkpoint import directory
 from hymba_train.errors import ReplicasDiffer, UserError
+from hymba_train.evaluation.in_training import EvaluationInTraining
 from tests.checkpoint.test_directory import fill
 
 
@@ -85,6 +86,16 @@ def test_interval_zero_saves_at_the_end_only(tmp_path, loop_of):
     assert writer.saves == [(3, True)]
 
 
+def test_suspect_weights_are_not_saved_in_the_last_step_either(tmp_path, loop_of):
+    writer = FakeWriter(tmp_path)
+    loop = loop_of(Checkpointing(writer, 1))
+    loop.start()
+    loop.suspect, loop.stop_reason = True, "the last 5 steps were not applied"
+    loop.step(1)
+    loop.end(finished=False)
+    assert writer.saves == []
+
+
 @pytest.mark.parametrize(("suspect", "saves"), [(False, [(2, False), (3, True)]), (True, [(2, False)])])
 def test_suspect_weights_are_not_saved_when_a_guard_ends_the_run(tmp_path, loop_of, suspect, saves):
     writer = FakeWriter(tmp_path)
@@ -116,19 +127,14 @@ def test_a_checkpoint_is_reported_before_the_next_save_may_delete_it(tmp_path, l
     assert [step for step, _ in writer.saves] == [2, 4, 6]
 
 
-def test_a_request_saves_now(tmp_path, loop_of):
-    writer = FakeWriter(tmp_path)
-    loop = loop_of(Checkpointing(writer, 0))
-    loop.start()
-    loop.save_requested = True
-    loop.step(1)
-    assert writer.saves == [(1, False)]
+def evaluation(run, interval, *is_missing):
+    return Evaluation(EvaluationInTraining("validation", interval, run), *is_missing)
 
 
 def test_the_last_step_is_saved_and_published_before_the_evaluation_that_ends_the_run(tmp_path, loop_of):
     writer, seen = FakeWriter(tmp_path), []
-    evaluation = Evaluation(lambda: seen.append(directory.newest(tmp_path)[0]) or {}, 0)
-    loop = loop_of(evaluation, Checkpointing(writer, 0))
+    newest = evaluation(lambda: seen.append(directory.newest(tmp_path)[0]), 0)
+    loop = loop_of(newest, Checkpointing(writer, 0))
     loop.start()
     loop.finished = True  # the real loop knows during the last step's hooks
     loop.step(1)
@@ -150,15 +156,15 @@ def test_an_exception_of_all_ranks_gives_a_save_under_way_time(tmp_path, loop_of
 
 def test_evaluation_by_interval_and_once_at_the_end(loop_of):
     calls = []
-    loop = loop_of(Evaluation(lambda: calls.append(1) or {"books": float(len(calls))}, 2))
+    loop = loop_of(evaluation(lambda: calls.append(1) or float(len(calls)), 2))
     loop.start()
     for step in (1, 2, 3, 4):
         loop.step(step)
     loop.end()
-    assert [e for e in loop.emitted if e[0] == "on_evaluate_end"] == [
-        ("on_evaluate_end", {"books": 1.0}), ("on_evaluate_end", {"books": 2.0})
+    assert [e for e in loop.emitted if e[0] == "on_evaluation_end"] == [
+        ("on_evaluation_end", 1.0), ("on_evaluation_end", 2.0)
     ]  # fmt: skip
-    loop = loop_of(Evaluation(lambda: calls.append(1) or {}, 0))
+    loop = loop_of(evaluation(lambda: calls.append(1), 0))
     loop.start()
     loop.step(1)
     loop.end()
@@ -166,14 +172,14 @@ def test_evaluation_by_interval_and_once_at_the_end(loop_of):
 
 
 def test_an_early_stop_does_not_wait_for_an_evaluation(loop_of):
-    loop = loop_of(Evaluation(lambda: pytest.fail("evaluated"), 0))
+    loop = loop_of(evaluation(lambda: pytest.fail("evaluated"), 0))
     loop.start()
     loop.step(1)
     loop.end(finished=False)
 
 
 def test_nothing_trained_is_not_evaluated(loop_of):
-    loop = loop_of(Evaluation(lambda: pytest.fail("evaluated"), 1))
+    loop = loop_of(evaluation(lambda: pytest.fail("evaluated"), 1))
     loop.start()
     loop.end()
 
@@ -181,12 +187,12 @@ def test_nothing_trained_is_not_evaluated(loop_of):
 def test_an_evaluation_that_a_dead_process_owes_is_made_up_for(loop_of):
     """It died between the last checkpoint and the end of the evaluation: the next process has nothing to train."""
     asked = []
-    missing = Evaluation(lambda: {"task": {}}, 0, "on_recall_end", lambda step: asked.append(step) or True)
-    loop = loop_of(missing, Evaluation(lambda: pytest.fail("it is there"), 0, is_missing=lambda step: False))
+    missing = evaluation(lambda: "made up for", 0, lambda step: asked.append(step) or True)
+    loop = loop_of(missing, evaluation(lambda: pytest.fail("it is there"), 0, lambda step: False))
     loop.state.step = 7
     loop.start()
     loop.end()
-    assert ("on_recall_end", {"task": {}}) in loop.emitted and asked == [7]
+    assert ("on_evaluation_end", "made up for") in loop.emitted and asked == [7]
 
 
 def test_a_broken_logger_does_not_stop_training(loop_of, caplog):
@@ -223,7 +229,7 @@ def test_never_fatal_passes_every_hook_on():
     wrapped = NeverFatal(All())
     for hook in HOOKS:
         getattr(wrapped, hook)(*([None] if hook == "close" else [None, None]))
-    assert {name for name, _ in seen} == set(HOOKS) and len(HOOKS) == 14
+    assert {name for name, _ in seen} == set(HOOKS) and len(HOOKS) == 13
 
 
 def test_ctrl_c_is_not_swallowed():

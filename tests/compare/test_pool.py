@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hymba_train.callbacks.stop_file import STOP_FILE
 from hymba_train.compare.pool import KILLED, Clock, Pool
+from hymba_train.outcome import STOP_FILE
 from tests.compare.test_study import study_of
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hymba_train.evaluation.in_training import recall_sums
+from hymba_train.evaluation.recall_trial import recall_sums
 from hymba_train.evaluation.scoring import Task, batches
 from hymba_train.evaluation.symbols import Symbols
 from hymba_train.model import build_model_chunks

@@ -58,6 +58,7 @@ def directory(tmp_path_factory) -> Path:
         run("unguarded", *SETTINGS, "guards.numerics=false"),
         bad_run("unguarded_nan", "transient", "guards.numerics=false"),
         bad_run("unguarded_spike", "transient", "fault.factor=1000", "guards.numerics=false"),
+        bad_run("unguarded_all_nan", "persistent", "guards.numerics=false", "guards.max_skips=2"),
         bad_run("transient", "transient"),
         bad_run("transient_spike", "transient", "fault.factor=1000"),
         bad_run("skip", *nan_sample),
@@ -104,6 +105,15 @@ def test_a_step_that_is_lost_without_the_guard_is_logged(directory):
     assert event["problem"] == "loss or gradient norm is not finite"
     for name in ("clean", "unguarded", "unguarded_spike"):
         assert guard_events(directory, name, "none") == []
+
+
+def test_without_the_guard_a_run_that_learns_nothing_any_more_fails(directory):
+    outcome = read_outcome(directory / "runs" / "unguarded_all_nan")
+    assert outcome.failed and outcome.step == BAD + 2
+    assert outcome.reason == "the last 3 steps were not applied: loss or gradient norm is not finite"
+    assert "rank 0 of unguarded_all_nan: exit code 76" in (directory / "output").read_text()
+    checkpoints = directory / "runs" / "unguarded_all_nan" / "checkpoints"
+    assert max(p.name for p in checkpoints.glob("step_*")) == "step_0000012", "the end saves none"
 
 
 @pytest.mark.parametrize("name", ["transient", "transient_spike"])

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from hymba_train.callbacks.jsonl import counting, read_lines
 from hymba_train.checkpoint import manifest
 from hymba_train.checkpoint.directory import LATEST
 from hymba_train.cli import main
 from hymba_train.config import compose, freeze
 from hymba_train.runs.chart import chart
-from hymba_train.runs.metrics import counting, goodput, read_lines, useful_seconds
+from hymba_train.runs.metrics import goodput, useful_seconds
 from hymba_train.runs.summary import summarize
 
 NOW = 2_000_000_000.0

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
+from hymba_train.callbacks.jsonl import read_lines
 from hymba_train.config import to_plain
 from hymba_train.outcome import read_outcome
-from hymba_train.runs.metrics import read_lines
 from tests.children import child_environment
 from tests.train.tiny_run import tiny_config, write_data
 

@@ -42,7 +42,7 @@ class Recorder(Callback):
         return object.__getattribute__(self, name)
 
 
-def make(callbacks, state=None, other_ranks=(0, 0), train=None, **kwargs) -> Loop:
+def make(callbacks, state=None, other_ranks=(0,), train=None, **kwargs) -> Loop:
     def fake_train(step, batches, requests):
         summed = tuple(a + b for a, b in zip(requests, other_ranks, strict=True))
         return StepResult(1.5, 0.5, 32, summed)
@@ -104,24 +104,9 @@ def test_a_stop_takes_effect_when_all_ranks_know():
 
 
 def test_another_rank_may_stop_the_run():
-    loop = make([], other_ranks=(1, 0))
+    loop = make([], other_ranks=(1,))
     assert loop.run().step == 1
     assert loop.stop_reason == "another rank asked to stop"
-
-
-def test_a_save_is_requested_once():
-    seen = []
-
-    class Watch(Callback):
-        def on_step_start(self, loop):
-            if loop.state.step == 1:
-                loop.request_save()
-
-        def on_step_end(self, loop, metrics):
-            seen.append(loop.save_requested)
-
-    make([Watch()]).run()
-    assert seen == [False, True, False, False, False]
 
 
 def test_an_exception_is_shown_to_all_and_raised():
@@ -161,7 +146,7 @@ def acting(**actions):
     def train(step, batches, requests):
         calls.append((step.phase, step.first_sample))
         action = actions.get(f"call{len(calls)}", "updated")
-        return StepResult(1.5, 0.5, 32, (0, 0), action, "bad step", None if action == "updated" else {"step": 1})
+        return StepResult(1.5, 0.5, 32, (0,), action, "bad step", None if action == "updated" else {"step": 1})
 
     return train, calls
 
@@ -171,6 +156,34 @@ def test_a_guard_that_stops_ends_the_run_before_the_bad_step():
     loop = make([recorder], train=train)
     assert loop.run().step == 2 and loop.failed and loop.stop_reason == "bad step"
     assert recorder.calls[-3:] == ["on_guard", "on_train_end", "close"]
+
+
+def lost(*calls):
+    return acting(**dict.fromkeys([f"call{number}" for number in calls], "lost"))[0]
+
+
+def test_a_run_that_is_not_trained_any_more_fails_before_its_end():
+    seen = []
+
+    class Watch(Callback):
+        def on_step_end(self, loop, metrics):
+            seen.append((loop.state.step, loop.suspect))
+
+    loop = make([Watch()], train=lost(2, 3, 4), max_lost=1)
+    assert loop.run().step == 3 and loop.failed and not loop.finished
+    assert loop.stop_reason == "the last 2 steps were not applied: bad step"
+    assert seen == [(1, False), (2, False), (3, True)], "known before the step's hooks: nothing is saved"
+
+
+def test_a_run_of_which_no_step_was_applied_does_not_finish():
+    loop = make([], train=lost(1, 2, 3, 4, 5))
+    assert loop.run().step == 5 and loop.failed and loop.suspect and not loop.finished
+    assert loop.stop_reason == "the last 5 steps were not applied: bad step"
+
+
+def test_lost_steps_now_and_then_are_no_failure():
+    loop = make([], train=lost(1, 2, 4, 5), max_lost=2)
+    assert loop.run().step == 5 and loop.finished and loop.stop_reason == "all phases trained"
 
 
 def test_a_rewind_goes_on_from_the_state_that_was_loaded():
@@ -201,5 +214,5 @@ def test_what_this_rank_is_asked_travels_with_the_step():
             seen.append(loop.answers)
 
     numbers = iter([(0, 1), (0, 1), (1, 0), (0, 0), (0, 0)])
-    make([Sums()], other_ranks=(0, 0, 2, 5), ask=lambda: next(numbers)).run()
+    make([Sums()], other_ranks=(0, 2, 5), ask=lambda: next(numbers)).run()
     assert seen == [(2, 6), (2, 6), (3, 5), (2, 5), (2, 5)]

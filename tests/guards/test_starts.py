@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hymba_train.guards.progress import (
+from hymba_train.guards.starts import (
     STARTS,
     Starts,
     failed_before,

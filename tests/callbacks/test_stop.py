@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.callbacks.stop_file import StopOnRequest
+from hymba_train.callbacks.stop import StopOnRequest
 from hymba_train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, clear, read_outcome, request_stop
 from tests.train.test_loop import make
 
@@ -34,7 +34,7 @@ def stopper(tmp_path):
 
 @pytest.fixture(autouse=True)
 def looks_at_every_step(monkeypatch):
-    monkeypatch.setattr("hymba_train.callbacks.stop_file.SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr("hymba_train.callbacks.stop.SECONDS_BETWEEN_LOOKS", 0.0)
 
 
 def test_a_finished_run_says_so(tmp_path, stopper):
@@ -100,7 +100,7 @@ def test_outside_the_main_thread_files_still_work(tmp_path, stopper):
 
 
 def test_the_file_is_looked_for_once_a_second(tmp_path, stopper, monkeypatch):
-    monkeypatch.setattr("hymba_train.callbacks.stop_file.SECONDS_BETWEEN_LOOKS", 1000.0)
+    monkeypatch.setattr("hymba_train.callbacks.stop.SECONDS_BETWEEN_LOOKS", 1000.0)
     loop = make([At(1, lambda: request_stop(tmp_path, "time limit")), stopper])
     loop.run()
     assert loop.finished

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
+from hymba_train.json_lines import open_to_append, read_json_lines
 from hymba_train.outcome import OUTCOME_FILE, read_outcome
 
 STARTS = "starts.jsonl"
@@ -43,7 +44,7 @@ def too_many_starts(directory: Path, from_step: int, limit: int) -> str | None:
     A process that ended in good order makes a new beginning, and so does one that starts from another step.
     """
     same = 0
-    for record in reversed(_read(directory / STARTS)):
+    for record in reversed(read_json_lines(directory / STARTS)):
         if record.get("from_step") != from_step:
             break
         same += 1
@@ -53,19 +54,6 @@ def too_many_starts(directory: Path, from_step: int, limit: int) -> str | None:
         f"{same} starts in a row from step {from_step} were cut off before the next checkpoint; find the cause in the "
         f"logs, or save more often; delete {directory / STARTS} to try again"
     )
-
-
-def _read(path: Path) -> list[dict]:
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # torn by a crash
-            if isinstance(record, dict):
-                records.append(record)
-    return records
 
 
 class Starts(Callback):
@@ -81,12 +69,5 @@ class Starts(Callback):
         self._write({"ended_at": loop.state.step, "time": time.time()})
 
     def _write(self, record: dict) -> None:
-        # One write, so that a line is whole or torn, never mixed; a line of its own after a torn one.
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(("\n" if file.tell() and not _ends_with_newline(self.path) else "") + json.dumps(record) + "\n")
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        with open_to_append(self.path) as file:
+            file.write(json.dumps(record) + "\n")
