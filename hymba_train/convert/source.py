@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hymba_train.checkpoint.directory import CHECKPOINTS, is_complete, newest
-from hymba_train.checkpoint.metadata import read_metadata
+from hymba_train.checkpoint.metadata import origin_of, read_metadata
 from hymba_train.config import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config
 from hymba_train.config.typed import from_plain
@@ -71,6 +71,11 @@ class TrainingCheckpoint:
     def imported(self) -> dict[str, Any]:
         """What from-hf noted about where the weights come from; empty for a model trained here."""
         return self.metadata.get("imported", {})
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """:func:`hymba_train.checkpoint.metadata.origin_of` these weights."""
+        return origin_of(self.metadata)
 
     def tokenizer_path(self) -> Path | None:
         """Directory or file of the tokenizer, if the run has one and it is still there."""

@@ -39,7 +39,8 @@ def export_hf(
 
     Args:
         dtype: bfloat16 or float32. None: what the run trains in.
-        license_id: licence field of the model card. None: that of an imported model, else "unknown".
+        license_id: licence field of the model card. None: that of the imported weights that it goes
+            back to, else "unknown".
 
     Raises UserError: no complete checkpoint, one whose files are not as its manifest has them, ``output`` exists, an
     unknown dtype.
