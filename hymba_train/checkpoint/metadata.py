@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 from dataclasses import dataclass
@@ -49,7 +50,6 @@ def metadata_of(
 ) -> dict[str, Any]:  # fmt: skip
     """The content of checkpoint.json. ``data``: :meth:`hymba_train.data.DataRecord.to_dict`; ``guards``: the memory of
     the guards, plain data; ``origin``: :func:`origin_of` the checkpoint that this run started from."""
-    import megatron.core
     import torch
 
     plain = to_plain(config)
@@ -67,7 +67,7 @@ def metadata_of(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "megatron_core": megatron.core.__version__,
+            "megatron_core": importlib.metadata.version("megatron-core"),
         },
     }
 

@@ -63,9 +63,9 @@ def _training(source: TrainingCheckpoint) -> list[str]:
     lines = ["## Training", ""]
     if source.origin is not None:
         licence = source.origin["license"] or "not stated"
-        since = "; not trained since" if source.imported else ""
+        since = "; not trained since" if source.is_imported else ""
         lines.append(f"- Weights imported from {source.origin['source']}, licence there: {licence}{since}.")
-        if source.imported:
+        if source.is_imported:
             return lines
     if config.checkpoint.load:  # its name alone: where it lay is nobody's business
         lines.append(f"- Started from a checkpoint of {Path(config.checkpoint.load).name}.")

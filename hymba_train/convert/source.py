@@ -27,6 +27,13 @@ EXACT_SUFFIXES = ("mixer.A_log", "mixer.D", "mixer.dt_bias")
 """Tensors that the model uses in float32, so that rounding them changes what it computes."""
 
 
+def parse_dtype(name: str) -> torch.dtype:
+    """Raises UserError for what is no type of an export."""
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: give {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 @dataclass(frozen=True)
 class TrainingCheckpoint:
     """A complete step directory. Nothing of Megatron-Core and no process group is needed to read it."""
@@ -68,9 +75,20 @@ class TrainingCheckpoint:
         return (self.phase and self.phase.rope_type) or self.config.model.rope_type
 
     @property
-    def imported(self) -> dict[str, Any]:
-        """What from-hf noted about where the weights come from; empty for a model trained here."""
-        return self.metadata.get("imported", {})
+    def dtype(self) -> str:
+        """What the run trains in, as :data:`DTYPES` names it."""
+        return "bfloat16" if self.config.precision.params == "bf16" else "float32"
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether from-hf wrote it: weights in the published format, not trained since."""
+        return "imported" in self.metadata
+
+    def token_ids(self, of_tokenizer: TokenIds | None) -> TokenIds:
+        """Those of the config.json that was imported; else ``of_tokenizer``, or without one the published model's."""
+        if self.is_imported:
+            return TokenIds(**self.metadata["imported"]["token_ids"])
+        return of_tokenizer or TokenIds()
 
     @property
     def origin(self) -> dict[str, Any] | None:
@@ -90,7 +108,7 @@ class TrainingCheckpoint:
         return hf_config(self.config.model, dtype, token_ids, self.rope_type)
 
 
-class HubWeights:
+class CheckpointWeights:
     """Tensors of a training checkpoint under their published names, read one at a time.
 
     Raises UserError with a line for each that is missing or has another shape than the configuration asks for.
