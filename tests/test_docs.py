@@ -80,13 +80,27 @@ def test_every_message_that_is_explained_exists():
     assert [message for message in messages if message not in said] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
 def test_commands_in_the_pages_exist(page):
     code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line.strip(), comments=True) if line.strip().startswith("hymba ") else []
         if words:
             assert words[1] in VERBS, line
+
+
+def test_what_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    links = {target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target}
+    assert len(links) > 10 and [target for target in links if not (ROOT / target).exists()] == []
+    features = re.findall(r"^\| (.+) \| (.+) \|$", text.split("## Features")[1].split("## Where")[0], re.MULTILINE)[1:]
+    assert len(features) > 30
+    for feature, shown_by in features:
+        tests = re.findall(r"`(tests/[^`:]+)(?:::(\w+))?`", shown_by)
+        assert tests or "](" in shown_by or "python -m tests" in shown_by, f"nothing shows: {feature}"
+        for path, name in tests:
+            assert (ROOT / path).exists(), path
+            assert f"def {name}(" in (ROOT / path).read_text() if name else True, name
 
 
 def test_kubernetes_example_is_yaml():
