@@ -78,8 +78,6 @@ def supervise(
     progress) or 130.
     """
     say = say or (lambda text: print(f"hymba: {text}", file=sys.stderr, flush=True))
-    # torchrun keeps one store over its restarts, in which a restarted rank would find the addresses of dead ones.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     starts: list[str] = []
     for attempt in range(max_restarts + 1):
         newest, _ = checkpoints.newest(run_directory / checkpoints.CHECKPOINTS)

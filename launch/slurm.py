@@ -15,13 +15,12 @@ from pathlib import Path
 
 from hymba_train.config import freeze_run
 from hymba_train.errors import UserError
+from hymba_train.runs.slurm_jobs import LAUNCH_FILE, SLURM, in_queue, launches
 from launch.cluster import ClusterConfig
 from launch.cluster_files import load_cluster, split_overrides
 from launch.points import Point, make_points
 from launch.script import Job, render
 
-LAUNCH_FILE = "launch.json"
-SLURM = "slurm"  # directory in a run directory: slurm/0001/ is the first launch, with its script, logs and counts
 REFUSED = 2
 
 
@@ -33,8 +32,6 @@ def run_slurm(args: argparse.Namespace) -> int:
         raise UserError("--skip-paths: only with --dry-run")
     own, of_run = split_overrides(args.overrides)
     name, cluster = load_cluster(own, args.config_dir)
-    if args.sweep and cluster.restart.chain > 1:
-        raise UserError("--sweep: a chain of arrays is not possible; set cluster.restart.chain=1")
     points = make_points(of_run, args.sweep, cluster, args.nodes, args.config_dir, not args.skip_paths)
     return submit_points(points, name, cluster, _command(args), args.dry_run, not args.skip_paths)
 
@@ -45,6 +42,8 @@ def submit_points(
 ) -> int:  # fmt: skip
     """Check what the nodes will see, then submit all points as one job, or only show it. Raises UserError."""
     problems = _unreachable(points, cluster, check_paths)
+    if len(points) > 1 and cluster.restart.chain > 1:
+        problems.append("cluster.restart.chain: a chain of arrays is not possible; set cluster.restart.chain=1")
     if problems:
         raise UserError(*problems)
     job = make_job(points, name, cluster, command)
@@ -180,15 +179,10 @@ def _unreachable(points: Sequence[Point], cluster: ClusterConfig, check_paths: b
 
 def _refuse_second_job(directory: Path) -> None:
     """Two jobs in one run directory would overwrite each other. Raises UserError."""
-    for file in sorted((directory / SLURM).glob(f"*/{LAUNCH_FILE}")):
-        try:
-            ids = [str(i) for i in json.loads(file.read_text(encoding="utf-8"))["jobs"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        for job_id in ids:  # one by one: squeue fails altogether for an id that it has forgotten
-            done = subprocess.run(["squeue", "-h", "-j", job_id, "-o", "%i %T"], capture_output=True, text=True)
-            if done.returncode == 0 and done.stdout.strip():
+    for launch in launches(directory):
+        for job_id in map(str, launch.get("jobs", [])):
+            if (job := in_queue(job_id)) is not None:
                 raise UserError(
-                    f"{directory}: job {done.stdout.split()[0]} of this run is {done.stdout.split()[1]}; wait for it, "
-                    f"scancel {job_id}, or choose another run.name"
+                    f"{directory}: job {job[0]} of this run is {job[1]}; wait for it, scancel {job_id}, or choose "
+                    "another run.name"
                 )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from hymba_train.compare.pool import is_finished
 from hymba_train.compare.study import Study
-from hymba_train.errors import UserError
 from launch.cluster_files import load_cluster
 from launch.points import point_of
 from launch.slurm import submit_points
@@ -15,8 +14,6 @@ from launch.slurm import submit_points
 def submit_study(study: Study, clusters: Sequence[str], config_dir: str | None) -> int:
     """Submit every run that has not finished; returns the exit code. Raises UserError."""
     name, cluster = load_cluster(clusters, config_dir)
-    if cluster.restart.chain > 1:
-        raise UserError("cluster.restart.chain: a chain of arrays is not possible; set cluster.restart.chain=1")
     runs = [run for run in study.runs if not is_finished(run)]
     if not runs:
         print("all runs have finished: leave cluster out, or give --report, for the table")

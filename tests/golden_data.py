@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hymba_train.config.schema import ModelConfig
-from hymba_train.convert.names import model_config_from_hf
+from hymba_train.convert.hf_config import model_config_from_hf
 from tests.hf_names import from_hf_state_dict, to_hf_state_dict
 
 NAMES = ("a_pair_triple_ntk", "b_untied_default_rope", "c_mqa_padded")

@@ -16,10 +16,12 @@ SMALL = dict(
 
 
 def make_model(seed=0, dtype=torch.float64, **changes):
-    """A random model with no parameter at a special value, in evaluation mode."""
+    """A random model with no parameter at a special value, in evaluation mode; it generates with a cache, as exports
+    do."""
     torch.manual_seed(seed)
     model = HymbaForCausalLM(HymbaConfig(**{**SMALL, **changes})).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+    model.generation_config.use_cache = True
     return model

@@ -82,7 +82,7 @@ def test_every_message_that_is_explained_exists():
     assert [message for message in messages if message not in said] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
 def test_commands_in_the_pages_exist(page):
     code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
     for line in code.replace("\\\n", " ").splitlines():
@@ -115,6 +115,20 @@ def test_names_in_the_diagrams_are_those_of_the_code():
     known = {part for tensor in model_tensors(model) for part in tensor.name.split(".")}
     named = [name for names in re.findall(r"<i>(.+?)</i>", layer) for name in names.split(", ")]
     assert len(named) > 10 and [name for name in named if name not in known] == []
+
+
+def test_what_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    links = {target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target}
+    assert len(links) > 10 and [target for target in links if not (ROOT / target).exists()] == []
+    features = re.findall(r"^\| (.+) \| (.+) \|$", text.split("## Features")[1].split("## Where")[0], re.MULTILINE)[1:]
+    assert len(features) > 30
+    for feature, shown_by in features:
+        tests = re.findall(r"`(tests/[^`:]+)(?:::(\w+))?`", shown_by)
+        assert tests or "](" in shown_by or "python -m tests" in shown_by, f"nothing shows: {feature}"
+        for path, name in tests:
+            assert (ROOT / path).exists(), path
+            assert f"def {name}(" in (ROOT / path).read_text() if name else True, name
 
 
 def test_kubernetes_example_is_yaml():

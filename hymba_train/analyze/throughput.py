@@ -7,227 +7,25 @@ captured as a CUDA graph. A batch that does not fit is halved until it does, as 
 from __future__ import annotations
 
 import argparse
-import gc
 import platform
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hymba_train.analyze import common, pictures
-from hymba_train.analyze.llama import LlamaRunner, llama_config, make_llama
+from hymba_train.analyze.llama import llama_config, make_llama
+from hymba_train.analyze.runners import HymbaRunner, LlamaRunner
+from hymba_train.analyze.timing import Measured, measure, ratios
 from hymba_train.convert.cli import pick_device
 from hymba_train.errors import UserError
 
-WARM_UP_STEPS = 4
-CAPTURE_STEPS = 4  # of a CUDA graph: three tries and the capture
 PAPER = {
     "speed": 2695.8 / 721.1,  # tokens/s at 8k, batch 128, on an A100 (Table 1: 300M, Hymba with meta tokens over Llama)
     "cache": 414.7 / 40.0,
 }
-
-
-@dataclass
-class Prefill:
-    """Prompts of ``length`` tokens, ``rows`` at a time."""
-
-    model: str
-    length: int
-    rows: int
-    seconds: float
-    tokens_per_second: float
-
-
-@dataclass
-class Decode:
-    """Steps over caches of ``length`` tokens. ``cache_bytes``: of one sequence."""
-
-    model: str
-    length: int
-    wanted_batch: int
-    batch: int
-    step: str
-    tokens_per_second: float
-    milliseconds: float
-    cache_bytes: int
-
-
-@dataclass
-class Measured:
-    """Everything that was timed, and why the rest was not."""
-
-    prefill: list[Prefill] = field(default_factory=list)
-    decode: list[Decode] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-
-class HymbaRunner:
-    """The same interface as LlamaRunner's."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def prefill(self, ids: Any, capacity: int) -> Any:
-        """The cache after a prompt [B, S]."""
-        from hymba_train.hf.modeling_hymba import HymbaCache
-
-        cache = HymbaCache(self.model.config, max_length=capacity)
-        self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
-    def filled(self, batch: int, length: int, capacity: int) -> Any:
-        """A cache of random content: made by a prefill of one token, then set to ``length``."""
-        cache = self.prefill(torch.full((batch, 1), 5, device=self.model.device), capacity)
-        for tensor in hymba_tensors(cache)[0]:
-            tensor.normal_()
-        cache.lengths.fill_(length)
-        cache.seen = length
-        return cache
-
-    def sequence_bytes(self, cache: Any, batch: int) -> int:
-        """Of one row; what all rows share (keys and values of meta tokens) counts whole, as for a lone sequence."""
-        rows, shared = hymba_tensors(cache)
-        return sum(t.nbytes for t in rows) // batch + sum(t.nbytes for t in shared)
-
-    def step(self, cache: Any, batch: int, length: int, capacity: int, graph: bool) -> Callable[[Any], Any]:
-        """As :meth:`LlamaRunner.step`."""
-
-        def step(token: Any) -> Any:
-            self.model.config.decode_backend = "graph" if graph else "eager"
-            token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            if graph and cache.graph is None:
-                raise RuntimeError("the step was not captured")
-            return token
-
-        return step
-
-
-def hymba_tensors(cache: Any) -> tuple[list[Any], list[Any]]:
-    """All of a HymbaCache but the 8 bytes a row that count its tokens: (of each row, shared by all rows)."""
-    rows = [t for entry in cache.kv.values() for t in entry[:2]] + [*cache.conv.values(), *cache.ssm.values()]
-    return rows, [t for entry in cache.kv.values() for t in entry[2:]]
-
-
-def measure(
-    runners: dict[str, Any], lengths: Sequence[int], batches: Sequence[int], *, steps: int, prefill_rows: int,
-    seconds: float, graphs: bool,
-) -> Measured:  # fmt: skip
-    """All figures that can be begun within ``seconds``; what cannot, and what fails, is in ``left_out``.
-
-    The captured steps of all models come before the eager ones, so that a tight budget leaves both models with some.
-    """
-    found, started = Measured(), time.perf_counter()
-
-    def due(what: str) -> bool:
-        late = time.perf_counter() - started > seconds
-        if late:
-            found.left_out.append(f"{what}: the time budget of {seconds:g} s was used up")
-        return not late
-
-    kinds = ["graph", "eager"] if graphs else ["eager"]
-    if not graphs:
-        found.left_out.append("captured steps: there is no GPU")
-    for length in lengths:
-        for batch in batches:
-            for kind in kinds:
-                for name, runner in runners.items():
-                    what = f"{name}, {length} tokens, batch {batch}, {kind} steps"
-                    if due(what):
-                        _decode(found, what, name, runner, length, batch, kind, steps)
-        for name, runner in runners.items():
-            what = f"{name}, prefill of {length} tokens"
-            if due(what):
-                _prefill(found, what, name, runner, length, prefill_rows)
-    return found
-
-
-def _decode(found: Measured, what: str, name: str, runner: Any, length: int, batch: int, kind: str, steps: int) -> None:
-    capacity = length + WARM_UP_STEPS + steps + (CAPTURE_STEPS if kind == "graph" else 0) + 1
-
-    def attempt(size: int) -> Decode:
-        cache = runner.filled(size, length, capacity)
-        num_bytes = runner.sequence_bytes(cache, size)
-        step = runner.step(cache, size, length, capacity, kind == "graph")
-        token = torch.full((size, 1), 5, device=runner.model.device)
-        for _ in range(WARM_UP_STEPS):
-            token = step(token)
-        _synchronize()
-        begun = time.perf_counter()
-        for _ in range(steps):
-            token = step(token)
-        _synchronize()
-        each = (time.perf_counter() - begun) / steps
-        return Decode(name, length, batch, size, kind, size / each, each * 1e3, num_bytes)
-
-    row = halved(attempt, batch, what, found.left_out)
-    if row is not None:
-        found.decode.append(row)
-        print(f"{what}: {row.tokens_per_second:,.0f} tokens/s at batch {row.batch}", flush=True)
-
-
-def _prefill(found: Measured, what: str, name: str, runner: Any, length: int, rows: int) -> None:
-    def attempt(size: int) -> Prefill:
-        ids = torch.randint(3, runner.model.config.vocab_size, (size, length), device=runner.model.device)
-        for _ in range(2):  # the first one compiles
-            _synchronize()
-            begun = time.perf_counter()
-            runner.prefill(ids, length + 1)
-            _synchronize()
-            taken = time.perf_counter() - begun
-        return Prefill(name, length, size, taken, size * length / taken)
-
-    row = halved(attempt, rows, what, found.left_out)
-    if row is not None:
-        found.prefill.append(row)
-        print(f"{what}: {row.tokens_per_second:,.0f} tokens/s with {row.rows} rows", flush=True)
-
-
-def halved(attempt: Callable[[int], Any], batch: int, what: str, left_out: list[str]) -> Any | None:
-    """``attempt(batch)``, with half the batch while memory runs out. None, and a reason, where nothing helps."""
-    while batch >= 1:
-        _free()
-        try:
-            return attempt(batch)
-        except torch.OutOfMemoryError:
-            pass  # out of the handler the exception, and with it the tensors of its frames, is let go
-        except RuntimeError as error:  # a library whose step cannot be captured, say: the rest is still worth having
-            left_out.append(f"{what}: {' '.join(str(error).split())[:200]}")
-            return None
-        batch //= 2
-    left_out.append(f"{what}: out of memory with a single sequence")
-    return None
-
-
-def _free() -> None:
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def ratios(found: Measured, hymba: str) -> list[dict[str, Any]]:
-    """Hymba over each other model, from the fastest row of each at a length and a kind of step."""
-    rows = []
-    best: dict[tuple[str, int, str], Decode] = {}
-    for row in found.decode:
-        key = (row.model, row.length, row.step)
-        if key not in best or row.tokens_per_second > best[key].tokens_per_second:
-            best[key] = row
-    for (model, length, step), other in best.items():
-        own = best.get((hymba, length, step))
-        if model != hymba and own is not None:
-            rows.append(
-                {"over": model, "length": length, "step": step, "batch": own.batch, "other_batch": other.batch,
-                 "speed": own.tokens_per_second / other.tokens_per_second, "cache": other.cache_bytes / own.cache_bytes}
-            )  # fmt: skip
-    return rows
 
 
 def main(argv: Sequence[str]) -> int:
@@ -305,21 +103,13 @@ def random_hymba(recipe: str, dtype: torch.dtype, device: str) -> Any:
     Face code does not have."""
     from hymba_train.config import compose
     from hymba_train.convert.hf_config import TokenIds, hf_config
+    from hymba_train.convert.load import new_model
     from hymba_train.describe.published import export_obstacles
-    from hymba_train.hf.configuration_hymba import HymbaConfig
-    from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM
 
     recipe_model = compose([f"model={recipe}"]).model
     if obstacles := export_obstacles(recipe_model):
         raise UserError(*(f"--random {recipe}: {obstacle}" for obstacle in obstacles))
-    raw = hf_config(recipe_model, "float32", TokenIds())
-    known = {k: v for k, v in raw.items() if k not in ("auto_map", "torch_dtype", "dtype")}
-    with torch.device(device):
-        model = HymbaForCausalLM(HymbaConfig(**known)).to(dtype)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in FLOAT32_MODULES:
-            module.float()
-    return model.eval().requires_grad_(False)
+    return new_model(hf_config(recipe_model, "float32", TokenIds()), dtype, device)
 
 
 def _machine(hymba: Any) -> dict[str, Any]:

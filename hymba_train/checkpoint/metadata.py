@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 from dataclasses import dataclass
@@ -45,11 +46,10 @@ class Layout:
 
 def metadata_of(
     config: Config, layout: Layout, state: dict[str, int], data: dict[str, Any] | None = None,
-    guards: dict[str, Any] | None = None,
+    guards: dict[str, Any] | None = None, origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of checkpoint.json. ``data``: :meth:`hymba_train.data.DataRecord.to_dict`; ``guards``: the memory of
-    the guards, plain data."""
-    import megatron.core
+    the guards, plain data; ``origin``: :func:`origin_of` the checkpoint that this run started from."""
     import torch
 
     plain = to_plain(config)
@@ -60,13 +60,14 @@ def metadata_of(
         "train_state": state,
         "data": data,
         "guards": guards,
+        "origin": origin,
         "layout": dataclasses.asdict(layout),
         "config": plain,
         "config_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "megatron_core": megatron.core.__version__,
+            "megatron_core": importlib.metadata.version("megatron-core"),
         },
     }
 
@@ -91,6 +92,13 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}: upgrade hymba_train")
     return metadata
+
+
+def origin_of(metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """``source`` (a name) and ``license`` (None: not stated) of the foreign weights that a checkpoint goes back to,
+    through however many runs; None for weights that began here."""
+    imported = metadata.get("imported")
+    return {key: imported[key] for key in ("source", "license")} if imported else metadata.get("origin")
 
 
 def check_model(directory: Path, metadata: dict[str, Any], config: Config, allow_context_change: bool) -> list[str]:

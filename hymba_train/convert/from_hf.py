@@ -44,13 +44,12 @@ def import_hf(model_directory: Path, output: Path) -> Path:
         with CheckpointWriter(step) as writer:
             for key, tensor in iterate_tensors(model, weights):
                 writer.write(key, tensor.float() if key in float32 or tensor.dtype is torch.float16 else tensor)
-        tokenizer = copy_tokenizer(model_directory, directory / "tokenizer")
+        copy_tokenizer(model_directory, directory / "tokenizer")
         source = _plain(str(raw.get("_name_or_path") or model_directory.resolve().name))
         imported = {
             "source": source,
             "license": _license(model_directory),
             "token_ids": vars(TokenIds.of(raw)),
-            "tokenizer_files": tokenizer,
         }
         state = dict.fromkeys(("step", "phase", "samples_in_phase", "samples", "tokens"), 0)
         metadata = metadata_of(config, Layout(1, 1, 1, 1, 1, "cpu"), state)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hymba_train.convert.hf_config import TokenIds
+from hymba_train.convert.names import EMBEDDING
 from hymba_train.convert.published import CONFIG, PublishedWeights, read_config, read_json
-from hymba_train.convert.source import DTYPES, HubWeights, TrainingCheckpoint
-from hymba_train.convert.tokenizer_files import token_ids, write_tokenizer_files
+from hymba_train.convert.source import CheckpointWeights, TrainingCheckpoint, parse_dtype
+from hymba_train.convert.tokenizer_files import VOCABULARY, token_ids, write_tokenizer_files
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.errors import UserError
 
@@ -77,53 +80,45 @@ def load_model(
     """
     require_transformers()
     if (path / CONFIG).is_file():
+        checkpoint, source = None, path if any((path / name).is_file() for name in VOCABULARY) else None
         raw, model_config = read_config(path)
         with PublishedWeights(path, model_config) as weights:
-            native = "bfloat16" if weights.dtype("model.embed_tokens.weight") is torch.bfloat16 else "float32"
-            model = _build(raw, weights.read, _dtype(dtype or native), device)
-        checkpoint, source = None, path if _has_tokenizer(path) else None
+            native = "bfloat16" if weights.dtype(EMBEDDING) is torch.bfloat16 else "float32"
+            model = _filled(raw, weights.read, parse_dtype(dtype or native), device)
     else:
         checkpoint = TrainingCheckpoint.find(path)
-        native = "bfloat16" if checkpoint.config.precision.params == "bf16" else "float32"
-        hub = HubWeights(checkpoint)
-        raw = checkpoint.hf_config("float32", TokenIds(**checkpoint.imported.get("token_ids", {})))
-        model = _build(raw, hub.read, _dtype(dtype or native), device)
         source = checkpoint.tokenizer_path()
+        raw = checkpoint.hf_config("float32", checkpoint.token_ids(None))
+        model = _filled(raw, CheckpointWeights(checkpoint).read, parse_dtype(dtype or checkpoint.dtype), device)
     source = tokenizer or source
     text = Tokenizer.load(source) if source is not None else None
     ids = TokenIds.of(raw)
-    if text is not None and checkpoint is not None and not checkpoint.imported:
-        ids = token_ids(text)
+    if text is not None and checkpoint is not None:
+        ids = checkpoint.token_ids(token_ids(text))
     return LoadedModel(model, text, source, ids, _adds_bos(source), checkpoint)
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"--dtype {name}: give {' or '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _build(raw: dict[str, Any], read: Any, dtype: torch.dtype, device: str) -> Any:
-    """HymbaForCausalLM with tensors from ``read`` (published name -> tensor), one held at a time beside the model."""
+def new_model(config_json: Mapping[str, Any], dtype: torch.dtype, device: str) -> Any:
+    """HymbaForCausalLM of a config.json, with the weights that it begins with (none on the device "meta")."""
     from hymba_train.hf.configuration_hymba import HymbaConfig
     from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM
 
-    known = {k: v for k, v in raw.items() if k not in ("auto_map", "torch_dtype", "dtype", "transformers_version")}
-    with torch.device("meta"):
-        model = HymbaForCausalLM(HymbaConfig(**known)).to(dtype)
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in FLOAT32_MODULES:
-                module.float()
-    model = model.to_empty(device=device)
-    model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # a tied head is not among them twice
-            parameter.copy_(read(name))
+    other = ("auto_map", "torch_dtype", "dtype", "transformers_version")
+    with torch.device(device):
+        model = HymbaForCausalLM(HymbaConfig(**{k: v for k, v in config_json.items() if k not in other})).to(dtype)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in FLOAT32_MODULES:
+            module.float()
     return model.eval().requires_grad_(False)
 
 
-def _has_tokenizer(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+def _filled(config_json: Mapping[str, Any], read: Callable[[str], Tensor], dtype: torch.dtype, device: str) -> Any:
+    """:func:`new_model` with tensors from ``read`` (published name -> tensor), one held at a time beside the model."""
+    model = new_model(config_json, dtype, "meta").to_empty(device=device)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():  # a tied head is not among them twice
+        parameter.copy_(read(name))
+    return model
 
 
 def _adds_bos(source: Path | None) -> bool:

@@ -32,9 +32,10 @@ default), so that cached and uncached generation agree. The published Hymba code
 def model_card(
     source: TrainingCheckpoint, dtype: str, *, has_tokenizer: bool, license_id: str | None, files: list[str]
 ) -> str:
-    """Markdown with the YAML header that the Hub reads. ``license_id`` None: an imported model's, else "unknown"."""
+    """Markdown with the YAML header that the Hub reads. ``license_id`` None: that of the weights that
+    it goes back to, else "unknown"."""
     config, state, model = source.config, source.metadata["train_state"], source.config.model
-    license_id = license_id or source.imported.get("license") or "unknown"
+    license_id = license_id or (source.origin or {}).get("license") or "unknown"
     num_parameters = sum(t.num_parameters for t in model_tensors(model))
     header = [
         "---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation",
@@ -60,10 +61,12 @@ def model_card(
 def _training(source: TrainingCheckpoint) -> list[str]:
     config, state = source.config, source.metadata["train_state"]
     lines = ["## Training", ""]
-    if source.imported:
-        lines.append(f"- Weights imported from {source.imported.get('source')}, licence there: "
-                     f"{source.imported.get('license') or 'not stated'}; not trained since.")  # fmt: skip
-        return lines
+    if source.origin is not None:
+        licence = source.origin["license"] or "not stated"
+        since = "; not trained since" if source.is_imported else ""
+        lines.append(f"- Weights imported from {source.origin['source']}, licence there: {licence}{since}.")
+        if source.is_imported:
+            return lines
     if config.checkpoint.load:  # its name alone: where it lay is nobody's business
         lines.append(f"- Started from a checkpoint of {Path(config.checkpoint.load).name}.")
     if config.run.objective != "pretrain":

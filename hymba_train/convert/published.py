@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hymba_train.config.schema import ModelConfig
 from hymba_train.config.typed import from_plain, to_plain
-from hymba_train.convert.names import EMBEDDING, HEAD, checkpoint_entries, hf_parts, model_config_from_hf
+from hymba_train.convert.hf_config import model_config_from_hf
+from hymba_train.convert.names import EMBEDDING, HEAD, checkpoint_entries, hf_parts
 from hymba_train.describe import model_tensors, resolve_stack
 from hymba_train.errors import UserError
 

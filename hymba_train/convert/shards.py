@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hymba_train.convert.published import INDEX, SINGLE
+
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _FRAMEWORK = {"format": "pt"}  # transformers refuses a file that does not say what wrote it
 
@@ -48,7 +50,7 @@ def write_shards(
             groups.append([])
         groups[-1].append(tensor)
     if len(groups) == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     else:
         names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     for name, group in zip(names, groups, strict=True):
@@ -58,7 +60,7 @@ def write_shards(
             "metadata": {"total_size": sum(t.num_bytes for t in tensors)},
             "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
         }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return names
 
 

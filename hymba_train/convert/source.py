@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hymba_train.checkpoint.directory import CHECKPOINTS, steps_at
-from hymba_train.checkpoint.metadata import read_metadata
+from hymba_train.checkpoint.metadata import origin_of, read_metadata
 from hymba_train.config import data_file
 from hymba_train.config.schema import TO_BE_GIVEN, Config
 from hymba_train.config.typed import from_plain
@@ -25,6 +25,13 @@ from hymba_train.errors import UserError
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 EXACT_SUFFIXES = ("mixer.A_log", "mixer.D", "mixer.dt_bias")
 """Tensors that the model uses in float32, so that rounding them changes what it computes."""
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Raises UserError for what is no type of an export."""
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: give {' or '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,25 @@ class TrainingCheckpoint:
         return (self.phase and self.phase.rope_type) or self.config.model.rope_type
 
     @property
-    def imported(self) -> dict[str, Any]:
-        """What from-hf noted about where the weights come from; empty for a model trained here."""
-        return self.metadata.get("imported", {})
+    def dtype(self) -> str:
+        """What the run trains in, as :data:`DTYPES` names it."""
+        return "bfloat16" if self.config.precision.params == "bf16" else "float32"
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether from-hf wrote it: weights in the published format, not trained since."""
+        return "imported" in self.metadata
+
+    def token_ids(self, of_tokenizer: TokenIds | None) -> TokenIds:
+        """Those of the config.json that was imported; else ``of_tokenizer``, or without one the published model's."""
+        if self.is_imported:
+            return TokenIds(**self.metadata["imported"]["token_ids"])
+        return of_tokenizer or TokenIds()
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """:func:`hymba_train.checkpoint.metadata.origin_of` these weights."""
+        return origin_of(self.metadata)
 
     def tokenizer_path(self) -> Path | None:
         """Directory or file of the tokenizer, if the run has one and it is still there."""
@@ -84,7 +107,7 @@ class TrainingCheckpoint:
         return hf_config(self.config.model, dtype, token_ids, self.rope_type)
 
 
-class HubWeights:
+class CheckpointWeights:
     """Tensors of a training checkpoint under their published names, read one at a time.
 
     Raises UserError with a line for each that is missing or has another shape than the configuration asks for.

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hymba_train.checkpoint import manifest
-from hymba_train.convert.hf_config import TokenIds, generation_config
+from hymba_train.convert.hf_config import generation_config
 from hymba_train.convert.model_card import model_card
 from hymba_train.convert.shards import write_shards
-from hymba_train.convert.source import DTYPES, HubWeights, TrainingCheckpoint
+from hymba_train.convert.source import CheckpointWeights, TrainingCheckpoint, parse_dtype
 from hymba_train.convert.tokenizer_files import write_chat_template, write_tokenizer_files
 from hymba_train.errors import UserError
 from hymba_train.files import fsync
@@ -39,28 +39,24 @@ def export_hf(
 
     Args:
         dtype: bfloat16 or float32. None: what the run trains in.
-        license_id: licence field of the model card. None: that of an imported model, else "unknown".
+        license_id: licence field of the model card. None: that of the imported weights that it goes
+            back to, else "unknown".
 
     Raises UserError: no complete checkpoint, one whose files are not as its manifest has them, ``output`` exists, an
     unknown dtype.
     """
     source = TrainingCheckpoint.find(checkpoint)
-    dtype = dtype or ("bfloat16" if source.config.precision.params == "bf16" else "float32")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: give {' or '.join(DTYPES)}")
+    dtype = dtype or source.dtype
+    torch_dtype = parse_dtype(dtype)
     if problems := manifest.verify(source.path):  # nobody would see a flipped bit in an export
         raise UserError(*(f"{problem}; choose another checkpoint" for problem in problems[:10]))
-    weights = HubWeights(source)
+    weights = CheckpointWeights(source)
     with new_directory(output) as directory:
         tokenizer = source.tokenizer_path()
-        if tokenizer is None:
-            token_ids = TokenIds(**source.imported.get("token_ids", {}))
-        else:
-            token_ids = write_tokenizer_files(tokenizer, directory)
-            if source.config.run.objective != "pretrain":
-                write_chat_template(directory)
-            token_ids = TokenIds(**source.imported.get("token_ids", vars(token_ids)))
-        files = write_shards(directory, weights.plan(DTYPES[dtype]), weights.read, max_shard_bytes)
+        token_ids = source.token_ids(write_tokenizer_files(tokenizer, directory) if tokenizer is not None else None)
+        if tokenizer is not None and source.config.run.objective != "pretrain":
+            write_chat_template(directory)
+        files = write_shards(directory, weights.plan(torch_dtype), weights.read, max_shard_bytes)
         _write_json(directory / "config.json", source.hf_config(dtype, token_ids))
         _write_json(directory / "generation_config.json", generation_config(token_ids))
         for name in CODE:

@@ -21,9 +21,11 @@ from hymba_train.config.nearest import did_you_mean
 from hymba_train.errors import UserError
 from hymba_train.parser import Parser
 from hymba_train.runs.chart import chart
-from hymba_train.runs.summary import RunSummary, find_runs, launches, summarize
+from hymba_train.runs.slurm_jobs import launches
+from hymba_train.runs.summary import RunSummary, find_runs, summarize
 
 COMMANDS = ("list", "show")
+COLUMNS = ("run", "state", "step", "tokens", "loss", "checkpoint", "restarts", "goodput")
 NARROW, WIDE = 40, 100  # columns of a chart
 
 
@@ -63,10 +65,8 @@ def list_runs(root: Path, as_json: bool, verify: bool = False) -> int:
         print(f"no runs in {root}")
         return 0
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("run", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in ("step", "tokens", "loss", "checkpoint", "restarts", "goodput"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
     for summary in summaries:
         table.add_row(*(escape(cell) for cell in _cells(summary)))
     # Never squeezed: a narrow terminal breaks the lines itself.
@@ -79,6 +79,7 @@ def list_runs(root: Path, as_json: bool, verify: bool = False) -> int:
 
 
 def _cells(s: RunSummary) -> list[str]:
+    """What COLUMNS name."""
     step = f"{s.step}" if s.num_steps is None else f"{s.step}/{s.num_steps}"
     quality = " (damaged)" if s.remarks else " (verified)" if s.verified else ""
     checkpoint = "-" if s.checkpoint is None else f"{s.checkpoint}{quality}"
@@ -104,9 +105,7 @@ def show(root: Path, name: str, png: str | None) -> int:
         print(png)
         return 0
     summary = summarize(runs[name], root)
-    for label, cell in zip(
-        ("run", "state", "step", "tokens", "loss", "checkpoint", "restarts", "goodput"), _cells(summary), strict=True
-    ):
+    for label, cell in zip(COLUMNS, _cells(summary), strict=True):
         print(f"{label:<11} {cell}")
     for launch in launches(runs[name]):
         print(f"{'job':<11} {' '.join(map(str, launch.get('jobs', [])))}: {launch.get('script')}")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hymba_train.callbacks.jsonl import METRICS, Line, counting, read_lines
 from hymba_train.callbacks.progress import format_seconds
@@ -19,9 +16,9 @@ from hymba_train.errors import UserError
 from hymba_train.outcome import read_outcome
 from hymba_train.plan import plan_steps
 from hymba_train.runs.metrics import goodput
+from hymba_train.runs.slurm_jobs import in_queue, launches
 
 SILENT_AFTER_SECONDS = 300  # or ten logged intervals, if that is longer
-SQUEUE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -93,32 +90,18 @@ def state_of(run: Path, lines: list[Line], last_sign: float, now: float) -> str:
     return job or "running"
 
 
-def launches(run: Path) -> list[dict[str, Any]]:
-    """What `hymba launch slurm` has submitted for this run, oldest first."""
-    found = []
-    for file in sorted(run.glob("slurm/*/launch.json")):
-        try:
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
 def _job_state(run: Path) -> str | None:
     """'job 12 pending' while Slurm has a job of this run."""
     submitted = launches(run)
     if not submitted or shutil.which("squeue") is None:
         return None
-    for job in reversed(submitted[-1].get("jobs", [])):
+    for job_id in reversed(submitted[-1].get("jobs", [])):
         try:
-            done = subprocess.run(
-                ["squeue", "-h", "-j", str(job), "-o", "%i %T"], capture_output=True, text=True, timeout=SQUEUE_SECONDS
-            )
-        except subprocess.TimeoutExpired:
+            job = in_queue(str(job_id))
+        except UserError:  # of a summary, the queue is the least part
             return None
-        if done.returncode == 0 and done.stdout.strip():
-            number, state = done.stdout.split()[:2]
-            return f"job {number} {state.lower()}"
+        if job is not None:
+            return f"job {job[0]} {job[1].lower()}"
     return None
 
 

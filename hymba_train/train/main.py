@@ -15,7 +15,7 @@ from hymba_train.callbacks.build import build_callbacks
 from hymba_train.checkpoint.children import stop_when_parent_dies
 from hymba_train.checkpoint.directory import CHECKPOINTS, has_any, prune, step_of
 from hymba_train.checkpoint.load import Source, find_source, load_checkpoint
-from hymba_train.checkpoint.metadata import Layout, metadata_of, read_metadata
+from hymba_train.checkpoint.metadata import Layout, metadata_of, origin_of, read_metadata
 from hymba_train.checkpoint.save import CheckpointWriter
 from hymba_train.checkpoint.together import locked
 from hymba_train.config import run_directory
@@ -93,11 +93,11 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     meter = ThroughputMeter(
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
     )
-    layout = Layout.of(config, runtime)
+    layout, origin = Layout.of(config, runtime), source and origin_of(read_metadata(source.path))
     kept, root = config.checkpoint, directory / CHECKPOINTS
     writer = CheckpointWriter(
         root, runtime, chunks, optimizer,
-        lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict()),
+        lambda saved: metadata_of(config, layout, saved, record.to_dict(), guards.to_dict(), origin),
         kept.async_save, lambda: prune(root, kept.keep_last, kept.keep_every),
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ def tiny(**changes) -> ModelConfig:
 def test_true_bytes_are_what_the_generator_holds(changes):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
-    from hymba_train.analyze.throughput import HymbaRunner
+    from hymba_train.analyze.runners import HymbaRunner
     from hymba_train.convert.hf_config import TokenIds, hf_config
     from hymba_train.hf.configuration_hymba import HymbaConfig
     from hymba_train.hf.modeling_hymba import FLOAT32_MODULES, HymbaForCausalLM

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
-from hymba_train.analyze.llama import LlamaRunner, LlamaStep, cache_tensors, llama_config, make_llama
-from hymba_train.analyze.throughput import HymbaRunner, halved, hymba_tensors, main, measure, random_hymba, ratios
+from hymba_train.analyze.llama import llama_config, make_llama
+from hymba_train.analyze.runners import HymbaRunner, LlamaRunner, LlamaStep, cache_tensors, hymba_tensors
+from hymba_train.analyze.throughput import main, random_hymba
+from hymba_train.analyze.timing import halved, measure, ratios
 from hymba_train.config import compose
 from hymba_train.describe import model_tensors
 from hymba_train.errors import UserError

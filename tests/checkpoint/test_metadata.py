@@ -13,6 +13,7 @@ from hymba_train.checkpoint.metadata import (
     changed_keys,
     check_model,
     metadata_of,
+    origin_of,
     read_metadata,
     write_metadata,
 )
@@ -35,6 +36,14 @@ def test_round_trip(saved):
     assert set(metadata["versions"]) == {"python", "torch", "megatron_core"}
     assert check_model(saved, metadata, tiny_config(saved), allow_context_change=False) == []
     assert changed_keys(metadata, tiny_config(saved)) == []
+
+
+def test_the_origin_of_foreign_weights_is_handed_on(tmp_path, saved):
+    assert origin_of(read_metadata(saved)) is None
+    origin = {"source": "elsewhere/model", "license": "some-licence-1.0"}
+    assert origin_of(read_metadata(saved) | {"imported": {**origin, "token_ids": {}}}) == origin
+    write_metadata(tmp_path, metadata_of(tiny_config(tmp_path), LAYOUT, STATE, origin=origin))
+    assert origin_of(read_metadata(tmp_path)) == origin
 
 
 def test_another_model_is_refused_key_by_key(saved):

@@ -45,6 +45,20 @@ def test_a_signal_while_a_run_is_being_started_reaches_it(runs):
     assert len(waiting) == len(runs) - 1, "and no other is started"
 
 
+def test_the_time_limit_asks_all_that_train_and_starts_no_other(runs):
+    pool = Pool(2, Clock(limit_seconds=100), lambda line: None)
+    waiting, context = list(runs), SimpleNamespace(Process=lambda **_: Process())
+    pool._start(waiting, context)
+    pool._stop_in_time()
+    assert not any((run.directory / STOP_FILE).exists() for run in runs), "there is time left"
+    pool.clock.started -= 100 - pool.clock.margin_seconds
+    pool._stop_in_time()
+    assert [(run.directory / STOP_FILE).exists() for run in runs] == [True, True, False, False]
+    pool._running.popitem()
+    pool._start(waiting, context)
+    assert waiting == list(runs[2:])
+
+
 def test_what_a_second_signal_ends_has_not_failed(runs):
     said = []
     runs[0].directory.mkdir(parents=True)

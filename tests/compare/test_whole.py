@@ -153,10 +153,26 @@ def test_runs_do_not_outlive_a_comparison_that_is_killed(study_dir, more):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_time_limit_is_kept(study_dir):
-    """So short that a run is asked to stop as soon as it is under way: none fails, and there is a table."""
-    process = compare(study_dir, *ATTENTION, *SSM, "run.name=short", "budget=10M", "--time-limit", "20")
+@pytest.mark.timeout(600)
+def test_a_time_limit_is_kept_and_loses_nothing(study_dir):
+    """Two runs at a time are asked to stop: both save, none fails, there is a table; the next call goes on from there,
+    with those that were begun first."""
+    settings = [*ATTENTION, *SSM, "run.name=short", "budget=10M", "--seeds", "2", "--jobs", "2"]
+    process = compare(study_dir, *settings, "--time-limit", "60")
     out, err = process.communicate(timeout=300)
     assert process.returncode == STOPPED_EARLY, out + err
-    assert "not started (--time-limit 20): ssm-seed1" in err and "0 of 2 runs finished" in out
+    assert "not started (--time-limit 60): attention-seed2, ssm-seed2" in err and "0 of 4 runs finished" in out
+    stopped_at = dict(re.findall(r"(\S+): saved and stopped, step (\d+)", err))
+    assert set(stopped_at) == {"attention-seed1", "ssm-seed1"}, err
+    process = compare(study_dir, *settings)
+    logs = {name: study_dir / "runs" / "short" / name / "metrics.jsonl" for name in stopped_at}
+    deadline = time.monotonic() + 240
+    while not all(read_lines(path)[-1]["step"] > int(stopped_at[name]) for name, path in logs.items()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == STOPPED_EARLY, out + err
+    for path in logs.values():
+        steps = [record["step"] for record in read_events(path, "train")]
+        assert steps == list(range(1, len(steps) + 1)), "no step twice, none left out"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hymba_train.convert.from_hf import import_hf
-from hymba_train.convert.source import HubWeights, TrainingCheckpoint
+from hymba_train.convert.source import CheckpointWeights, TrainingCheckpoint
 from hymba_train.convert.to_hf import export_hf
 from hymba_train.model import build_model_chunks
 from tests import golden_data
@@ -138,6 +138,6 @@ def test_environments_with_other_versions_of_transformers_do(converted, tmp_path
 
 def test_weights_of_a_checkpoint_have_the_published_names_and_shapes(converted):
     case, run, _ = converted
-    weights = HubWeights(TrainingCheckpoint.find(run))
+    weights = CheckpointWeights(TrainingCheckpoint.find(run))
     planned = {t.name: t.shape for t in weights.plan(torch.float32)}
     assert planned == {name: tuple(t.shape) for name, t in case.hf_weights.items()}

@@ -27,7 +27,7 @@ LAYOUTS = {
 def source(runs, tmp_path_factory):
     """(export of the run that one process trained, import of that)"""
     path = tmp_path_factory.mktemp("layouts")
-    exported = export_hf(runs.path("whole"), path / "exported")
+    exported = export_hf(runs.path("whole"), path / "exported", license_id="some-licence-1.0")
     assert run_convert(["from-hf", "--model", str(exported), "--output", str(path / "imported")]) == 0
     return exported, path / "imported"
 
@@ -38,12 +38,17 @@ def test_layouts_train_from_an_import_and_export_the_same_bytes(runs, source, tm
     settings = [*UNEVEN, "run.train_steps=1", "optim.lr=0", "optim.min_lr=0", "checkpoint.load_optimizer=false"]
     layouts = LAYOUTS[world_size]
     wanted = [run(name, *settings, *layout, load=str(imported)) for name, layout in layouts.items()]
+    first, layout = next(iter(layouts.items()))
+    wanted.append(run("after_" + first, *settings, *layout, load=str(runs.path(first))))
     arguments = " then ".join(" ".join(r) for r in wanted).split(" ")
     torchrun(world_size, "tests.train.tiny_run", str(runs.directory), *arguments, timeout_seconds=280)
-    for name in layouts:
+    for name, start in [*((name, "imported") for name in layouts), ("after_" + first, first)]:
         again = export_hf(runs.path(name), tmp_path / name)
         assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes(), name
-        assert "- Started from a checkpoint of imported." in (again / "README.md").read_text()
+        card = (again / "README.md").read_text()
+        assert f"- Started from a checkpoint of {start}." in card
+        assert card.startswith("---\nlicense: some-licence-1.0\n"), "foreign weights keep their licence"
+        assert "- Weights imported from exported, licence there: some-licence-1.0.\n" in card
         loaded = load_model(runs.path(name))
         losses = held_out_losses(loaded.model, loaded.checkpoint.config, loaded.checkpoint.phase)
         logged = runs.held_out(name)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hymba_train.convert.names import hf_parts, model_config_from_hf
+from hymba_train.convert.hf_config import model_config_from_hf
+from hymba_train.convert.names import hf_parts
 from hymba_train.describe import model_tensors, resolve_stack
 from hymba_train.errors import UserError
 from tests.hf_names import from_hf_state_dict, to_hf_state_dict

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hymba_train.config.schema import ModelConfig
-from hymba_train.convert.hf_config import TokenIds, hf_config, require_exportable
-from hymba_train.convert.names import model_config_from_hf
+from hymba_train.convert.hf_config import TokenIds, hf_config, model_config_from_hf, require_exportable
 from hymba_train.errors import UserError
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM

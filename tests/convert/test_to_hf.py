@@ -18,7 +18,7 @@ from hymba_train.checkpoint import manifest
 from hymba_train.convert.cli import run_convert, run_generate
 from hymba_train.convert.load import load_model
 from hymba_train.convert.shards import PlannedTensor, write_shards
-from hymba_train.convert.source import HubWeights, TrainingCheckpoint
+from hymba_train.convert.source import CheckpointWeights, TrainingCheckpoint
 from hymba_train.convert.to_hf import export_hf, parse_bytes
 from hymba_train.errors import UserError
 from hymba_train.evaluation.cli import run_eval
@@ -97,7 +97,7 @@ def test_bf16_exports_keep_what_rounding_would_change(runs, tmp_path):
 
 
 def test_bf16_exports_of_tensors_on_the_grid_are_bf16_throughout(runs):
-    weights = HubWeights(TrainingCheckpoint.find(runs.path("whole")))
+    weights = CheckpointWeights(TrainingCheckpoint.find(runs.path("whole")))
     weights.read = lambda name: torch.zeros(2)
     assert {t.dtype for t in weights.plan(torch.bfloat16)} == {torch.bfloat16}
 

@@ -11,7 +11,8 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 
 @torch.inference_mode()
 def test_a_captured_step_says_what_an_eager_one_says():
-    from hymba_train.analyze.llama import LlamaRunner, llama_config, make_llama
+    from hymba_train.analyze.llama import llama_config, make_llama
+    from hymba_train.analyze.runners import LlamaRunner
     from hymba_train.hf.configuration_hymba import HymbaConfig
     from tests.hf_models import SMALL
 

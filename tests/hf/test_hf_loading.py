@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hymba_train.config import compose
 from hymba_train.config.schema import ModelConfig
-from hymba_train.convert.hf_config import TokenIds, hf_config
-from hymba_train.convert.names import hf_parts, model_config_from_hf
+from hymba_train.convert.hf_config import TokenIds, hf_config, model_config_from_hf
+from hymba_train.convert.names import hf_parts
 from hymba_train.describe import model_tensors
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM

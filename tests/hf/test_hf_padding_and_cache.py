@@ -84,6 +84,7 @@ def test_batched_generation_equals_one_by_one_beyond_the_window(small, side, set
     common = dict(max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0, **settings)
     common |= dict(output_logits="num_beams" not in settings, return_dict_in_generate=True)
     batch = small.generate(ids, attention_mask=mask, **common)
+    assert isinstance(batch.past_key_values, HymbaCache) == settings.get("use_cache", True)
     for i, row in enumerate(rows):
         one = small.generate(row[None], attention_mask=torch.ones(1, len(row), dtype=torch.int64), **common)
         assert torch.equal(batch.sequences[i, ids.shape[1] :], one.sequences[0, len(row) :])
@@ -199,6 +200,7 @@ def test_generation_goes_on_from_the_cache_it_returned(small):
     settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     for num_new in (1, 4):
         first = small.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+        assert isinstance(first.past_key_values, HymbaCache)
         longer = torch.cat((first.sequences, torch.stack(tokens(num_new, num_new, seed=2))), 1)
         longer_mask = torch.cat((mask, mask.new_ones(2, longer.shape[1] - ids.shape[1])), 1)
         expected = small.generate(longer, attention_mask=longer_mask, **settings)

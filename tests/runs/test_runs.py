@@ -191,7 +191,7 @@ def test_mistakes(run, tmp_path, capsys):
 
 def test_chart_of_a_straight_line():
     lines = chart([0, 1], [0, 1], width=4, height=2, x_label="tokens", y_format=".1f")
-    assert lines == ["1.0 ┤⠀⠀⣀⠤", "0.0 ┤⠤⠒⠉⠀"[:9], lines[-1]] or len(lines) == 3
+    assert [line[:5] for line in lines[:2]] == ["1.0 ┤", "0.0 ┤"] and lines[2].split() == ["0", "1", "tokens"]
     grid = [[ord(c) - 0x2800 for c in line.partition("┤")[2]] for line in lines[:2]]
     assert grid[1][0] & 0x40 and grid[0][3] & 0x08  # from the lower left dot to the upper right one
     assert not grid[0][0] and not grid[1][3]
