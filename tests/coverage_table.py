@@ -1,7 +1,7 @@
 """The table of docs/testing.md: lines and branches that a measured run of the tests covers, by package.
 
 ``python -m tests.coverage_table coverage.json``, of ``coverage json`` (``make coverage`` does both). What only a GPU
-runs is counted apart, file by file: :data:`GPU_ONLY`. Covered is of lines and branches together, as coverage.py says it.
+runs is counted apart, file by file: :data:`GPU_ONLY`. Covered: of lines and branches together, as coverage.py has it.
 """
 
 from __future__ import annotations
