@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-slurm test-reliability soak lint docs wheel bench-data clean
+.PHONY: setup demo test test-full test-slurm test-reliability coverage soak lint docs wheel bench-data clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +53,16 @@ test-slurm: setup
 # Kills, full disks, signals, other layouts, damage: every point of every sweep (docs/reliability.md). strace is needed.
 test-reliability: setup
 	$(BIN)/python -m pytest -m "reliability and not gpu and not multigpu" $(PYTEST_ARGS)
+
+# Lines and branches that `make test` runs, child processes included: the table of docs/testing.md. Slower than the tests.
+coverage: setup
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	-$(BIN)/python -m coverage run -m pytest -m "not slow and not slurm and not gpu and not multigpu" -o timeout=1800 $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage json --quiet -o build/coverage/report.json
+	$(BIN)/python -m coverage html --quiet -d build/coverage/html
+	$(BIN)/python -m tests.coverage_table build/coverage/report.json
 
 # A training to which things keep happening: SOAK_MINUTES of it, from SOAK_SEED on. Exits with 1 if its log is not exact.
 SOAK_MINUTES ?= 30

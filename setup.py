@@ -57,6 +57,7 @@ setup(
         "docs": ["mkdocs-material>=9.5,<10"],
         "dev": [
             "hymba-train[hf,data]",
+            "coverage>=7.10",  # measures the children of tests
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",

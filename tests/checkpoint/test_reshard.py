@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import torchrun
 from tests.train.test_training import events, exact, run, step_directory
 from tests.train.tiny_run import write_data
+from tests.warm import server
 
 OVERLAP = [f"parallel.{key}=true" for key in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")]
 SAVED_BY = ["parallel.tensor=2"]
@@ -33,7 +33,7 @@ def directory(tmp_path_factory) -> Path:
     for name, (source, step, settings) in LAYOUTS.items():
         runs.append(run(name, *settings, load=str(step_directory(path, source, step))))
     arguments = " then ".join(" ".join(r) for r in runs).split(" ")
-    torchrun(2, "tests.train.tiny_run", str(path), *arguments, timeout_seconds=280)
+    server().run(2, "tests.train.tiny_run", str(path), *arguments, timeout_seconds=280)
     return path
 
 

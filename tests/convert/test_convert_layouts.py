@@ -9,8 +9,8 @@ from hymba_train.convert.load import load_model
 from hymba_train.convert.to_hf import export_hf
 from hymba_train.evaluation.held_out import held_out_losses
 from tests.convert.conftest import UNEVEN
-from tests.distributed.conftest import torchrun
 from tests.train.test_training import run
+from tests.warm import server
 
 pytestmark = pytest.mark.distributed
 pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
@@ -41,7 +41,7 @@ def test_layouts_train_from_an_import_and_export_the_same_bytes(runs, source, tm
     first, layout = next(iter(layouts.items()))
     wanted.append(run("after_" + first, *settings, *layout, load=str(runs.path(first))))
     arguments = " then ".join(" ".join(r) for r in wanted).split(" ")
-    torchrun(world_size, "tests.train.tiny_run", str(runs.directory), *arguments, timeout_seconds=280)
+    server().run(world_size, "tests.train.tiny_run", str(runs.directory), *arguments, timeout_seconds=280)
     for name, start in [*((name, "imported") for name in layouts), ("after_" + first, first)]:
         again = export_hf(runs.path(name), tmp_path / name)
         assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes(), name

@@ -1,12 +1,13 @@
 """Which source comes when: exact shares, own order within each source, any sample first."""
 
+from collections import Counter
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymba_train.data.blend import MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES, Blend
+from hymba_train.data.blend import MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES, Blend, WholeEpochs
 from hymba_train.errors import UserError
 
 WEIGHTS = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e-2, 1e2), min_size=1, max_size=8)
@@ -105,3 +106,13 @@ def test_bad_weights_are_one_line(weights, message):
         Blend(weights, 1, "main")
     assert len(caught.value.problems) == 1
     assert str(caught.value).startswith(message)
+
+
+def test_whole_epochs_count_what_came_before_anywhere():
+    order = WholeEpochs({"a": 5, "b": 3, "c": 1}, 7, "main")
+    came: Counter[str] = Counter({name: 0 for name in order.names})
+    for n in range(2 * order.epoch_samples + 4):
+        assert order.counts_before(n) == came
+        came[order[n][0]] += 1
+    with pytest.raises(IndexError, match="negative"):
+        order[-1]

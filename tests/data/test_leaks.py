@@ -9,7 +9,7 @@ from hymba_train.ops import registry
 from hymba_train.ops.registry import BACKENDS, Backend
 from tests.data.leak_worker import LAYOUTS
 from tests.data.packed_documents import STACKS, alone, config_of, documents, of_unchanged, pack
-from tests.distributed.conftest import torchrun
+from tests.warm import server
 
 KEYS = {
     "attention": "attention_backend", "selective_scan": "scan_backend", "ssd_scan": "ssd_backend",
@@ -163,5 +163,5 @@ def test_without_the_mask_it_does_leak(make):
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_neither_in_any_layout(tmp_path, num_processes):
-    torchrun(num_processes, "tests.data.leak_worker", str(tmp_path))
+    server().run(num_processes, "tests.data.leak_worker", str(tmp_path), timeout_seconds=800)
     assert (tmp_path / "done.txt").read_text().splitlines() == list(LAYOUTS[num_processes])

@@ -359,8 +359,9 @@ def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path, si
         "--tokenizer", str(demo / "tokenizer"), "--output-dir", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("*.json")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 180
+    while not list((tmp_path / "out").glob("*.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "no shard came"
         time.sleep(0.02)
     os.killpg(process.pid, signum)
     _, err = process.communicate(timeout=60)

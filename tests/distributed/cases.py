@@ -80,7 +80,7 @@ LAYOUTS = [
     Layout("single_documents", 1, document_mask=True),
     Layout("tp2", 2, dict(tensor=2)),
     Layout("tp2_sp", 2, dict(tensor=2, sequence=True), micro_batch_size=2),
-    Layout("tp2_sp_documents", 2, dict(tensor=2, sequence=True), document_mask=True),
+    Layout("tp2_sp_documents", 2, dict(tensor=2, sequence=True), micro_batch_size=2, document_mask=True),
     Layout("pp2", 2, dict(pipeline=2)),
     # Borders inside KV groups, one of which spans three chunks.
     Layout("pp2_vpp2", 2, dict(pipeline=2, virtual_pipeline=2), {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2]}),
@@ -89,7 +89,7 @@ LAYOUTS = [
         "dp2_distributed_optimizer_overlap", 2,
         dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True), bucket_size=30_000,
     ),
-    Layout("tp4", 4, dict(tensor=4)),
+    Layout("tp4", 4, dict(tensor=4), micro_batch_size=2),
     Layout("pp4_kv_across_borders", 4, dict(pipeline=4), {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2]}),
     Layout("tp2_pp2", 4, dict(tensor=2, pipeline=2)),
     Layout(
@@ -102,7 +102,7 @@ LAYOUTS = [
         dict(pipeline=2, recompute="full", distributed_optimizer=True, overlap_grad_reduce=True),
         {"demo": [2, 6], "heads25": [4, 2]},
     ),
-    Layout("tp5_sp", 5, dict(tensor=5, sequence=True)),
+    Layout("tp5_sp", 5, dict(tensor=5, sequence=True), micro_batch_size=2),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Runs all layouts of one world size in one torchrun: start-up costs more than the training."""
+"""Runs all layouts of one world size in one start of its ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from tests.children import child_environment
 from tests.distributed.cases import LAYOUTS, MODELS, control_of, fits
+from tests.warm import server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +56,7 @@ def trained(tmp_path_factory, request):
                 f"{m}/{x.name}" for m in MODELS for x in LAYOUTS if x.world_size == layout.world_size and fits(m, x)
             ]
             wanted = [name for name in all_here if name in asked]
-            torchrun(layout.world_size, "tests.distributed.worker", str(out), *wanted)
+            server().run(layout.world_size, "tests.distributed.worker", str(out), *wanted, timeout_seconds=900)
         return torch.load(out / f"{model}-{layout.name}.pt", weights_only=True)
 
     return get

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from tests.distributed.conftest import torchrun
 from tests.train.tiny_run import write_data
+from tests.warm import server
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -57,7 +57,7 @@ LAYOUTS = {
 def run(directory, data, layout: str) -> None:
     processes, overrides = LAYOUTS[layout]
     places = [f"run.directory={directory}", f"data.path={data}"]
-    torchrun(processes, "hymba_train", "train", *COMMON, *places, *overrides)
+    server().run(processes, "hymba_train", "train", *COMMON, *places, *overrides, timeout_seconds=500)
 
 
 def log(directory) -> dict[int, dict]:

@@ -13,9 +13,9 @@ from hymba_train.config.schema import RecallTaskConfig
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
 from hymba_train.plan.recall import items_of
-from tests.distributed.conftest import torchrun
 from tests.train.test_training import run, start
 from tests.train.tiny_run import write_data
+from tests.warm import server
 
 TASKS = {
     "copy": {"kind": "selective_copy", "length": 30, "items": 5, "num_samples": 6},
@@ -84,7 +84,7 @@ def test_layouts_find_the_same(directory):
     ]
     start(directory, run("first", *SETTINGS, first, "run.train_steps=1"))
     arguments = " then ".join(" ".join(r) for r in wanted).split(" ")
-    torchrun(2, "tests.train.tiny_run", str(directory), *arguments, timeout_seconds=280)
+    server().run(2, "tests.train.tiny_run", str(directory), *arguments, timeout_seconds=280)
     expected = logged(directory, "first")[1]
     for name in ("tp2", "pp2", "dp2"):
         for task, found in logged(directory, name)[1].items():

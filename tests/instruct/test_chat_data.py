@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_prep.chat import ChatSettings, ConversationEncoder
-from data_prep.conversations import conversation_of, pair_of
+from data_prep.conversations import conversation_of, pair_of, parse_record
 from hymba_train.convert.tokenizer_files import write_chat_template, write_tokenizer_files
 from hymba_train.data.answers import LossMask
 from hymba_train.data.chat_template import render
@@ -203,3 +203,17 @@ def test_conversations_are_not_merged(instruct, tmp_path, capsys):
         == 2
     )
     assert "whose loss mask cannot be merged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"a": "\xff"}', "invalid UTF-8 at byte 7"),
+        (b'{"a": }', "invalid JSON at column 7"),
+        (b"[1]", "not a JSON object"),
+        (b"[" * 200_000, "nested too deeply"),
+    ],
+)
+def test_a_line_that_is_no_record_says_why(line, says):
+    with pytest.raises(ValueError, match=says):
+        parse_record(line)

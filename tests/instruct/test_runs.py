@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +15,10 @@ from hymba_train.data.answers import Reference
 from hymba_train.data.chat_template import CHAT_TEMPLATE, prompt_text
 from hymba_train.data.indexed import IndexedTokens
 from tests.instruct import tiny
+from tests.warm import server
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     2: {
         "tp2_sp": {"parallel.tensor": 2, "parallel.sequence": True, "data.phases.only.micro_batch_size": 2},
@@ -45,15 +42,8 @@ def work(directory: Path, *actions: tuple[str, list], processes: int = 1) -> str
     """Run actions of tests.instruct.worker; returns all output. Fails if it did not exit with 0."""
     path = directory / f"actions{processes}.json"
     path.write_text(json.dumps(actions))
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    env = {k: v for k, v in os.environ.items() if k not in launcher}
-    command = [sys.executable, "-m", "tests.instruct.worker", str(path)]
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-        command[1:1] = torchrun
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    ranks = processes if processes > 1 else 0
+    return server().run(ranks, "tests.instruct.worker", str(path), timeout_seconds=800)
 
 
 class Runs:

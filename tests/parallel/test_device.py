@@ -44,3 +44,16 @@ def test_device_is_refused_by_name():
 def test_no_gpu_is_an_error_not_a_fall_back():
     with pytest.raises(UserError, match="sees no GPU"):
         device.resolve_device("cuda")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"run\.device=cuda, but torch sees no GPU"):
+        device.resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"LOCAL_RANK=2, but this machine has 2 GPU\(s\)"):
+        device.resolve_device("cuda")
+    with pytest.raises(UserError, match="known are auto, cpu, cuda"):
+        device.resolve_device("tpu")

@@ -14,17 +14,15 @@ import psutil
 import pytest
 
 from tests.children import child_environment
-from tests.reliability.warm import Warm
 from tests.train.test_training import ROOT
 from tests.train.tiny_run import write_data
+from tests.warm import Warm, server
 
 
 @pytest.fixture(scope="session")
-def warm():
+def warm() -> Warm:
     """Starts trainings in a fraction of a second."""
-    server = Warm()
-    yield server
-    server.close()
+    return server()
 
 
 @pytest.fixture(scope="session")

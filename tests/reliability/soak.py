@@ -28,8 +28,8 @@ from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import read_outcome, request_stop
 from tests.reliability.test_integrity import flip
-from tests.reliability.warm import Warm
 from tests.train.tiny_run import write_data
+from tests.warm import Warm
 
 LAYOUT = {f"parallel__{k}": True for k in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")}
 SAVES = {"checkpoint__save_interval": 50, "checkpoint__keep_last": 3, "checkpoint__async_save": True}

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from hymba_train.checkpoint import directory, manifest
-from tests.reliability.warm import Strace, Warm, why_no_strace
 from tests.train.test_training import exact
 from tests.train.tiny_run import write_data
+from tests.warm import Strace, Warm, why_no_strace
 
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(3600)]
 MOST_SECONDS = 30  # of an answer to an error

@@ -1,20 +1,18 @@
 """Whole runs in one process: resume bit for bit, refuse what cannot be read, and start from other runs' weights.
 
-All runs share one start of Python (``tests.train.tiny_run``): importing Megatron-Core costs more than training.
+All runs share one process (``tests.train.tiny_run``).
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hymba_train.callbacks.jsonl import read_events
 from tests.train.tiny_run import write_data
+from tests.warm import server
 
 ROOT = Path(__file__).parents[2]
 BF16 = ['precision.params="bf16"', "checkpoint.async_save=true"]
@@ -28,14 +26,7 @@ ONE_PHASE = (
 def start(directory: Path, *runs: list[str], timeout_seconds: int = 240) -> str:
     """Run several runs in one process; returns all its output. Fails if it did not exit with 0."""
     arguments = " then ".join(" ".join(run) for run in runs).split(" ")
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # this process may be a group of one
-    env = {k: v for k, v in os.environ.items() if k not in launcher}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.tiny_run", str(directory), *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_seconds, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return server().run(0, "tests.train.tiny_run", str(directory), *arguments, timeout_seconds=timeout_seconds)
 
 
 def run(name: str, *settings: str, load: str | None = None) -> list[str]:

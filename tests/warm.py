@@ -1,26 +1,32 @@
-"""Trainings that start in a fraction of a second: forks of one process that has imported everything.
+"""Ranks that start in a fraction of a second: forks of one process that has imported everything.
 
 As a script it is that process: it reads a job a line (JSON) and answers with the pids of its forks, one a rank, then
 with their exit codes (negative: the signal). When a rank has failed and others live on, they are killed after a while,
-as torchrun does. :class:`Warm` is the other end. A job may pause a process before it saves, so that strace can be
+as torchrun does. :class:`Warm` is the other end, :func:`server` the one that all tests share. A job is a module, as
+``python -m`` runs it, or a tiny training; the latter may pause a process before it saves, so that strace can be
 attached and sees nothing but the save.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
-from tests.train.test_training import ROOT
+from tests.children import ROOT, child_environment
 
 LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 ATTACHED_SECONDS = 60
@@ -28,15 +34,28 @@ GRACE_SECONDS = 30
 
 
 class Warm:
-    """The server process. ``train`` runs one training in a fork of it."""
+    """The server process. ``run`` runs a module in forks of it, ``train`` one training."""
 
     def __init__(self) -> None:
         self._is_running = False
-        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | {"OMP_NUM_THREADS": "1"}
+        env = child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        env = {k: v for k, v in env.items() if k not in LAUNCHER}  # this process may be a group of one
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.warm"], cwd=ROOT, env=env, text=True,
+            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+
+    def run(self, ranks: int, module: str, *arguments: str, timeout_seconds: float) -> str:
+        """Output of ``python -m module`` on so many ``ranks`` (0: one that no launcher has started). Fails the test if
+        one does not exit with 0, or has not after ``timeout_seconds``."""
+        with tempfile.TemporaryDirectory() as place:
+            self._begin(Path(place) / "output", ranks=ranks, module=module, arguments=arguments)
+            timer = threading.Timer(timeout_seconds, self._kill)
+            timer.start()
+            codes, output = self.finish()
+            timer.cancel()
+        assert not any(codes), f"{module} exited with {codes} (-9: after {timeout_seconds} s at most)\n{output}"
+        return output
 
     def train(self, directory: Path, *, pause: str | None = None, on_pause=None, patch: str = "", **changes):
         """(exit code, output) of a tiny run of one rank in ``directory``, ROOT/runs/NAME with data in ROOT.
@@ -52,18 +71,19 @@ class Warm:
         (code,), output = self.finish()
         return code, output
 
-    def start(self, directory: Path, *, ranks: int = 1, pause: str | None = None, patch: str = "", **changes) -> None:
+    def start(self, directory: Path, *, ranks: int = 0, pause: str | None = None, patch: str = "", **changes) -> None:
         """Begin a run; ``pids`` are then its ranks'. One at a time."""
-        self._abandon()
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("ready", "go"):
             (directory / name).unlink(missing_ok=True)
-        self._log = directory / "output"
-        job = {
-            "directory": str(directory), "log": str(self._log), "pause": pause, "patch": patch, "changes": changes,
-            "ranks": ranks,
-        }  # fmt: skip
-        self._process.stdin.write(json.dumps(job) + "\n")
+        self._begin(
+            directory / "output", ranks=ranks, directory=str(directory), pause=pause, patch=patch, changes=changes
+        )
+
+    def _begin(self, log: Path, **job) -> None:
+        self._abandon()
+        self._log = log
+        self._process.stdin.write(json.dumps({"log": str(log), **job}) + "\n")
         self._process.stdin.flush()
         self.pids: list[int] = json.loads(self._process.stdout.readline())
         self._is_running = True
@@ -71,10 +91,13 @@ class Warm:
     def _abandon(self) -> None:
         """End what a test that failed has left running, whose answer would be taken for the next one's."""
         if self._is_running:
-            for pid in self.pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._kill()
             self.finish()
+
+    def _kill(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def finish(self) -> tuple[list[int], str]:
         """(exit codes by rank, output of all) of the run that was started."""
@@ -87,10 +110,17 @@ class Warm:
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:  # a test has failed while a job was paused
-            for pid in self.pids:
-                os.kill(pid, signal.SIGKILL)
+            self._kill()
             self._process.wait(20)
         self._process.stdout.close()
+
+
+@functools.cache
+def server() -> Warm:
+    """The one of this process, which ends with it."""
+    warm = Warm()
+    atexit.register(warm.close)
+    return warm
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -161,6 +191,7 @@ def _train(job: dict) -> int:
     from hymba_train.train import main as training
     from tests.train import tiny_run
 
+    logging.basicConfig(level=logging.WARNING)
     directory = Path(job["directory"])
     exec(job["patch"], {})
     if job["pause"]:
@@ -176,6 +207,15 @@ def _train(job: dict) -> int:
         return 2
 
 
+def _run_module(job: dict) -> int:
+    sys.argv = [job["module"], *job["arguments"]]
+    try:
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
 def _fork(job: dict, rank: int, port: int) -> int:
     pid = os.fork()
     if pid:
@@ -185,13 +225,12 @@ def _fork(job: dict, rank: int, port: int) -> int:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        logging.basicConfig(level=logging.WARNING)
-        if job["ranks"] > 1:
+        if job["ranks"]:
             os.environ.update(
                 RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )  # fmt: skip
-        code = _train(job)
+        code = _run_module(job) if "module" in job else _train(job)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -227,7 +266,7 @@ def main() -> None:
         Path(job["log"]).unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        pids = [_fork(job, rank, port) for rank in range(job["ranks"])]
+        pids = [_fork(job, rank, port) for rank in range(max(job["ranks"], 1))]
         print(json.dumps(pids), flush=True)
         print(json.dumps(_wait(pids)), flush=True)
 
