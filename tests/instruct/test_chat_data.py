@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from data_prep.chat import ChatSettings, ConversationEncoder
-from data_prep.conversations import conversation_of, pair_of, parse_record
+from data_prep.conversations import conversation_of, pair_of
+from data_prep.records import parse_object
 from hymba_train.convert.tokenizer_files import write_chat_template, write_tokenizer_files
 from hymba_train.data.answers import LossMask
 from hymba_train.data.chat_template import render
@@ -216,4 +217,4 @@ def test_conversations_are_not_merged(instruct, tmp_path, capsys):
 )
 def test_a_line_that_is_no_record_says_why(line, says):
     with pytest.raises(ValueError, match=says):
-        parse_record(line)
+        parse_object(line)
