@@ -207,6 +207,9 @@ def _scan_triton(x: Sizes) -> Iterator[SavedTensor]:
     num_states = _num_states(x, lambda x, batch: SCAN_CHUNK)
     yield SavedTensor("scan.states", x.E * x.states * num_states / x.N, FLOAT32)
     yield SavedTensor("scan.sum_delta", x.E * num_states / x.N, FLOAT32)
+    calls = 2 if x.M else 1  # meta tokens and text, each with its own form of exp(A_log), twice
+    yield SavedTensor("scan.initial_states", x.E * x.states * (x.B + calls - 1) / x.N, FLOAT32)
+    yield SavedTensor("scan.decay", 2 * calls * x.E * x.states / x.N, FLOAT32)
 
 
 def _scan_cuda(x: Sizes) -> Iterator[SavedTensor]:
