@@ -11,6 +11,7 @@ Exits with 1 if anything differs. Leaves soak.json and goodput.png in DIRECTORY.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from hymba_train.callbacks.jsonl import read_events
 from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import read_outcome, request_stop
+from tests.children import forks_of, has_ended
 from tests.reliability.test_integrity import flip
 from tests.train.tiny_run import write_data
 from tests.warm import Warm
@@ -68,28 +70,19 @@ class Soak:
             os.kill(pid, signal.SIGKILL)
 
     def kill_a_writer(self) -> None:
-        """One whose death ends the training: a fork that has just published is missed by nobody."""
+        """One whose death ends the training: a writer that has just published is missed by nobody."""
+        ranks = [psutil.Process(pid) for pid in self.warm.pids]
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            for pid in self.warm.pids:
-                try:
-                    children = psutil.Process(pid).children()
-                    if children:
-                        children[0].kill()
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for writer in forks_of(rank)[:1]:
+                        writer.kill()
                         time.sleep(1)
-                except psutil.NoSuchProcess:
-                    continue
-                if self._has_ended(pid):
+                if has_ended(rank):
                     return
             time.sleep(0.002)
         self.kill_a_rank()
-
-    @staticmethod
-    def _has_ended(pid: int) -> bool:
-        try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
 
     def terminate_a_rank(self) -> None:
         os.kill(self.rng.choice(self.warm.pids), signal.SIGTERM)

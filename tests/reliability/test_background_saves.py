@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 
 from hymba_train.callbacks.jsonl import read_events
 from hymba_train.checkpoint import directory, manifest
+from tests.children import forks_of, has_ended
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.reliability.test_preemption import wait_for
 from tests.train.tiny_run import write_data
@@ -128,8 +129,8 @@ faults.slow("hymba_train.checkpoint.save", "publish", 1, 60.0, {str(marker)!r})
     warm.start(root / "runs" / "orphan", patch=patch, checkpoint__async_save=True, **EVERY_STEP)
     wait_for(marker)
     rank = psutil.Process(warm.pids[0])
-    (writer,) = (child for child in rank.children() if child.cmdline() == rank.cmdline())  # the other is a monitor
+    (writer,) = forks_of(rank)
     os.kill(warm.pids[0], signal.SIGKILL)
     assert warm.finish()[0] == [-9]
     psutil.wait_procs([writer], timeout=10)
-    assert not writer.is_running() or writer.status() == psutil.STATUS_ZOMBIE
+    assert has_ended(writer)

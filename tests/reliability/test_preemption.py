@@ -17,7 +17,7 @@ import pytest
 from hymba_train.checkpoint import directory, manifest
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import read_outcome
-from tests.children import child_environment
+from tests.children import child_environment, has_ended
 from tests.distributed.test_resume import COMMON
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.train.test_training import ROOT, events, exact
@@ -126,7 +126,7 @@ def stop_agent(path: Path, number: signal.Signals) -> tuple[int, list[psutil.Pro
         code = agent.wait(120)
         if number == signal.SIGKILL:  # nobody waits for the ranks now
             psutil.wait_procs(ranks, timeout=60)
-        return code, [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], log.read_text()
+        return code, [p for p in ranks if not has_ended(p)], log.read_text()
     finally:
         for process in [agent, *ranks]:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
