@@ -11,7 +11,12 @@ import pytest
 
 from hymba_train.config import compose
 from hymba_train.describe import resolve_stack
-from hymba_train.describe.activations import head_saved_tensors, layer_saved_tensors, recomputed_saved_tensors
+from hymba_train.describe.activations import (
+    PRODUCT_INPUTS,
+    head_saved_tensors,
+    layer_saved_tensors,
+    recomputed_saved_tensors,
+)
 from hymba_train.describe.backends import BACKEND_KEYS, KNOWN_BACKENDS, ON_GPU_ONLY, backends_of
 from hymba_train.describe.saved import Setting
 from tests.children import child_environment
@@ -147,3 +152,16 @@ def test_auto_is_what_the_registry_would_take(device):
                 wanted |= {"odd_width"}
             able = (b for b in BACKENDS[op] if device in b.device_types and dtype in b.dtypes and not wanted - b.can)
             assert chosen[op] == next(able).name
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2"])
+def test_under_fp8_only_what_other_products_read_stays_in_bf16(layout):
+    """With 5 KV heads on 2 ranks K/V have a product of their own, which is none of those in FP8."""
+    config = compose([*BIG, *BF16, f"parallel={layout}", "parallel.world_size=null"])
+    backends, tensor = backends_of(config, "cuda"), config.parallel.tensor
+    plain, fp8 = (
+        {t.name: t.bytes_per_row for t in layer_saved_tensors(config.model, resolve_stack(config.model)[1], setting)}
+        for setting in (Setting(2, 1024, tensor, fp8=fp8, backends=backends) for fp8 in (False, True))
+    )
+    kept_twice = {} if layout == "single" else {"kv_proj.in": plain["input_norm.out"]}
+    assert fp8 == plain | {name: plain[name] / 2 for name in PRODUCT_INPUTS} | kept_twice

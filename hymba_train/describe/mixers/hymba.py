@@ -100,7 +100,8 @@ class HymbaMixer(Mixer):
         """Branch by branch, then what joins them."""
         if self.has_attention:
             yield from by("rotate_heads")
-            if x.makes_kv and not x.kv_in_projection and x.setting.sequence:  # gathered, to project K/V from
+            if x.makes_kv and not x.kv_in_projection and (x.setting.sequence or x.setting.fp8):
+                # K/V are projected from rows that are gathered, or beside the FP8 form that in_proj keeps of them.
                 yield x.kept("kv_proj.in", x.whole_D)
             yield from by("attention")
         if self.has_ssm:
