@@ -22,7 +22,9 @@ def test_names_and_micro_batches():
     ours, dense = step.contenders(["ours_fp8:16", "dense:8"], 8192)
     assert (ours.module, ours.micro_batch, ours.arguments) == (None, 16, ("precision=fp8",))
     assert (dense.module, dense.seq_length) == ("hymba_train.bench.dense", 8192)
-    for wrong in ("ours", "ours:0", "theirs:8"):
+    (both,) = step.contenders(["ours_fp8_pp2:4"], 2048)
+    assert (both.gpus, both.per_step, both.arguments) == (2, 8, ("precision=fp8", "parallel=pp2"))
+    for wrong in ("ours", "ours:0", "theirs:8", "dense_dp2:8", "dp2:8"):
         with pytest.raises(UserError, match=wrong):
             step.contenders([wrong], 2048)
 
@@ -30,11 +32,13 @@ def test_names_and_micro_batches():
 def test_our_training_run_is_one_that_plan_accepts(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(step, "call", lambda command, *_: asked.append(command))
-    for contender in step.contenders(["ours:8", "ours_fp8:8", "ours_documents:2"], 8192):
+    names = ["ours:8", "ours_fp8:8", "ours_documents:2", "ours_dp2:2", "ours_tp2:2", "ours_fp8_pp2:1"]
+    for contender in step.contenders(names, 8192):
         with pytest.raises(FileNotFoundError):  # there is no run to read
             step.run(contender, 10, tmp_path, 1.0)
     for command in asked:
-        plan = make_plan(compose(command[4:]), 1, check_paths=False)
+        overrides = [word for word in command[4:] if "=" in word]
+        plan = make_plan(compose(overrides), 2 if "--nproc" in command else 1, check_paths=False)
         assert plan.phases[0].seq_length == 8192
 
 
@@ -62,6 +66,9 @@ def test_a_failing_contender_does_not_lose_the_others(monkeypatch, tmp_path, cap
 def test_an_exit_code_and_the_last_line_are_told(tmp_path):
     with pytest.raises(UserError, match=r"exited 3: no GPU; see .*log"):
         step.call([sys.executable, "-c", "print('no GPU'); raise SystemExit(3)"], tmp_path / "log", 20.0)
+    script = "print('ValueError: no'); print('leaked'); raise SystemExit(1)"
+    with pytest.raises(UserError, match="exited 1: ValueError: no;"):
+        step.call([sys.executable, "-c", script], tmp_path / "log", 20.0)
     with pytest.raises(UserError, match="not done after 1 s"):
         step.call([sys.executable, "-c", "import time; time.sleep(9)"], tmp_path / "log", 1.0)
 

@@ -2,7 +2,8 @@
 
 Every contender is a process of its own on one GPU: ours in the real training loop (``experiment=bench_1p5b``), a dense
 model of the same size in Megatron-Core + Transformer Engine, and Hymba in plain PyTorch. One optimizer step per
-micro-batch, no accumulation. A table, JSON, and a picture of where the time of our step goes.
+micro-batch, no accumulation. On two GPUs ours runs under every layout, too (``ours_dp2:12``; two pipeline stages take
+eight micro-batches a step). A table, JSON, and a picture of where the time of our step goes.
 """
 
 from __future__ import annotations
@@ -32,11 +33,21 @@ class Contender:
     module: str | None = None
     arguments: tuple[str, ...] = ()
     seq_length: int = 2048
+    gpus: int = 1
+    per_step: int = 1  # micro-batches in a step, over all GPUs
+
+
+LAYOUTS: dict[str, tuple[tuple[str, ...], int]] = {
+    "dp2": ((), 2),
+    "tp2": (("parallel=tp2", "parallel.sequence=true"), 1),
+    "pp2": (("parallel=pp2",), 8),
+}
+"""Of two GPUs: overrides, micro-batches in a step."""
 
 
 def contenders(names: Sequence[str], seq_length: int, overrides: Sequence[str] = ()) -> list[Contender]:
-    """names: 'ours:8', 'ours_fp8:8', 'ours_documents:8', 'dense:8', 'dense_fp8:8', 'plain:4': with the micro-batch.
-    overrides are for our runs.
+    """names: 'ours:8', 'ours_fp8:8', 'ours_documents:8', 'dense:8', 'dense_fp8:8', 'plain:4': with the micro-batch;
+    of ours also with a layout of :data:`LAYOUTS`: 'ours_fp8_dp2:8'. overrides are for our runs.
 
     Raises UserError for others.
     """
@@ -51,12 +62,19 @@ def contenders(names: Sequence[str], seq_length: int, overrides: Sequence[str] =
     chosen = []
     for text in names:
         name, _, size = text.partition(":")
-        if name not in kinds or not size.isdigit() or int(size) < 1:
-            raise UserError(f"bench step: {text!r} is no contender; write NAME:MICRO_BATCH, NAME one of {[*kinds]}")
-        module, arguments = kinds[name]
+        kind, _, layout = name.rpartition("_")
+        if layout not in LAYOUTS or kinds.get(kind, "")[:1] != (None,):
+            kind, layout = name, ""
+        if kind not in kinds or not size.isdigit() or int(size) < 1:
+            raise UserError(
+                f"bench step: {text!r} is no contender; write NAME:MICRO_BATCH, NAME one of {[*kinds]}; ours also "
+                f"with _{', _'.join(LAYOUTS)} behind"
+            )
+        module, arguments = kinds[kind]
+        more, per_step = LAYOUTS.get(layout, ((), 1))
         if module is None:
-            arguments = (*arguments, *overrides)
-        chosen.append(Contender(name, int(size), module, arguments, seq_length))
+            arguments = (*arguments, *more, *overrides)
+        chosen.append(Contender(name, int(size), module, arguments, seq_length, 2 if layout else 1, per_step))
     return chosen
 
 
@@ -80,28 +98,29 @@ def _run_ours(contender: Contender, steps: int, directory: Path, timeout_seconds
     overrides = [
         "experiment=bench_1p5b", f"run.directory={directory}", f"run.name={name}", f"run.train_steps={last + 3}",
         "logging.log_interval=1", f"logging.profile={last + 2}:{last + 3}", "logging.tensorboard=false",
-        *batch_overrides(contender.micro_batch, contender.seq_length), *contender.arguments,
+        *batch_overrides(contender.micro_batch, contender.seq_length, contender.per_step), *contender.arguments,
     ]  # fmt: skip
-    command = [sys.executable, "-m", "hymba_train", "train", *overrides]
+    nproc = ["--nproc", str(contender.gpus)] if contender.gpus > 1 else []
+    command = [sys.executable, "-m", "hymba_train", "train", *nproc, *overrides]
     call(command, directory / f"{name}.log", timeout_seconds)
     rows = [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["event"] == "train"]
     timed = [r for r in rows if warm_up < r["step"] <= last]
     ms = statistics.median(r["step_seconds"] for r in timed) * 1e3
-    tokens = contender.micro_batch * contender.seq_length
-    flops = timed[0]["tflops_per_second_per_device"] * 1e12 / timed[0]["tokens_per_second"]
-    parts = [json.loads(p.read_text()) for p in (directory / name / "profile").glob("*.parts.json")]
+    tokens = contender.micro_batch * contender.seq_length * contender.per_step / contender.gpus
+    flops = timed[0]["tflops_per_second_per_device"] * 1e12 * contender.gpus / timed[0]["tokens_per_second"]
+    parts = [json.loads(p.read_text()) for p in sorted((directory / name / "profile").glob("*.parts.json"))]
     return Result(
         contender.name, contender.micro_batch, contender.seq_length, ms, tokens / ms * 1e3, flops,
-        timed[-1]["memory_gib"], rows[-1]["loss"], parts[0] if parts else {},
+        timed[-1]["memory_gib"], rows[-1]["loss"], parts[0] if parts else {}, contender.gpus,
     )  # fmt: skip
 
 
-def batch_overrides(micro_batch: int, seq_length: int) -> list[str]:
-    """Of experiment=bench_1p5b: one micro-batch a step."""
+def batch_overrides(micro_batch: int, seq_length: int, per_step: int = 1) -> list[str]:
+    """Of experiment=bench_1p5b: so many micro-batches a step."""
     phase = "data.phases.bench"
     long_context = [f"{phase}.rope_type=ntk"] if seq_length > 2048 else []
-    sizes = [f"{phase}.{name}_batch_size={micro_batch}" for name in ("micro", "global")]
+    sizes = [f"{phase}.micro_batch_size={micro_batch}", f"{phase}.global_batch_size={micro_batch * per_step}"]
     return [f"{phase}.seq_length={seq_length}", *sizes, *long_context]
 
 
@@ -115,21 +134,22 @@ def call(command: list[str], log: Path, timeout_seconds: float) -> str:
     log.write_text(done.stdout + done.stderr)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
-        raise UserError(f"{' '.join(command[2:4])} exited {done.returncode}: {lines[-1] if lines else ''}; see {log}")
+        telling = [line for line in lines if "error" in line.lower()]  # behind which there may be warnings
+        last = (telling or lines or [""])[-1]
+        raise UserError(f"{' '.join(command[2:4])} exited {done.returncode}: {last}; see {log}")
     return done.stdout
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    lines = ["contender        micro-batch    ms/step   tokens/s   MFU (989)   peak GiB     loss"]
+    lines = ["contender        micro-batch    ms/step tokens/s/GPU  MFU (989)   peak GiB     loss"]
     for r in results:
         lines.append(
-            f"{r.contender:16} {r.micro_batch:4} x {r.seq_length:5} {r.step_ms:10.1f} {r.tokens_per_second:10,.0f} "
+            f"{r.contender:16} {r.micro_batch:4} x {r.seq_length:5} {r.step_ms:10.1f} {r.tokens_per_second:12,.0f} "
             f"{100 * r.mfu(H200_PEAK):10.1f} % {r.peak_gib:9.1f} {r.loss:8.3f}"
         )
     for r in results:
         if r.parts:
-            tokens = r.micro_batch * r.seq_length
-            per = {part: ms * 8192 / tokens for part, ms in r.parts.items()}
+            per = {part: ms * 8192 / r.tokens for part, ms in r.parts.items()}
             shown = ", ".join(f"{part} {ms:.1f}" for part, ms in per.items())
             lines.append(f"{r.contender}:{r.micro_batch} GPU ms per 8,192 tokens: {shown}; sum {sum(per.values()):.1f}")
     return lines
@@ -150,7 +170,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     left = [0.0] * len(profiled)
     labels = [f"{r.contender} {r.micro_batch} x {r.seq_length}" for r in profiled]
     for number, part in enumerate(parts):
-        widths = [r.parts.get(part, 0) * 8192 / (r.micro_batch * r.seq_length) for r in profiled]
+        widths = [r.parts.get(part, 0) * 8192 / r.tokens for r in profiled]
         axes.barh(labels, widths, left=left, label=part, color=plt.get_cmap("tab20")(number))
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.axvline(147, color="black", linestyle="--", linewidth=1)

@@ -18,17 +18,24 @@ from hymba_train.errors import UserError
 
 @dataclass(frozen=True)
 class Result:
-    """One contender at one micro-batch. ``parts``: GPU milliseconds of a step by part, where it was profiled."""
+    """One contender at one micro-batch, of each of ``gpus``. ``parts``: GPU milliseconds of a step by part, where it was
+    profiled (on rank 0)."""
 
     contender: str
     micro_batch: int
     seq_length: int
     step_ms: float
-    tokens_per_second: float
+    tokens_per_second: float  # and GPU
     flops_per_token: float  # forward and backward, FLOP
     peak_gib: float
     loss: float
     parts: dict[str, float] = field(default_factory=dict)
+    gpus: int = 1
+
+    @property
+    def tokens(self) -> float:
+        """In a step, of each GPU."""
+        return self.tokens_per_second * self.step_ms / 1e3
 
     def mfu(self, peak_flops: float) -> float:
         return self.tokens_per_second * self.flops_per_token / peak_flops

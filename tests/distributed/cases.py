@@ -39,6 +39,10 @@ MODELS = {
     ),
 }  # fmt: skip
 
+WIDE = dict(num_layers=6, global_layers=[0, 5], kv_groups=[[1, 2], [3, 4]], window_size=128)
+"""For GPUs: the 1.5B's widths, heads, meta tokens and vocabulary, so that its kernels and Transformer Engine run."""
+WIDE_SEQ_LENGTH = 384
+
 SHRUNK = dict(
     hidden_size=96, ffn_hidden_size=104, vocab_size=101, mamba2_head_dim=16, mamba2_state_dim=8,
     make_vocab_size_divisible_by=16,
@@ -72,6 +76,7 @@ class Layout:
     document_mask: bool = False
     bucket_size: int | None = None
     """Parameters in a bucket of gradients; None: Megatron-Core's own, which holds any of these models whole."""
+    attention: str = "auto"
 
 
 SINGLE = Layout("single", 1)
@@ -83,7 +88,10 @@ LAYOUTS = [
     Layout("tp2_sp_documents", 2, dict(tensor=2, sequence=True), micro_batch_size=2, document_mask=True),
     Layout("pp2", 2, dict(pipeline=2)),
     # Borders inside KV groups, one of which spans three chunks.
-    Layout("pp2_vpp2", 2, dict(pipeline=2, virtual_pipeline=2), {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2]}),
+    Layout(
+        "pp2_vpp2", 2, dict(pipeline=2, virtual_pipeline=2),
+        {"demo": [2, 3, 1, 2], "heads25": [2, 1, 1, 2], "wide": [2, 1, 1, 2]},
+    ),
     Layout("dp2", 2, micro_batch_size=2),
     Layout(
         "dp2_distributed_optimizer_overlap", 2,
@@ -106,6 +114,13 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+# The same training with every sum in another order: what rounding alone makes of it.
+REORDERED = [
+    Layout("single_reordered", 1, micro_batch_size=4, attention="torch"),
+    Layout("single_documents_reordered", 1, micro_batch_size=4, attention="torch", document_mask=True),
+]
+
+
 def control_of(layout: Layout) -> str:
     """Name of the layout of one process that must train the same."""
     return "single_documents" if layout.document_mask else "single"
@@ -124,11 +139,18 @@ def fits(model: str, layout: Layout) -> bool:
     return layout.parallel.get("tensor", 1) <= MODELS[model]["num_attention_heads"]
 
 
-def config_of(model: str, layout: Layout) -> Config:
-    config = Config(model=ModelConfig(name=model, **MODELS[model]) if model in MODELS else row_model(model))
-    config.run.device, config.run.seed = "cpu", 7
-    config.precision.params = "float32"
-    config.optim.lr, config.optim.weight_decay = 2e-3, 0.1
+def config_of(model: str, layout: Layout, device: str = "cpu") -> Config:
+    """``wide`` is bf16, all others float32."""
+    if model == "wide":
+        config = Config(model=replace(compose(["model=hymba_1p5b"]).model, name=model, **WIDE))
+        config.optim.lr = 3e-4
+    else:
+        config = Config(model=ModelConfig(name=model, **MODELS[model]) if model in MODELS else row_model(model))
+        config.precision.params = "float32"
+        config.optim.lr = 2e-3
+    config.run.device, config.run.seed = device, 7
+    config.precision.attention_backend = layout.attention
+    config.optim.weight_decay = 0.1
     # Adam divides a gradient by its own size, rounding noise included where the true gradient is nil: with a larger
     # epsilon such noise stays noise, and ten steps can be held to 1e-5.
     config.optim.adam_eps = 1e-5

@@ -16,10 +16,12 @@ from tests.warm import server
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(nproc: int, module: str, *arguments: str, timeout_seconds: int = 900) -> subprocess.CompletedProcess:
-    """``python -m module`` on ``nproc`` gloo ranks of one thread each; fails the test with their output."""
+def torchrun(
+    nproc: int, module: str, *arguments: str, timeout_seconds: int = 900, on_gpus: bool = False
+) -> subprocess.CompletedProcess:
+    """``python -m module`` on ``nproc`` ranks of one thread each; fails the test with their output."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--standalone", "-m", module]
-    env = child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    env = child_environment(OMP_NUM_THREADS="1", **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}))
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_seconds
     )
@@ -56,7 +58,7 @@ def trained(tmp_path_factory, request):
                 f"{m}/{x.name}" for m in MODELS for x in LAYOUTS if x.world_size == layout.world_size and fits(m, x)
             ]
             wanted = [name for name in all_here if name in asked]
-            server().run(layout.world_size, "tests.distributed.worker", str(out), *wanted, timeout_seconds=900)
+            server().run(layout.world_size, "tests.distributed.worker", "cpu", str(out), *wanted, timeout_seconds=900)
         return torch.load(out / f"{model}-{layout.name}.pt", weights_only=True)
 
     return get

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
             launched.add(size)
             layouts = [x for x in WANTED if BY_NAME[x].world_size == size]
             wanted = [f"row_{row}/{layout}" for row in ROWS["20m"] for layout in layouts]
-            server().run(size, "tests.distributed.worker", str(out), *wanted, timeout_seconds=3000)
+            server().run(size, "tests.distributed.worker", "cpu", str(out), *wanted, timeout_seconds=3000)
         return torch.load(out / f"row_{row}-{name}.pt", weights_only=True)
 
     return get

@@ -1,6 +1,6 @@
 """One rank that trains a list of layouts in turn and writes what the tests compare.
 
-torchrun --nproc-per-node N -m tests.distributed.worker OUT_DIR MODEL/LAYOUT ...
+torchrun --nproc-per-node N -m tests.distributed.worker DEVICE OUT_DIR MODEL/LAYOUT ...
 """
 
 from __future__ import annotations
@@ -18,24 +18,34 @@ from hymba_train.evaluation.scoring import Task, batches
 from hymba_train.evaluation.symbols import Symbols
 from hymba_train.model import build_model_chunks
 from hymba_train.parallel import create_groups, destroy_groups
-from hymba_train.parallel.device import activate
+from hymba_train.parallel.device import activate, backend
 from hymba_train.train.main import seed_everything
 from hymba_train.train.optimizer import build_optimizer, wrap_model
 from hymba_train.train.schedules import set_hyperparameters
 from hymba_train.train.step import Stepper
-from tests.distributed.cases import GLOBAL_BATCH_SIZE, LAYOUTS, NUM_STEPS, SEQ_LENGTH, Layout, config_of
+from tests.distributed.cases import (
+    GLOBAL_BATCH_SIZE,
+    LAYOUTS,
+    NUM_STEPS,
+    REORDERED,
+    SEQ_LENGTH,
+    WIDE_SEQ_LENGTH,
+    Layout,
+    config_of,
+)
 
 
-def batches_of_step(step: int, layout: Layout, vocab_size: int, rank: int, size: int) -> list[dict]:
+def batches_of_step(step: int, layout: Layout, model, rank: int, size: int) -> list[dict]:
     """A rank's micro-batches: random tokens out of 16, labels missing in uneven numbers."""
     g = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(vocab_size - 16, vocab_size, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=g)
+    vocab_size, seq_length = model.vocab_size, WIDE_SEQ_LENGTH if model.name == "wide" else SEQ_LENGTH
+    tokens = torch.randint(vocab_size - 16, vocab_size, (GLOBAL_BATCH_SIZE, seq_length + 1), generator=g)
     labels = tokens[:, 1:].clone()
     for row in range(GLOBAL_BATCH_SIZE):  # unequal counts: a mean of means would be wrong
         labels[row, : 3 * row] = -100
     batch = {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "positions": None, "segment_ids": None}
     if layout.document_mask:
-        at = torch.arange(SEQ_LENGTH).expand(GLOBAL_BATCH_SIZE, -1)
+        at = torch.arange(seq_length).expand(GLOBAL_BATCH_SIZE, -1)
         cut = torch.arange(GLOBAL_BATCH_SIZE).unsqueeze(1) * 4 + 2
         batch["segment_ids"] = (at >= cut).long()
         batch["positions"] = torch.where(at >= cut, at - cut, at)
@@ -63,10 +73,10 @@ def chunk_ranges(config, layout: Layout) -> list[range]:
     return [range(a, b) for a, b in pairwise(ends)]
 
 
-def train(model_name: str, layout: Layout) -> dict:
+def train(model_name: str, layout: Layout, device: torch.device) -> dict:
     """NUM_STEPS steps; -> losses, gradient norms, gathered parameters, and what must not have happened."""
-    config = config_of(model_name, layout)
-    runtime = create_groups(config.parallel, torch.device("cpu"))
+    config = config_of(model_name, layout, device.type)
+    runtime = create_groups(config.parallel, device)
     seed_everything(config.run.seed, deterministic=False)
     models = build_model_chunks(config, runtime, chunk_ranges(config, layout))
     chunks = wrap_model(config, runtime, models, layout.bucket_size)
@@ -76,10 +86,10 @@ def train(model_name: str, layout: Layout) -> dict:
     for step in range(NUM_STEPS):
         set_hyperparameters(optimizer.param_groups, config.optim.lr * (step + 1) / NUM_STEPS, config.optim.weight_decay)
         rank, size = runtime.data_parallel_rank, runtime.data_parallel_size
-        result = stepper.train(batches_of_step(step, layout, config.model.vocab_size, rank, size))
+        result = stepper.train(batches_of_step(step, layout, config.model, rank, size))
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    held_out = stepper.evaluate(batches_of_step(99, layout, config.model.vocab_size, rank, size))
+    held_out = stepper.evaluate(batches_of_step(99, layout, config.model, rank, size))
     recall = recall_of(stepper, config.model.vocab_size, layout, rank, size)
     parameters, faults = gather_parameters(models, chunks, runtime)
     destroy_groups()
@@ -101,7 +111,7 @@ def gather_parameters(models, chunks, runtime) -> tuple[dict[str, torch.Tensor],
     mine, faults = [], []
     for model in models:
         for name, param, description, cut in model.described_parameters():
-            data = param.detach()
+            data = param.detach().cpu()
             if any(p.count_nonzero() for p in cut.padding(data)):
                 faults.append(f"rank {runtime.rank}: padding of {name} is not zero")
             pieces = [(None, data.clone())]
@@ -117,7 +127,7 @@ def gather_parameters(models, chunks, runtime) -> tuple[dict[str, torch.Tensor],
     full: dict[str, torch.Tensor] = {}
     for entries in everyone:
         for name, shape, pieces in entries:
-            whole = full.setdefault(name, torch.full(shape, torch.nan))
+            whole = full.setdefault(name, torch.full(shape, torch.nan, dtype=pieces[0][1].dtype))
             for place, piece in pieces:
                 target = whole if place is None else whole.narrow(*place)
                 if not target.isnan().all() and not torch.equal(target, piece):
@@ -127,14 +137,15 @@ def gather_parameters(models, chunks, runtime) -> tuple[dict[str, torch.Tensor],
     return full, faults
 
 
-def main(out: str, wanted: list[str]) -> None:
+def main(wanted_device: str, out: str, wanted: list[str]) -> None:
     torch.set_num_threads(1)
-    activate("cpu")
-    dist.init_process_group("gloo")
-    layouts = {layout.name: layout for layout in LAYOUTS}
+    device = activate(wanted_device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dist.init_process_group(backend(device), device_id=device if device.type == "cuda" else None)
+    layouts = {layout.name: layout for layout in [*LAYOUTS, *REORDERED]}
     for name in wanted:
         model, layout = name.split("/")
-        result = train(model, layouts[layout])
+        result = train(model, layouts[layout], device)
         if dist.get_rank() == 0:
             torch.save(result, Path(out) / f"{model}-{layout}.pt")
     dist.barrier()
@@ -142,4 +153,4 @@ def main(out: str, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

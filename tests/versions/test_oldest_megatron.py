@@ -43,7 +43,7 @@ def test_two_processes_equal_one(env, tmp_path):
     names = {1: ["single"], 2: ["tp2_sp", "dp2_distributed_optimizer_overlap"]}
     for processes, layouts in names.items():
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-        arguments = ["-m", "tests.distributed.worker", str(tmp_path), *[f"heads25/{x}" for x in layouts]]
+        arguments = ["-m", "tests.distributed.worker", "cpu", str(tmp_path), *[f"heads25/{x}" for x in layouts]]
         done = subprocess.run([*launch, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr[-4000:]
     single = torch.load(tmp_path / "heads25-single.pt", weights_only=True)
