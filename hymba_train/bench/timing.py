@@ -18,8 +18,8 @@ from hymba_train.errors import UserError
 
 @dataclass(frozen=True)
 class Result:
-    """One contender at one micro-batch, of each of ``gpus``. ``parts``: GPU milliseconds of a step by part, where it was
-    profiled (on rank 0)."""
+    """One contender at one micro-batch on each of ``gpus``. ``parts``: GPU milliseconds of a step by part, if profiled
+    (of rank 0)."""
 
     contender: str
     micro_batch: int
