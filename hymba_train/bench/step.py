@@ -95,8 +95,10 @@ def _run_ours(contender: Contender, steps: int, directory: Path, timeout_seconds
     shutil.rmtree(directory / name, ignore_errors=True)
     warm_up = 10
     last = warm_up + steps
+    sequences = contender.micro_batch * contender.per_step * (last + 3)
     overrides = [
-        "experiment=bench_1p5b", f"run.directory={directory}", f"run.name={name}", f"run.train_steps={last + 3}",
+        "experiment=bench_1p5b", f"data.phases.bench.tokens={sequences * contender.seq_length}",
+        f"run.directory={directory}", f"run.name={name}", f"run.train_steps={last + 3}",
         "logging.log_interval=1", f"logging.profile={last + 2}:{last + 3}", "logging.tensorboard=false",
         *batch_overrides(contender.micro_batch, contender.seq_length, contender.per_step), *contender.arguments,
     ]  # fmt: skip
