@@ -6,6 +6,8 @@ Two runs of ``hymba train experiment=bench_1p5b``, one after the other: the same
 compared), alike but for --change. Warm-up over a tenth of the steps, then a cosine. Held-out losses every --window
 steps, mean over the domains of real text. A table, curves.json and curves.png; a run that --timeout ends counts as far
 as it came. If the data's tokenizer has another number of tokens than the model's vocabulary, the model takes it on.
+--base takes the first run from an earlier comparison: with --change precision.norm_backend=torch the second one differs
+from it by rounding alone, which shows what is noise.
 Returns 0 only if every held-out loss of all the steps is within --limit.
 """
 
@@ -174,6 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=50, metavar="STEPS", help="of a mean, and between evaluations")
     parser.add_argument("--change", default="precision=fp8", metavar="KEY=VALUE", help="what the second run has")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of both runs")
+    parser.add_argument(
+        "--base", type=Path, metavar="METRICS", help="metrics.jsonl of a first run that was made before"
+    )
     parser.add_argument("--limit", type=float, default=0.5, metavar="PERCENT", help="between held-out losses")
     parser.add_argument("--output", type=Path, default=Path("build/fp8_curves"))
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of the whole")
@@ -187,6 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     curves, failures = [], []
     for number, (name, change) in enumerate((("base", []), (args.change, [args.change]))):
+        if number == 0 and args.base:
+            curves.append(read(name, args.base))
+            continue
         run = ("base", "changed")[number]
         shutil.rmtree(args.output / run, ignore_errors=True)
         command = [sys.executable, "-m", "hymba_train", "train", *common, *change, f"run.name={run}"]

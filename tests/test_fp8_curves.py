@@ -49,6 +49,10 @@ def test_two_runs_that_differ_in_one_setting(text, tmp_path, capsys):
     assert base["batches"] == changed["batches"] and len(set(base["batches"].values())) == 8
     assert base["loss"]["1"] == changed["loss"]["1"] and base["loss"]["8"] != changed["loss"]["8"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    earlier = ["--base", str(tmp_path / "base" / "metrics.jsonl"), "--change", "optim.adam_eps=1e-7"]
+    assert run(text, tmp_path / "again", *earlier) in (0, 1) and not (tmp_path / "again" / "base").exists()
+    again = json.loads((tmp_path / "again" / "curves.json").read_text())
+    assert again["curves"][0] == base and again["curves"][1]["batches"] == base["batches"]
 
 
 def curve(losses, held_out, batch="a", name="base"):
