@@ -59,7 +59,7 @@ RELIABILITY = tests/reliability
 NCCL_TESTS = $(RELIABILITY)/test_two_ranks.py \
 	$(RELIABILITY)/test_exact_resume.py::test_three_kills $(RELIABILITY)/test_exact_resume.py::test_the_index_names_every_file \
 	$(RELIABILITY)/test_preemption.py::test_a_signal_to_one_rank \
-	$(RELIABILITY)/test_preemption.py::test_a_signal_to_torchrun[SIGUSR1] \
+	'$(RELIABILITY)/test_preemption.py::test_a_signal_to_torchrun[SIGUSR1]' \
 	$(RELIABILITY)/test_background_saves.py \
 	$(RELIABILITY)/test_hangs.py::test_an_endless_loop_a_held_lock_and_data_that_never_come
 test-nccl: setup

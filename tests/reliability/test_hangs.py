@@ -161,7 +161,7 @@ def test_without_the_watchdog_nothing_happens(tmp_path):
     with open(tmp_path / "output", "w") as output:
         agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
         try:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + patience(200)
             while not (tmp_path / "stop.happened").exists():
                 assert time.monotonic() < deadline and agent.poll() is None
                 time.sleep(0.2)

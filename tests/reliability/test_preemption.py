@@ -115,7 +115,7 @@ def stop_agent(path: Path, number: signal.Signals) -> tuple[int, list[psutil.Pro
         agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
     ranks: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + patience(240)
         while '"step": 3,' not in _read(path / "run" / "metrics.jsonl"):
             if agent.poll() is not None and "EADDRINUSE" in log.read_text():
                 raise PortTaken
