@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-slurm test-reliability coverage soak lint docs wheel bench-data clean
+.PHONY: setup demo test test-full test-slurm test-reliability test-nccl coverage soak lint docs wheel bench-data clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +53,17 @@ test-slurm: setup
 # Kills, full disks, signals, other layouts, damage: every point of every sweep (docs/reliability.md). strace is needed.
 test-reliability: setup
 	$(BIN)/python -m pytest -m "reliability and not gpu and not multigpu" $(PYTEST_ARGS)
+
+# Reliability over NCCL on two GPUs: the trainings of these tests run there, the tests themselves on the CPU.
+RELIABILITY = tests/reliability
+NCCL_TESTS = $(RELIABILITY)/test_two_ranks.py \
+	$(RELIABILITY)/test_exact_resume.py::test_three_kills $(RELIABILITY)/test_exact_resume.py::test_the_index_names_every_file \
+	$(RELIABILITY)/test_preemption.py::test_a_signal_to_one_rank \
+	'$(RELIABILITY)/test_preemption.py::test_a_signal_to_torchrun[SIGUSR1]' \
+	$(RELIABILITY)/test_background_saves.py \
+	$(RELIABILITY)/test_hangs.py::test_an_endless_loop_a_held_lock_and_data_that_never_come
+test-nccl: setup
+	HYMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest $(NCCL_TESTS) $(PYTEST_ARGS)
 
 # Lines and branches that `make test` runs, child processes included: the table of docs/testing.md. Slower than the tests.
 coverage: setup

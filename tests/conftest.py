@@ -8,9 +8,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from tests.device import ON_GPUS, what_is_missing
+
+
+def pytest_configure(config):
+    """Not one test passes by being skipped because the GPUs that were asked for are not there."""
+    missing = what_is_missing()
+    if missing:
+        raise pytest.UsageError(missing)
+
 
 def pytest_collection_modifyitems(items):
     """Tests that need hardware say what is missing instead of failing."""
+    if ON_GPUS:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(900))  # kernels are compiled
     marks = [("gpu", 1), ("multigpu", 2)]
     if not any(item.get_closest_marker(name) for item in items for name, _ in marks):
         return

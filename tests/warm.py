@@ -5,6 +5,9 @@ with their exit codes (negative: the signal). When a rank has failed and others 
 as torchrun does. :class:`Warm` is the other end, :func:`server` the one that all tests share. A job is a module, as
 ``python -m`` runs it, or a tiny training; the latter may pause a process before it saves, so that strace can be
 attached and sees nothing but the save.
+
+A fork of a process that has touched CUDA cannot use it, and which import touches it is not ours to say. On GPUs the
+ranks are therefore no forks but processes of their own, some of which are started ahead, import everything, and wait.
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from tests.children import ROOT, child_environment
+from tests.device import NUM_GPUS, ON_GPUS, patience, training_variables
 
 LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-ATTACHED_SECONDS = 60
-GRACE_SECONDS = 30
+ATTACHED_SECONDS = patience(60)
+# NCCL does not notice the death of a rank on the same machine: the others wait until somebody ends them.
+GRACE_SECONDS = 10 if ON_GPUS else 30
+STARTED_AHEAD = 2 * NUM_GPUS
 
 
 class Warm:
@@ -38,7 +46,7 @@ class Warm:
 
     def __init__(self) -> None:
         self._is_running = False
-        env = child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        env = child_environment(**training_variables())
         env = {k: v for k, v in env.items() if k not in LAUNCHER}  # this process may be a group of one
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=env, text=True,
@@ -50,7 +58,7 @@ class Warm:
         one does not exit with 0, or has not after ``timeout_seconds``."""
         with tempfile.TemporaryDirectory() as place:
             self._begin(Path(place) / "output", ranks=ranks, module=module, arguments=arguments)
-            timer = threading.Timer(timeout_seconds, self._kill)
+            timer = threading.Timer(patience(timeout_seconds), self._kill)
             timer.start()
             codes, output = self.finish()
             timer.cancel()
@@ -217,9 +225,40 @@ def _run_module(job: dict) -> int:
 
 
 def _fork(job: dict, rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
+    return os.fork() or _be_rank(job, rank, port)
+
+
+class _Ahead:
+    """Processes of this module that have imported everything, or are about to, and wait for their job."""
+
+    def __init__(self) -> None:
+        self._waiting: list[subprocess.Popen] = []
+        self._used: list[subprocess.Popen] = []  # kept: Popen would wait for one that is forgotten, and take its code
+        self.fill()
+
+    def fill(self) -> None:
+        while len(self._waiting) < STARTED_AHEAD:
+            command = [sys.executable, "-m", "tests.warm", "rank"]
+            # Standard output is for the answers.
+            self._waiting.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, text=True))
+
+    def start(self, job: dict, rank: int, port: int) -> int:
+        process = self._waiting.pop(0)
+        self._used.append(process)
+        process.stdin.write(json.dumps([job, rank, port]) + "\n")
+        process.stdin.close()
+        return process.pid
+
+
+def _wait_for_job() -> None:
+    import hymba_train.train.main  # noqa: F401  what takes long
+
+    line = sys.stdin.readline()
+    if line:  # else nobody wants it any more
+        _be_rank(*json.loads(line))
+
+
+def _be_rank(job: dict, rank: int, port: int) -> NoReturn:
     code = 1
     try:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -255,21 +294,34 @@ def _wait(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def main() -> None:
+def _how_to_start() -> tuple[Callable[[dict, int, int], int], Callable[[], None]]:
+    """(what starts a rank of a job and returns its pid, what prepares for the next job)."""
+    if ON_GPUS:
+        ahead = _Ahead()
+        return ahead.start, ahead.fill
     import torch
 
     import hymba_train.train.main  # noqa: F401  what takes long
 
     torch.set_num_threads(1)
+    return _fork, lambda: None
+
+
+def main() -> None:
+    start, prepare = _how_to_start()
     for line in sys.stdin:
         job = json.loads(line)
         Path(job["log"]).unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        pids = [_fork(job, rank, port) for rank in range(max(job["ranks"], 1))]
+        pids = [start(job, rank, port) for rank in range(max(job["ranks"], 1))]
         print(json.dumps(pids), flush=True)
+        prepare()
         print(json.dumps(_wait(pids)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["rank"]:
+        _wait_for_job()
+    else:
+        main()

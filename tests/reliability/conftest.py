@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.children import child_environment
+from tests.device import patience, training_variables
 from tests.train.test_training import ROOT
 from tests.train.tiny_run import write_data
 from tests.warm import Warm, server
@@ -46,7 +47,7 @@ def call(command: list[str], env: dict[str, str], timeout_seconds: float) -> tup
     """(exit code, all output) of a command. Not through a pipe: helpers of a killed process would keep it open."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         done = subprocess.run(
-            command, cwd=ROOT, env=env, stdout=output, stderr=output, timeout=timeout_seconds, check=False
+            command, cwd=ROOT, env=env, stdout=output, stderr=output, timeout=patience(timeout_seconds), check=False
         )
         output.seek(0)
         return done.returncode, output.read()
@@ -54,7 +55,7 @@ def call(command: list[str], env: dict[str, str], timeout_seconds: float) -> tup
 
 def left_behind(word: str, seconds: float = 5.0) -> list[str]:
     """Command lines of processes that are still alive after ``seconds`` and have ``word`` there, or as RUN_OF."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while True:
         alive = []
         for process in psutil.process_iter():
@@ -78,7 +79,7 @@ def start_of_ranks(directory: Path, processes: int, runs: list[list[str]], resta
         *" then ".join(" ".join(r) for r in runs).split(" "),
     ]  # fmt: skip
     environment = child_environment(
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", RUN_OF=str(directory)
+        **training_variables(), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", RUN_OF=str(directory)
     )
     return command, environment
 

@@ -82,7 +82,7 @@ class Fault(Callback):
         """What the loss of a micro-batch is multiplied by."""
         f = self.fault
         if f.kind == "sample" and self.labels is not None:
-            return f.factor if (labels == self.labels).all(-1).any() else 1.0
+            return f.factor if (labels == self.labels.to(labels.device)).all(-1).any() else 1.0
         if f.kind == "transient" and self.here and self.step == f.step and self.once():
             return f.factor
         return f.factor if f.kind == "persistent" and self.step >= f.step else 1.0

@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing
 
 from hymba_train.checkpoint.index import read_index
 from tests.children import child_environment
+from tests.device import training_variables
 from tests.reliability.conftest import call
 from tests.train.test_training import OVERLAP, events, exact, run, step_directory
 from tests.train.tiny_run import write_data
@@ -104,7 +105,7 @@ def test_torchrun_restarts_after_each_of_three_kills(tmp_path, lone_runtime):
         *" then ".join(" ".join(r) for r in runs).split(" "),
     ]  # fmt: skip
     # Without this the second round finds the addresses of the first round's groups in torchrun's store, and hangs.
-    env = child_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    env = child_environment(**training_variables(), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     code, output = call(command, env, timeout_seconds=860)
     assert code == 0, output
     assert all((tmp_path / f"{name}.killed").exists() for name in faults)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from hymba_train.checkpoint.save import CheckpointWriter
 from hymba_train.guards import marks, stacks
@@ -20,13 +21,14 @@ from hymba_train.guards.drift import DriftGuard
 from hymba_train.guards.hang import Report, find_guilty, verdict
 from hymba_train.outcome import read_outcome
 from hymba_train.train.step import Stepper
+from tests.device import ON_GPUS, patience
 from tests.reliability.conftest import call, left_behind, start_of_ranks, torchrun
 from tests.reliability.test_numerics import PHASE
 from tests.train.test_training import ROOT, exact, run
 from tests.train.tiny_run import write_data
 
 pytestmark = pytest.mark.reliability
-HANG_SECONDS = 4
+HANG_SECONDS = 15 if ON_GPUS else 4  # a step on GPUs may meet a kernel that is not compiled yet
 IN_DISTRIBUTED = 'File "/x/torch/distributed/distributed_c10d.py", line 9 in all_reduce'
 ELSEWHERE = 'File "/x/model.py", line 3 in forward'
 
@@ -90,6 +92,7 @@ def test_threads_of_a_dump_are_told_apart():
     [
         Stepper.exchange, Stepper.micro_batch_losses, Stepper.evaluate, CheckpointWriter._sums,
         CheckpointWriter._count_bytes, CheckpointWriter._finish, DriftGuard._differ, DriftGuard.check,
+        torch.cuda.Event.synchronize,
     ],
     ids=lambda method: method.__qualname__,
 )  # fmt: skip
@@ -103,8 +106,9 @@ def test_our_own_waits_are_known(method):
 
 def hanging(kind: str, *settings: str) -> list[str]:
     return run(
-        kind, PHASE, f"guards.hang_seconds={HANG_SECONDS}", "guards.hang_slow_seconds=120", "logging.eval_interval=0",
-        "checkpoint.save_interval=4", f'fault.kind="{kind}"', "fault.step=7", "fault.rank=1", *settings,
+        kind, PHASE, f"guards.hang_seconds={HANG_SECONDS}", f"guards.hang_slow_seconds={patience(120)}",
+        "logging.eval_interval=0", "checkpoint.save_interval=4", f'fault.kind="{kind}"', "fault.step=7", "fault.rank=1",
+        *settings,
     )  # fmt: skip
 
 
@@ -124,7 +128,9 @@ def hold_to_promise(directory: Path, output: str, kind: str) -> None:
         # Named within the time-out plus 5 s, of which a busy machine may need more than its share.
         assert (place / "verdict.txt").stat().st_mtime - happened < HANG_SECONDS + 5 + 10
     stack = [(place / f"rank_0000{r}.txt").read_text() for r in range(2)]
-    assert "most recent call first" in stack[0] and "torch/distributed" in stack[0]
+    # Over gloo the host waits in the collective; over NCCL for what the device says of the step.
+    waits_in = "hymba_train/train/step.py" if ON_GPUS else "torch/distributed"
+    assert "most recent call first" in stack[0] and waits_in in stack[0]
     where = {"stop": "rank 1 did not answer: its process is stopped", "loader": "prefetch.py", "loop": "guarded_run.py"}
     assert where.get(kind, "guarded_run.py") in stack[1]
     assert reports[1]["activity"] == (marks.LOADING if kind == "loader" else marks.STEP)
@@ -155,7 +161,7 @@ def test_without_the_watchdog_nothing_happens(tmp_path):
     with open(tmp_path / "output", "w") as output:
         agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
         try:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + patience(200)
             while not (tmp_path / "stop.happened").exists():
                 assert time.monotonic() < deadline and agent.poll() is None
                 time.sleep(0.2)

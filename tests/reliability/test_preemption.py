@@ -18,6 +18,7 @@ from hymba_train.checkpoint import directory, manifest
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import read_outcome
 from tests.children import child_environment, has_ended
+from tests.device import OVERRIDES, patience, training_variables
 from tests.distributed.test_resume import COMMON
 from tests.reliability.test_exact_resume import LAYOUT
 from tests.train.test_training import ROOT, events, exact
@@ -45,7 +46,7 @@ def root(warm, tmp_path_factory) -> Path:
 
 
 def wait_for(path: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.01)
@@ -107,14 +108,14 @@ def stop_agent(path: Path, number: signal.Signals) -> tuple[int, list[psutil.Pro
         "data.phases={a: {tokens: 64000000, seq_length: 16, global_batch_size: 4, blend: {odd: 1}}}",
         "checkpoint.save_interval=7", "logging.eval_interval=0",
     ]  # fmt: skip
-    env = child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    env = child_environment(**training_variables())
     log = path / "output"
     with open(log, "w") as output:
-        command = [sys.executable, "-m", "hymba_train", "train", "--nproc", "2", *COMMON, *many]
+        command = [sys.executable, "-m", "hymba_train", "train", "--nproc", "2", *COMMON, *many, *OVERRIDES]
         agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
     ranks: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + patience(240)
         while '"step": 3,' not in _read(path / "run" / "metrics.jsonl"):
             if agent.poll() is not None and "EADDRINUSE" in log.read_text():
                 raise PortTaken

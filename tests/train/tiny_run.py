@@ -17,6 +17,7 @@ import numpy as np
 
 from hymba_train.config import Config, from_plain
 from hymba_train.plan.steps import plan_steps
+from tests.device import SETTINGS
 
 VOCAB = 96
 
@@ -72,7 +73,7 @@ def tiny_config(directory: Path, **changes) -> Config:
         "logging": {"log_interval": 1, "eval_interval": 5, "tensorboard": False, "batch_hash": True},
         "run": {"name": "tiny", "directory": str(directory / "runs"), "device": "cpu"},
     }  # fmt: skip
-    for key, value in changes.items():
+    for key, value in {**SETTINGS, **changes}.items():
         *groups, last = key.split(".")
         node = plain
         for group in groups:
