@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from hymba_train.bench import loader, scan, step
@@ -12,6 +13,7 @@ from hymba_train.bench.timing import Result
 from hymba_train.config import compose
 from hymba_train.errors import UserError
 from hymba_train.plan import make_plan
+from tests.children import has_ended
 
 
 def result(name, ms, parts=None):
@@ -69,8 +71,19 @@ def test_an_exit_code_and_the_last_line_are_told(tmp_path):
     script = "print('ValueError: no'); print('leaked'); raise SystemExit(1)"
     with pytest.raises(UserError, match="exited 1: ValueError: no;"):
         step.call([sys.executable, "-c", script], tmp_path / "log", 20.0)
-    with pytest.raises(UserError, match="not done after 1 s"):
-        step.call([sys.executable, "-c", "import time; time.sleep(9)"], tmp_path / "log", 1.0)
+
+
+def test_what_is_out_of_time_leaves_no_process(tmp_path):
+    script = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+    with pytest.raises(UserError, match="not done after 3 s"):
+        step.call([sys.executable, "-c", script], tmp_path / "log", 3.0)
+    assert has_ended(psutil.Process(int((tmp_path / "log").read_text())))
 
 
 def test_unknown_benchmark():

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,18 +130,24 @@ def batch_overrides(micro_batch: int, seq_length: int, per_step: int = 1) -> lis
 
 def call(command: list[str], log: Path, timeout_seconds: float) -> str:
     """What it prints. Raises UserError if it fails or is not done in time; ``log`` has all its output then, too."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
-    except subprocess.TimeoutExpired as late:
-        log.write_bytes((late.stdout or b"") + (late.stderr or b""))
-        raise UserError(f"{' '.join(command[2:4])}: not done after {timeout_seconds:.0f} s; see {log}") from late
-    log.write_text(done.stdout + done.stderr)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout_seconds)
+        except BaseException as end:
+            os.killpg(child.pid, signal.SIGKILL)  # torchrun, too, or its ranks would keep the GPUs
+            log.write_text("".join(child.communicate()))
+            if not isinstance(end, subprocess.TimeoutExpired):
+                raise
+            raise UserError(f"{' '.join(command[2:4])}: not done after {timeout_seconds:.0f} s; see {log}") from end
+    log.write_text(output + errors)
+    if child.returncode:
+        lines = (output + errors).strip().splitlines()
         telling = [line for line in lines if "error" in line.lower()]  # behind which there may be warnings
         last = (telling or lines or [""])[-1]
-        raise UserError(f"{' '.join(command[2:4])} exited {done.returncode}: {last}; see {log}")
-    return done.stdout
+        raise UserError(f"{' '.join(command[2:4])} exited {child.returncode}: {last}; see {log}")
+    return output
 
 
 def table(results: Sequence[Result]) -> list[str]:

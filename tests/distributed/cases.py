@@ -39,8 +39,11 @@ MODELS = {
     ),
 }  # fmt: skip
 
-WIDE = dict(num_layers=6, global_layers=[0, 5], kv_groups=[[1, 2], [3, 4]], window_size=128)
-"""For GPUs: the 1.5B's widths, heads, meta tokens and vocabulary, so that its kernels and Transformer Engine run."""
+WIDE = dict(
+    num_layers=6, global_layers=[0, 5], kv_groups=[[1, 2], [3, 4]], window_size=128, ffn_hidden_size=1408,
+    vocab_size=2001,
+)  # fmt: skip
+"""For GPUs: the 1.5B's hidden size, heads, SSM and meta tokens, so that its kernels and Transformer Engine run."""
 WIDE_SEQ_LENGTH = 384
 
 SHRUNK = dict(

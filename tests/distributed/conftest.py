@@ -22,9 +22,14 @@ def torchrun(
     """``python -m module`` on ``nproc`` ranks of one thread each; fails the test with their output."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--standalone", "-m", module]
     env = child_environment(OMP_NUM_THREADS="1", **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}))
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_seconds
-    )
+    try:
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_seconds
+        )
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(
+            f"not done after {timeout_seconds} s\n{(late.stdout or b'').decode()}\n{(late.stderr or b'').decode()}"
+        )
     assert done.returncode == 0, f"{' '.join(command[3:])} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
