@@ -11,7 +11,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from hymba_train.model.config import HymbaConfig
-from hymba_train.model.ops import swiglu_writes_fp8
+from hymba_train.model.ops import writes_fp8
+from hymba_train.ops import float8
 
 
 @dataclass
@@ -37,7 +38,7 @@ class GatedFfn(MegatronModule):
         self.linear_fc2 = build_module(
             submodules.linear_fc2, width, config.hidden_size, input_is_parallel=True, **linear
         )
-        in_fp8 = swiglu_writes_fp8(config.fp8_recipe if config.fp8 else None, swiglu_op.name)
+        in_fp8 = writes_fp8(config.fp8_recipe if config.fp8 else None, swiglu_op.name)
         self.swiglu_op = partial(_swiglu_between, self.linear_fc1, self.linear_fc2) if in_fp8 else swiglu_op
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -48,12 +49,6 @@ class GatedFfn(MegatronModule):
 def _swiglu_between(linear_fc1, linear_fc2, gate_up: Tensor) -> Tensor:
     """SwiGLU of linear_fc1's output for linear_fc2, both Transformer Engine's with delayed scaling: result and gradient
     in FP8, by the scales that these products would cast them with themselves."""
-    from transformer_engine.pytorch.constants import FP8BwdTensorIdx, FP8FwdTensorIdx
-
     from hymba_train.ops.swiglu_triton import swiglu_triton_fp8
 
-    if not linear_fc2.fp8_initialized:  # it makes its quantizers when it is first called
-        linear_fc2.init_fp8_metadata(num_gemms=1)
-    result = linear_fc2.quantizers["scaling_fwd"][FP8FwdTensorIdx.GEMM1_INPUT]
-    gradient = linear_fc1.quantizers["scaling_bwd"][FP8BwdTensorIdx.GRAD_OUTPUT1]
-    return swiglu_triton_fp8(gate_up, result, gradient)
+    return swiglu_triton_fp8(gate_up, float8.of_input(linear_fc2), float8.of_gradient(linear_fc1))

@@ -56,8 +56,9 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype) -> Ops:
     if not any(mixer.ssd_sizes(config.model) for mixer in used_mixers(layers)):
         del asked["ssd_scan"]
     chosen = {op: select(op, name, device.type, needs=needs[op], dtype=dtype) for op, name in asked.items()}
-    if swiglu_writes_fp8(config.precision.fp8, chosen["swiglu"].name):
-        chosen["swiglu"] = replace(chosen["swiglu"], reason=f"{chosen['swiglu'].reason}; writes FP8")
+    for op in ("swiglu", "normed_average"):
+        if writes_fp8(config.precision.fp8, chosen[op].name):
+            chosen[op] = replace(chosen[op], reason=f"{chosen[op].reason}; writes FP8")
     has_attention = any(layer.has_attention for layer in layers)
     problems = check_attention(config, chosen["attention"].name) if has_attention else []
     if problems:  # the plan says so where run.device is cuda
@@ -65,8 +66,9 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype) -> Ops:
     return Ops(**chosen)
 
 
-def swiglu_writes_fp8(recipe: str | None, backend: str) -> bool:
-    """Whether SwiGLU's kernels cast its result and gradient: ``recipe`` (precision.fp8) must know scales beforehand."""
+def writes_fp8(recipe: str | None, backend: str) -> bool:
+    """Whether the kernels of SwiGLU and of the branches' mean cast what they make for a product: ``recipe``
+    (precision.fp8) must know scales beforehand."""
     return recipe == "delayed" and backend == "triton"
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba_train.ops import float8
+from hymba_train.ops.float8_triton import fp8_scale
 from hymba_train.ops.rows_triton import as_rows
 
 ROWS, COLUMNS, WARPS = 4, 1024, 4
@@ -52,34 +53,14 @@ class _Swiglu(torch.autograd.Function):
 
 def _launch(kernel, quantizer: float8.Quantizer | None, shape: tuple[int, ...], rows: Tensor, *args) -> Tensor:
     """What a kernel makes of ``rows`` [N, 2F], in this shape: in their type, or in FP8 where there is a quantizer."""
-    if quantizer is None:
-        out = torch.empty(shape, dtype=rows.dtype, device=rows.device)
-        _run(kernel, rows, *args, out, None, None, None)
-        return out
-    out = torch.empty(shape, dtype=float8.dtype_of(quantizer), device=rows.device)
-    scale_inv = torch.empty(1, dtype=torch.float32, device=rows.device)
-    _run(kernel, rows, *args, out, quantizer.scale, quantizer.amax, scale_inv)
-    return float8.tensor(out, scale_inv, quantizer, rows.dtype)
-
-
-def _run(kernel, rows: Tensor, *args) -> None:
     n, width = rows.shape[0], rows.shape[1] // 2
+    out, scaling = float8.memory(shape, rows, quantizer)
     if n and width:
         with torch.cuda.device_of(rows):
             kernel[(triton.cdiv(n, ROWS), triton.cdiv(width, COLUMNS))](  # the first axis may have more than 65,535
-                rows, *args, n, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+                rows, *args, out, *scaling, n, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
             )
-
-
-@triton.jit
-def _scale(magnitudes, SCALE, AMAX, SCALE_INV):
-    """What to multiply by before a cast to FP8; the largest of the magnitudes is noted in AMAX."""
-    largest = tl.max(magnitudes)
-    tl.atomic_max(AMAX, largest, mask=largest > tl.load(AMAX), sem="relaxed")  # most programs have nothing to say
-    scale = tl.load(SCALE)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(SCALE_INV, tl.div_rn(1.0, scale))
-    return scale
+    return float8.tensor(out, scaling[2], quantizer, rows.dtype)
 
 
 @triton.jit
@@ -94,7 +75,7 @@ def swiglu_forward(
     out = gate / (1.0 + tl.exp(-gate)) * up
     if SCALE is not None:
         out = out.to(X.dtype.element_ty).to(tl.float32)
-        out *= _scale(tl.abs(out), SCALE, AMAX, SCALE_INV)
+        out *= fp8_scale(tl.abs(out), SCALE, AMAX, SCALE_INV)
     tl.store(OUT + row * WIDTH + c, out.to(OUT.dtype.element_ty), mask=ok)
 
 
@@ -116,7 +97,7 @@ def swiglu_backward(
     if SCALE is not None:
         d_gate = d_gate.to(X.dtype.element_ty).to(tl.float32)
         d_up = d_up.to(X.dtype.element_ty).to(tl.float32)
-        scale = _scale(tl.maximum(tl.abs(d_gate), tl.abs(d_up)), SCALE, AMAX, SCALE_INV)
+        scale = fp8_scale(tl.maximum(tl.abs(d_gate), tl.abs(d_up)), SCALE, AMAX, SCALE_INV)
         d_gate *= scale
         d_up *= scale
     place = DX + row * (2 * WIDTH) + c

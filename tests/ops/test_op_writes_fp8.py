@@ -1,5 +1,5 @@
-"""SwiGLU that writes FP8, in Triton, against a cast of what it writes without; Transformer Engine's part is in
-tests/gpu/test_swiglu_fp8_gpu.py."""
+"""Triton ops that write FP8, against a cast of what they write without; Transformer Engine's part is in
+tests/gpu/test_writes_fp8_gpu.py."""
 
 from types import SimpleNamespace
 
@@ -18,12 +18,17 @@ WRONG = 0.2 if INTERPRET else 0.0
 def pairs(monkeypatch):
     """In place of Float8Tensors, which need Transformer Engine: the numbers they stand for."""
     monkeypatch.setattr(float8, "dtype_of", lambda quantizer: quantizer.dtype)
-    monkeypatch.setattr(float8, "tensor", lambda data, inverse, q, dtype: (data.float() * inverse).to(dtype))
+    numbers = lambda data, inverse, q, dtype: data if q is None else (data.float() * inverse).to(dtype)  # noqa: E731
+    monkeypatch.setattr(float8, "tensor", numbers)
 
 
 def quantizer(scale, dtype, amax=0.0):
     one = lambda value: torch.tensor([value], device=DEVICE)  # noqa: E731
     return SimpleNamespace(scale=one(scale), amax=one(amax), dtype=dtype)
+
+
+def cast_of(wide, q):
+    return ((wide.float() * q.scale).to(q.dtype).float() * (1 / q.scale)).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 1, 90), (9, 2600)])
@@ -39,8 +44,22 @@ def test_fp8_is_the_cast_of_the_result_and_its_largest_value_is_noted(shape):
     expected.backward(d_out)
     for value, wide, q in ((out, expected, result), (found.grad, plain.grad, gradient)):
         assert q.amax == wide.abs().max()
-        cast = ((wide.float() * q.scale).to(q.dtype).float() * (1 / q.scale)).to(torch.bfloat16)
-        assert (value != cast).float().mean() <= WRONG
+        assert (value != cast_of(wide, q)).float().mean() <= WRONG
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_of_the_mean_of_two_norms(ranks):
+    """ranks 2: sums of squares go through all_reduce, which doubles them."""
+    from hymba_train.ops.normed_average_triton import normed_average_fp8, normed_average_triton
+
+    width, q = 320, quantizer(12.5, torch.float8_e4m3fn)
+    a, s = (random(7, 1, width, seed=seed).to(DEVICE, torch.bfloat16) for seed in (1, 2))
+    weights = [random(width, seed=seed).to(DEVICE, torch.float32) for seed in (3, 4)]
+    rest = (1e-6, ranks * width, (lambda t: t.mul_(2)) if ranks == 2 else None)
+    wide = normed_average_triton(a, s, *weights, *rest)
+    found = normed_average_fp8(a, s, *weights, *rest, q)
+    assert found.shape == wide.shape and q.amax == wide.abs().max()
+    assert (found != cast_of(wide, q)).float().mean() <= WRONG
 
 
 def test_largest_value_is_that_of_all_micro_batches():
