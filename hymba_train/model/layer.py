@@ -50,12 +50,17 @@ class HymbaLayer(MegatronModule):
             self.ffn_norm = norm()
             self.ffn = build_module(submodules.ffn, config, swiglu_op=ops.swiglu, pg_collection=pg_collection)
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, *kv: Tensor) -> tuple[Tensor, ...]:
-        """hidden [N(/TP), 1, D]; kv: its producer's K, V, in a consumer. -> (hidden, and K, V if others consume it)."""
-        mixed, own_kv = self.mixer(self.input_norm(hidden), batch, kv or None)
+    def forward(
+        self, hidden: Tensor, batch: MicroBatch, *kv: Tensor, added: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """hidden [N(/TP), 1, D]; kv: its producer's K, V, in a consumer. -> (hidden, added; K, V if others consume it).
+
+        ``added``, of hidden's shape, is still to be added to it, here and in the result: the next norm does it in
+        passing.
+        """
+        hidden, normed = self.input_norm.of_sum(hidden, added)
+        added, own_kv = self.mixer(normed, batch, kv or None)
         if self.layer.has_ffn:
-            hidden, normed = self.ffn_norm(mixed, residual=hidden)
-            hidden = hidden + self.ffn(normed)
-        else:
-            hidden = hidden + mixed
-        return (hidden, *own_kv) if self.layer.kv_role == "producer" else (hidden,)
+            hidden, normed = self.ffn_norm.of_sum(hidden, added)
+            added = self.ffn(normed)
+        return (hidden, added, *own_kv) if self.layer.kv_role == "producer" else (hidden, added)

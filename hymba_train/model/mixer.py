@@ -31,9 +31,10 @@ from hymba_train.describe.heads import heads_of_rank
 from hymba_train.describe.mixers import MIXERS
 from hymba_train.model.attention import AttentionBranch
 from hymba_train.model.config import HymbaConfig
-from hymba_train.model.ops import Ops
+from hymba_train.model.ops import Ops, writes_fp8
 from hymba_train.model.rows import MicroBatch
 from hymba_train.model.weights import Weights, rows_on_every_rank
+from hymba_train.ops import float8
 from hymba_train.ops.branch_norms import normed_concat
 from hymba_train.ops.gradient_slots import split_columns
 from hymba_train.parallel.cut import LocalTensor
@@ -80,6 +81,8 @@ class LayerMixer(MegatronModule):
         self.out_proj = build_module(
             submodules.out_proj, width * tp, dims.hidden_size, input_is_parallel=True, **linear
         )
+        in_fp8 = writes_fp8(config.fp8_recipe if config.fp8 else None, ops.normed_average.name)
+        self.normed_average = partial(_normed_average_for, self.out_proj) if in_fp8 else ops.normed_average
 
     def forward(
         self, hidden: Tensor, batch: MicroBatch, kv: tuple[Tensor, Tensor] | None = None
@@ -122,4 +125,11 @@ class LayerMixer(MegatronModule):
         eps, d = self.config.layernorm_epsilon, self.config.dims
         if self.config.model.branch_fusion == "concat":
             return normed_concat(attention, ssm, *weights, eps, (d.attention_size, d.inner_size), all_reduce)
-        return self.ops.normed_average(attention, ssm, *weights, eps, d.inner_size, all_reduce)
+        return self.normed_average(attention, ssm, *weights, eps, d.inner_size, all_reduce)
+
+
+def _normed_average_for(out_proj, *args) -> Tensor:
+    """In the FP8 that Transformer Engine's out_proj would cast it to, with delayed scaling."""
+    from hymba_train.ops.normed_average_triton import normed_average_fp8
+
+    return normed_average_fp8(*args, float8.of_input(out_proj))

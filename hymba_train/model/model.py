@@ -111,17 +111,18 @@ class HymbaModel(LanguageModule):
             hidden, shared = self.embedding(tokens, rows), {}
         else:
             hidden, shared = self.decoder.unpack(self.input_tensor)
-        hidden, shared = self.decoder(hidden, batch, shared)
+        hidden, added, shared = self.decoder(hidden, batch, shared)
         if not self.post_process:
-            return self.decoder.pack(hidden, shared, self.message_width)
+            return self.decoder.pack(hidden if added is None else hidden + added, shared, self.message_width)
+        _, normed = self.final_norm.of_sum(hidden, added)
         if labels is not None and self.tp_group.size() == 1:
-            return self._losses_without_logits(hidden, labels, rows)
-        logits = self._logits(hidden, rows)
+            return self._losses_without_logits(normed, labels, rows)
+        logits = self._logits(normed, rows)
         return self._gather_vocabulary(logits) if labels is None else self._token_losses(logits, labels)
 
-    def _logits(self, hidden: Tensor, rows: TokenRows) -> Tensor:
+    def _logits(self, normed: Tensor, rows: TokenRows) -> Tensor:
         """[N(/TP), 1, D] -> this rank's vocabulary columns [B, S, V'/TP]; those that pad the vocabulary are -inf."""
-        logits, _ = self.output_layer(self.final_norm(hidden), weight=self._tied_weight())
+        logits, _ = self.output_layer(normed, weight=self._tied_weight())
         logits = rows.text(logits.flatten(1))
         true = self.vocab_part.count
         if true == logits.shape[-1]:
@@ -129,9 +130,9 @@ class HymbaModel(LanguageModule):
         padding = torch.arange(logits.shape[-1], device=logits.device) >= true
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
 
-    def _losses_without_logits(self, hidden: Tensor, labels: Tensor, rows: TokenRows) -> Tensor:
+    def _losses_without_logits(self, normed: Tensor, labels: Tensor, rows: TokenRows) -> Tensor:
         """Loss per token [B, S] from [N, 1, D], where one rank holds the whole vocabulary."""
-        text = rows.text(self.final_norm(hidden).flatten(1)).flatten(0, 1)
+        text = rows.text(normed.flatten(1)).flatten(0, 1)
         vocab = self.config.dims.vocab_size
         losses = self.output_layer(
             text, weight=self._tied_weight(),

@@ -23,3 +23,7 @@ class RMSNorm(nn.Module):
         if residual is None:
             return self.ops.rms_norm(x, self.weight, self.eps)
         return self.ops.add_rms_norm(residual, x, self.weight, self.eps)
+
+    def of_sum(self, hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden + added and its norm, in one go; None: there is nothing to add."""
+        return (hidden, self(hidden)) if added is None else self(added, residual=hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -56,11 +56,20 @@ def select_ops(config: Config, device: torch.device, dtype: torch.dtype) -> Ops:
     if not any(mixer.ssd_sizes(config.model) for mixer in used_mixers(layers)):
         del asked["ssd_scan"]
     chosen = {op: select(op, name, device.type, needs=needs[op], dtype=dtype) for op, name in asked.items()}
+    for op in ("swiglu", "normed_average"):
+        if writes_fp8(config.precision.fp8, chosen[op].name):
+            chosen[op] = replace(chosen[op], reason=f"{chosen[op].reason}; writes FP8")
     has_attention = any(layer.has_attention for layer in layers)
     problems = check_attention(config, chosen["attention"].name) if has_attention else []
     if problems:  # the plan says so where run.device is cuda
         raise UserError(*problems)
     return Ops(**chosen)
+
+
+def writes_fp8(recipe: str | None, backend: str) -> bool:
+    """Whether the kernels of SwiGLU and of the branches' mean cast what they make for a product: ``recipe``
+    (precision.fp8) must know scales beforehand."""
+    return recipe == "delayed" and backend == "triton"
 
 
 def _if(condition: object, need: str) -> set[str]:

@@ -39,26 +39,29 @@ class HymbaStack(MegatronModule):
             for i in layer_range
         )
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, SharedKv]:
-        """hidden [N(/TP), 1, D]; shared: K/V of producers before this chunk. -> both, after it."""
+    def forward(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, Tensor | None, SharedKv]:
+        """hidden [N(/TP), 1, D]; shared: K/V of producers before this chunk. -> both, after it, and between them what
+        is still to be added to hidden (None: nothing)."""
         shared = dict(shared)
         with get_fp8_context(self.config):
-            hidden = self._layers(hidden, batch, shared)
-        return hidden, shared
+            hidden, added = self._layers(hidden, batch, shared)
+        return hidden, added, shared
 
-    def _layers(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> Tensor:
+    def _layers(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, Tensor | None]:
         """Adds the K/V of this chunk's producers to ``shared``."""
+        added = None
         for layer in self.layers:
             description = layer.layer
             kv = shared[description.kv_source] if description.kv_role == "consumer" else ()
             if self.recompute and self.training:
-                out = self._recomputed(lambda h, *kv, layer=layer: _alone(layer(h, batch, *kv)), hidden, *kv)
+                hidden, *own_kv = self._recomputed(
+                    lambda h, *kv, layer=layer: _alone(*layer(h, batch, *kv)), hidden, *kv
+                )
             else:
-                out = layer(hidden, batch, *kv)
-            hidden = out[0]
+                hidden, added, *own_kv = layer(hidden, batch, *kv, added=added)
             if description.kv_role == "producer":
-                shared[description.index] = tuple(out[1:])
-        return hidden
+                shared[description.index] = tuple(own_kv)
+        return hidden, added
 
     def _recomputed(self, layer, *args: Tensor) -> tuple[Tensor, ...]:
         """Keeps ``args`` alone. FP8 scales must not move in the second forward pass: Transformer Engine sees to it."""
@@ -100,9 +103,10 @@ class HymbaStack(MegatronModule):
         return columns.reshape(columns.shape[0] * self.tp_size, 1, width // self.tp_size)
 
 
-def _alone(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A producer's V is a view of all that in_proj has made, which would outlive the layer with it."""
-    return tuple(t.contiguous() for t in out)
+def _alone(hidden: Tensor, added: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
+    """One tensor for the next layer to keep. A producer's V is a view of all that in_proj has made, which would outlive
+    the layer with it."""
+    return (hidden + added, *(t.contiguous() for t in kv))
 
 
 def kv_columns(config: HymbaConfig, tensor_size: int, tensor_rank: int) -> tuple[int, int]:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hymba_train.ops import float8
+from hymba_train.ops.float8_triton import fp8_scale
 from hymba_train.ops.gradient_slots import empty_gradient, slot_of
 from hymba_train.ops.rows_triton import as_rows, block_of, share_rows, warps_of
 
@@ -32,18 +34,28 @@ def normed_average_triton(
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """:func:`hymba_train.ops.branch_norms.normed_average`; backend ``triton``."""
+    return normed_average_fp8(attention, ssm, attention_weight, ssm_weight, eps, true_width, all_reduce, None)
+
+
+def normed_average_fp8(
+    attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float, true_width: int,
+    all_reduce: Callable[[Tensor], object] | None, result: float8.Quantizer | None,
+) -> Tensor:  # fmt: skip
+    """The same, as a Float8Tensor by ``result``'s delayed scale: bit for bit what it would make of the mean in bf16."""
     slots = (slot_of(attention), slot_of(ssm))
-    return _NormedAverage.apply(attention, ssm, attention_weight, ssm_weight, eps, true_width, all_reduce, slots)
+    return _NormedAverage.apply(
+        attention, ssm, attention_weight, ssm_weight, eps, true_width, all_reduce, slots, result
+    )
 
 
 class _NormedAverage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attention, ssm, wa, ws, eps, true_width, all_reduce, slots):
+    def forward(ctx, attention, ssm, wa, ws, eps, true_width, all_reduce, slots, result):
         a, s, wa, ws = as_rows(attention), as_rows(ssm), wa.contiguous(), ws.contiguous()
         n, width = a.shape
         ctx.block = block_of(width, "normed_average")
         constants = dict(WIDTH=width, BLOCK=ctx.block, num_warps=warps_of(ctx.block, FORWARD_VALUES))
-        out = torch.empty(n, width, dtype=a.dtype, device=a.device)
+        out, scaling = float8.memory(attention.shape, a, result)
         sums = torch.empty(n, 2, dtype=torch.float32, device=a.device)
         strides = (a.stride(0), s.stride(0))
         with torch.cuda.device_of(a):
@@ -53,13 +65,14 @@ class _NormedAverage(torch.autograd.Function):
                 all_reduce(sums)
             if n:
                 average_forward[(n,)](
-                    a, s, wa, ws, sums, out, *strides, eps, true_width, **constants, GIVEN=all_reduce is not None
-                )
+                    a, s, wa, ws, sums, out, *scaling, *strides, eps, true_width,
+                    **constants, GIVEN=all_reduce is not None,
+                )  # fmt: skip
         ctx.save_for_backward(a, s, wa, ws, sums)
         ctx.eps, ctx.true_width, ctx.all_reduce, ctx.slots, ctx.shape = (
             eps, true_width, all_reduce, slots, attention.shape
         )  # fmt: skip
-        return out.view(attention.shape)
+        return float8.tensor(out, scaling[2], result, a.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,7 +98,7 @@ class _NormedAverage(torch.autograd.Function):
                 )  # fmt: skip
         d_weights = partial.sum(0)
         gradients = (da.view(ctx.shape), ds.view(ctx.shape), d_weights[0].to(wa.dtype), d_weights[1].to(ws.dtype))
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 @triton.jit
@@ -108,23 +121,27 @@ def average_sums(A, S, SUMS, stride_a, stride_s, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def average_forward(
-    A, S, WA, WS, SUMS, OUT, stride_a, stride_s, eps, true_width,
+    A, S, WA, WS, SUMS, OUT, SCALE, AMAX, SCALE_INV, stride_a, stride_s, eps, true_width,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """SUMS [N, 2], the sums of squares: read if GIVEN (added up over ranks), else computed and written."""
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     ok = c < WIDTH
     a, s = _row(A, row, stride_a, c, ok), _row(S, row, stride_s, c, ok)
-    wa, ws = _weight(WA, c, ok, OUT), _weight(WS, c, ok, OUT)
+    wa, ws = _weight(WA, c, ok, A), _weight(WS, c, ok, A)
     if GIVEN:
         sum_a, sum_s = tl.load(SUMS + 2 * row), tl.load(SUMS + 2 * row + 1)
     else:
         sum_a, sum_s = tl.sum(a * a, 0), tl.sum(s * s, 0)
         tl.store(SUMS + 2 * row, sum_a)
         tl.store(SUMS + 2 * row + 1, sum_s)
-    a = (a * (1.0 / tl.sqrt(sum_a / true_width + eps))).to(OUT.dtype.element_ty).to(tl.float32)
-    s = (s * (1.0 / tl.sqrt(sum_s / true_width + eps))).to(OUT.dtype.element_ty).to(tl.float32)
-    tl.store(OUT + row * WIDTH + c, (0.5 * (a * wa + s * ws)).to(OUT.dtype.element_ty), mask=ok)
+    a = (a * (1.0 / tl.sqrt(sum_a / true_width + eps))).to(A.dtype.element_ty).to(tl.float32)
+    s = (s * (1.0 / tl.sqrt(sum_s / true_width + eps))).to(A.dtype.element_ty).to(tl.float32)
+    mean = 0.5 * (a * wa + s * ws)
+    if SCALE is not None:
+        mean = mean.to(A.dtype.element_ty).to(tl.float32)
+        mean *= fp8_scale(tl.abs(mean), SCALE, AMAX, SCALE_INV)
+    tl.store(OUT + row * WIDTH + c, mean.to(OUT.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -73,6 +73,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     order = Order(config, plan.steps)
     data = alike(lambda: build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size))
     models = alike(lambda: build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks]))
+    logger.info("backends: %s", models[0].ops.description)
     fp8_state.prepare(models)
     chunks = wrap_model(config, runtime, models)
     optimizer = build_optimizer(config, runtime, chunks)

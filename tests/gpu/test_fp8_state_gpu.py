@@ -51,7 +51,8 @@ def losses(directory, name: str) -> list[tuple]:
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("fp8")
     write_data(path)
-    train(path, "whole")
+    says = "import logging\nlogging.getLogger('hymba_train.train.main').setLevel(logging.INFO)\n"
+    assert train(path, "whole", says).count("writes FP8") == 2
     return path
 
 
@@ -62,6 +63,12 @@ def test_two_runs_are_equal_and_fp8_is_used(directory):
     assert losses(directory, "twice") == losses(directory, "whole")
     train(directory, "bf16", precision__fp8=None)
     assert losses(directory, "bf16") != losses(directory, "whole")
+
+
+def test_a_run_whose_kernels_write_fp8_is_exactly_one_with_casts(directory):
+    casts = "from hymba_train.model import ffn, mixer\nffn.writes_fp8 = mixer.writes_fp8 = lambda *args: False\n"
+    train(directory, "casts", casts)
+    assert losses(directory, "casts") == losses(directory, "whole")
 
 
 def test_a_resumed_run_is_exact(directory):

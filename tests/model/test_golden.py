@@ -50,12 +50,15 @@ class Recorder:
 
     def __init__(self, model) -> None:
         self.rows = {}
-        keep = lambda key: lambda module, args, out: self.rows.update({key: out[0] if isinstance(out, tuple) else out})  # noqa: E731
+
+        def keep(key, take=lambda out: out):
+            return lambda module, args, out: self.rows.update({key: take(out)})
+
         model.embedding.register_forward_hook(keep("hidden.embed_meta"))
         model.embedding.word_embeddings.register_forward_hook(keep("embeddings"))
-        model.final_norm.register_forward_hook(keep("hidden.final_norm"))
+        model.final_norm.register_forward_hook(keep("hidden.final_norm", lambda out: out[1]))
         for i, layer in enumerate(model.decoder.layers):
-            layer.register_forward_hook(keep(f"hidden.layer{i}"))
+            layer.register_forward_hook(keep(f"hidden.layer{i}", lambda out: out[0] + out[1]))
             layer.mixer.attention.register_forward_hook(keep(f"inner.layer{i}.attn_branch"))
             layer.mixer.ssm.register_forward_hook(keep(f"inner.layer{i}.ssm_branch"))
             layer.mixer.register_forward_hook(lambda module, args, out, i=i: self.rows.update(self._kv(i, out[1])))
