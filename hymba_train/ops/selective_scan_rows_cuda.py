@@ -100,7 +100,8 @@ class _ScanRows(torch.autograd.Function):
             for m, t in zip(of_meta[:2], of_text[:2], strict=True)
         )
         of_channels = torch._foreach_add(of_meta[2:], of_text[2:])
-        meta.saved_tensors = text.saved_tensors = ()
+        # The node may live on through the next forward pass: nothing large with it.
+        meta.saved_tensors = text.saved_tensors = meta.slots = text.slots = ()
         return *whole, dB, dC, *of_channels, None, None, None, None
 
 
