@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,26 +29,18 @@ optimizer state, none of which can be done in a recording, or should lie in a gr
 
 Batch = dict[str, torch.Tensor | None]
 Outputs = list[dict[str, torch.Tensor]]  # scalars of each micro-batch
+Stacked = dict[str, torch.Tensor]  # [micro-batches] each
 Run = Callable[[Sequence[Batch]], Outputs]
 
 
-Stacked = dict[str, torch.Tensor]  # [micro-batches] each
+@dataclass(frozen=True)
+class Recording:
+    """``outputs``: where every replay writes what the recorded function returned; ``num_bytes``: device memory for
+    intermediate results, which ``graph`` keeps."""
 
-
-class Recording(Protocol):
-    """``num_bytes``: device memory that it needs for intermediate results, and keeps."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def outputs(self) -> Stacked:
-        """Where every replay writes what the recorded function returned."""
-
-    def replay(self) -> None: ...
-
-    def reset(self) -> None:
-        """Give its memory back."""
+    graph: Any  # torch.cuda.CUDAGraph
+    outputs: Stacked
+    num_bytes: int
 
 
 def work_on_own_stream(device: torch.device) -> None:
@@ -64,23 +56,7 @@ def work_on_own_stream(device: torch.device) -> None:
     torch.cuda.set_stream(stream)
 
 
-@dataclass
-class CudaRecording:
-    graph: Any  # torch.cuda.CUDAGraph
-    outputs: Stacked
-    num_bytes: int
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-    def reset(self) -> None:
-        torch.cuda.synchronize()  # it may be running
-        self.graph.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def record(body: Callable[[], Stacked]) -> CudaRecording:
+def record(body: Callable[[], Stacked]) -> Recording:
     """Record what ``body`` sends to the current stream and to those that wait for it; nothing is executed yet."""
     graph = torch.cuda.CUDAGraph()
     gc.collect()
@@ -99,7 +75,7 @@ def record(body: Callable[[], Stacked]) -> CudaRecording:
         gc.enable()
     num_bytes = torch.cuda.max_memory_allocated() - before
     torch.cuda.reset_peak_memory_stats()
-    return CudaRecording(graph, outputs, num_bytes)
+    return Recording(graph, outputs, num_bytes)
 
 
 class GraphedPasses:
@@ -145,17 +121,22 @@ class GraphedPasses:
             for name, tensor in place.items():
                 if tensor is not None:
                     tensor.copy_(batch[name], non_blocking=True)
-        self._recording.replay()
+        self._recording.graph.replay()
         outputs = {name: stacked.clone().unbind() for name, stacked in self._recording.outputs.items()}
         return [dict(zip(outputs, values, strict=True)) for values in zip(*outputs.values(), strict=True)]
 
     def drop(self) -> None:
         """Give the graph's memory back; the next step is an ordinary one. Also before NCCL's groups are destroyed."""
-        recording = self._recording
+        graph = self._recording and self._recording.graph
         self._key = None
         self._forget()
-        if recording is not None:
-            recording.reset()
+        if graph is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # it may be running
+        graph.reset()
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
     def _forget(self) -> None:
         self._num_eager = 0

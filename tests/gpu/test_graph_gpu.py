@@ -34,12 +34,12 @@ KINDS = {
     "fp8": {"precision.fp8": "delayed", "precision.attention_backend": "torch"},
 }
 COUNT = """
-from hymba_train.train.graph import CudaRecording
-replay = CudaRecording.replay
+import torch
+replay = torch.cuda.CUDAGraph.replay
 def counted(self):
     print("replayed", flush=True)
     replay(self)
-CudaRecording.replay = counted
+torch.cuda.CUDAGraph.replay = counted
 """
 
 

@@ -7,7 +7,7 @@ import torch
 
 from hymba_train.errors import UserError
 from hymba_train.model import build_model_chunks
-from hymba_train.train.graph import EAGER_STEPS, GraphedPasses, work_on_own_stream
+from hymba_train.train.graph import EAGER_STEPS, GraphedPasses, Recording, work_on_own_stream
 from hymba_train.train.optimizer import build_optimizer, wrap_model
 from hymba_train.train.schedules import set_hyperparameters
 from hymba_train.train.step import Stepper
@@ -19,12 +19,16 @@ CPU = torch.device("cpu")
 class Tape:
     """Like a graph's: nothing runs while it records; a replay overwrites what the one before has returned."""
 
-    num_bytes = 5
     made: list[Tape]
 
     def __init__(self, body):
         self.body, self.replays, self.reset_called, self.outputs = body, 0, False, {}
         Tape.made.append(self)
+
+    @classmethod
+    def record(cls, body) -> Recording:
+        tape = cls(body)
+        return Recording(tape, tape.outputs, 5)
 
     def replay(self):
         assert not self.reset_called
@@ -79,7 +83,7 @@ def train(stepper: Stepper) -> list[tuple]:
 
 
 def test_steps_are_equal_bit_for_bit(tmp_path, lone_runtime):
-    graphed = GraphedPasses(CPU, record=Tape)
+    graphed = GraphedPasses(CPU, record=Tape.record)
     assert train(stepper_of(tmp_path, lone_runtime, graphed)) == train(stepper_of(tmp_path, lone_runtime))
     replays = [tape.replays for tape in Tape.made]
     # The last key: 2 steps, 3 runs of one step and 1 step, of which the first EAGER_STEPS are not recorded.
@@ -105,18 +109,18 @@ def doubled(graphed: GraphedPasses, value: float, settings=0, size: int = 1) -> 
 
 
 def test_results_outlive_the_next_replay(lone_runtime):
-    graphed = GraphedPasses(CPU, record=Tape)
+    graphed = GraphedPasses(CPU, record=Tape.record)
     found = [doubled(graphed, float(value))[0]["loss_sum"] for value in range(6)]
     assert [x.item() for x in found] == [0, 2, 4, 6, 8, 10] and Tape.made[0].replays == 6 - EAGER_STEPS
 
 
 @pytest.mark.parametrize("change", [{"settings": 1}, {"size": 2}])
 def test_another_key_is_another_graph(lone_runtime, change):
-    graphed = GraphedPasses(CPU, record=Tape)
+    graphed = GraphedPasses(CPU, record=Tape.record)
     assert graphed.num_bytes == 0
     for _ in range(EAGER_STEPS + 1):
         doubled(graphed, 1.0)
-    assert graphed.num_bytes == Tape.num_bytes and len(Tape.made) == 1
+    assert graphed.num_bytes == 5 and len(Tape.made) == 1
     doubled(graphed, 1.0, **change)
     assert Tape.made[0].reset_called and graphed.num_bytes == 0, "dropped before the pass that needs the memory"
     for _ in range(EAGER_STEPS):
@@ -133,7 +137,7 @@ def test_what_the_graph_uses_is_kept_as_long_as_it_lives(lone_runtime):
         made.append(torch.zeros(1))
         return made[-1:]
 
-    graphed = GraphedPasses(CPU, keep, Tape)
+    graphed = GraphedPasses(CPU, keep, Tape.record)
     for _ in range(EAGER_STEPS + 2):
         doubled(graphed, 1.0)
     assert [id(x) for x in graphed._kept] == [id(x) for x in made] and len(made) == 2, "before and after recording"
