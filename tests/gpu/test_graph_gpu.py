@@ -30,7 +30,8 @@ CHANGES = {
     "data.phases.long.tokens": 8 * 4 * 32, "checkpoint.save_interval": SAVED, "logging.eval_interval": 5,
 }  # fmt: skip
 KINDS = {
-    "bf16": {"precision.fp8": None, "precision.attention_backend": "cudnn"},
+    # Heads of 64 and 128, as wide as those of the published models.
+    "bf16": {"precision.fp8": None, "precision.attention_backend": "cudnn", "model.hidden_size": 256},
     "fp8": {"precision.fp8": "delayed", "precision.attention_backend": "torch"},
 }
 COUNT = """
