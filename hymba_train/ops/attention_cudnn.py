@@ -238,7 +238,7 @@ class _Packing:
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # never let go of: a CUDA graph may read it
 def _row_ends(batch: int, seq: int, device: torch.device) -> Tensor:
     """int32 [B + 1]: 0, S, 2S, ..."""
     return torch.arange(0, (batch + 1) * seq, seq, dtype=torch.int32, device=device)

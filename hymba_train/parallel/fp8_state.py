@@ -92,6 +92,14 @@ def prepare(models: Iterable[Any]) -> None:
                 module.init_fp8_metadata(num_gemms=1)
 
 
+def cast_weights(models: Iterable[Any]) -> list[Tensor]:
+    """What Transformer Engine keeps of weights cast to FP8, as it stands. An evaluation takes the transposed ones away,
+    and the next forward pass that trains makes others."""
+    held = [cast for model in models for _, module in _modules(model) for cast in module._fp8_workspaces.values()]
+    parts = [getattr(cast, name, None) for cast in held for name in ("_data", "_transpose", "_scale_inv")]
+    return [part for part in parts if part is not None]
+
+
 def _modules(model: Any) -> Iterator[tuple[str, Any]]:
     """(name with the layer's global number, module) of everything that may have such a memory."""
     for name, module in model.named_modules():

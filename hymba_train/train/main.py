@@ -35,6 +35,7 @@ from hymba_train.parallel.ranks import alike, failing_at_once, on_rank_0
 from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.dpo import objective_of
 from hymba_train.train.feed import Feed
+from hymba_train.train.graph import GraphedPasses, work_on_own_stream
 from hymba_train.train.loop import Loop, PlannedStep
 from hymba_train.train.metrics import ThroughputMeter, peak_of
 from hymba_train.train.optimizer import build_optimizer, wrap_model
@@ -69,6 +70,8 @@ def train(config: Config, plan: Plan) -> int:
 
 
 def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watchdog | None) -> int:
+    if config.run.cuda_graph:
+        work_on_own_stream(runtime.device)
     seed_everything(config.run.seed, config.run.deterministic)
     order = Order(config, plan.steps)
     data = alike(lambda: build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size))
@@ -86,14 +89,18 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
     if reason is not None:
         return give_up(runtime, reason)
 
-    stepper = Stepper(runtime, chunks, optimizer, objective)
+    graphed = None
+    if config.run.cuda_graph:
+        graphed = GraphedPasses(runtime.device, keep=lambda: fp8_state.cast_weights(models))
+    stepper = Stepper(runtime, chunks, optimizer, objective, graphed)
     guards = Guards(config, directory, runtime, models, chunks, optimizer, stepper, data, state, watchdog)
     guards.load(remembered)
     phases = list(config.data.phases.values())
     feed = Feed(data, order, state, runtime)
     meter = ThroughputMeter(
-        runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8)
-    )
+        runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8),
+        hidden_bytes=lambda: graphed.num_bytes if graphed else 0,
+    )  # fmt: skip
     layout, origin = Layout.of(config, runtime), source and origin_of(read_metadata(source.path))
     kept, root = config.checkpoint, directory / CHECKPOINTS
     writer = CheckpointWriter(
@@ -141,6 +148,8 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         loop.run()
     finally:
         feed.close()
+    if graphed:
+        graphed.drop()
     shutdown()  # not after an exception: other ranks may be waiting for this one, and torchrun ends them all
     if loop.failed:
         return GUARD_STOP

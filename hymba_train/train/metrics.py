@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,11 +89,15 @@ class ThroughputMeter:
     """Mean speed since the last :meth:`restart`.
 
     ``devices`` is the number of ranks. Waits (evaluation, checkpoints) are left out: call :meth:`pause` and
-    :meth:`resume` around them.
+    :meth:`resume` around them. ``hidden_bytes``: memory in use that torch does not count as allocated.
     """
 
-    def __init__(self, device: torch.device, devices: int, peak: Peak, clock=time.perf_counter) -> None:
+    def __init__(
+        self, device: torch.device, devices: int, peak: Peak, clock=time.perf_counter,
+        hidden_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
         self.device, self.devices, self.peak, self._clock = device, devices, peak, clock
+        self._hidden_bytes = hidden_bytes
         self._paused_at: float | None = None
         self.restart()
 
@@ -128,12 +133,14 @@ class ThroughputMeter:
         """step_seconds, tokens_per_second, tflops_per_second_per_device, mfu, mfu_executed and memory_gib so far."""
         seconds = max(self._clock() - self._start, 1e-9)
         flops, executed = (total / seconds / self.devices for total in (self._flops, self._executed_flops))
-        on_gpu = self.device.type == "cuda"
         return {
             "step_seconds": seconds / max(self._steps, 1),
             "tokens_per_second": self._tokens / seconds,
             "tflops_per_second_per_device": flops / 1e12,
             "mfu": None if self.peak.flops is None else flops / self.peak.flops,
             "mfu_executed": None if self.peak.flops is None else executed / self.peak.flops,
-            "memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
+            "memory_gib": self._peak_bytes() / 2**30 if self.device.type == "cuda" else None,
         }
+
+    def _peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) + self._hidden_bytes()

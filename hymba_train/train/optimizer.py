@@ -29,7 +29,7 @@ def wrap_model(config: Config, runtime, chunks: list, bucket_size: int | None = 
     Also tells the schedules how gradients are finished and when communication overlaps. All chunks share one
     configuration object, as the interleaved schedule reads that of the first.
     """
-    parallel = config.parallel
+    parallel, overlap_param_gather = config.parallel, gathers_in_forward(config)
     settings = chunks[0].pipeline_config()
     if config.precision.grad_reduce_in_fp32:
         _accumulate_in_the_product(chunks)
@@ -39,8 +39,8 @@ def wrap_model(config: Config, runtime, chunks: list, bucket_size: int | None = 
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        align_param_gather=aligned and parallel.overlap_param_gather,
+        overlap_param_gather=overlap_param_gather,
+        align_param_gather=aligned and overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=bucket_size,
     )
@@ -58,9 +58,14 @@ def wrap_model(config: Config, runtime, chunks: list, bucket_size: int | None = 
         settings.no_sync_func = one_or_all([chunk.no_sync for chunk in wrapped])
         if aligned:
             settings.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
-    if parallel.overlap_param_gather and aligned:
+    if overlap_param_gather and aligned:
         settings.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def gathers_in_forward(config: Config) -> bool:
+    """Whether updated parameters arrive while the next forward pass runs. In a CUDA graph nobody waits for them."""
+    return config.parallel.overlap_param_gather and not config.run.cuda_graph
 
 
 def _accumulate_in_the_product(chunks: list) -> None:
@@ -96,7 +101,7 @@ def build_optimizer(config: Config, runtime, chunks: list[DistributedDataParalle
         bf16=bf16,
         params_dtype=chunks[0].module.config.params_dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=gathers_in_forward(config),
     )
     no_decay = ParamPredicate("described without weight decay", lambda param: not param.apply_weight_decay)
     # The distributed optimizer looks masters up by their place in a group and miscounts in one that holds both types

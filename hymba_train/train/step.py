@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from hymba_train.ops.segments import document_ends
 from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.train.graph import GraphedPasses
 from hymba_train.train.optimizer import adams_of
 
 MicroBatch = dict[str, torch.Tensor | None]  # see hymba_train.data.batches.MicroBatch
@@ -88,10 +89,16 @@ class Limits:
 
 
 class Stepper:
-    """Runs micro-batches through this rank's model chunks. ``objective`` None: every labelled token counts the same."""
+    """Runs micro-batches through this rank's model chunks. ``objective`` None: every labelled token counts the same.
 
-    def __init__(self, runtime, chunks: list, optimizer, objective: Objective | None = None) -> None:
+    ``graphed``: what the passes of training go through, if not straight to Megatron-Core's schedule.
+    """
+
+    def __init__(
+        self, runtime, chunks: list, optimizer, objective: Objective | None = None, graphed: GraphedPasses | None = None
+    ) -> None:
         self.runtime, self.chunks, self.optimizer, self.objective = runtime, chunks, optimizer, objective
+        self.graphed = graphed
         self._metrics = () if objective is None else objective.metrics
         self._schedule = get_forward_backward_func(
             pp_size=runtime.pipeline_size, vp_size=len(chunks) if len(chunks) > 1 else None
@@ -156,10 +163,18 @@ class Stepper:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(micro_batches, False, partial(forward_step, objective=self.objective))
+        outputs = self._passes(micro_batches)
         self.optimizer.prepare_grads()
         sums = self._reduce(outputs, requests, self.optimizer.get_grad_norm(), seconds)
         return sums, [output["loss_sum"] for output in outputs] if self._has_loss else []
+
+    def _passes(self, micro_batches: list[MicroBatch]) -> list[dict[str, torch.Tensor]]:
+        """Forward and backward passes, and the reduction of the gradients."""
+        step = partial(forward_step, objective=self.objective)
+        if self.graphed is None:
+            return self._run(micro_batches, False, step)
+        bases = tuple(chunk.module.rotary_base for chunk in self.chunks)
+        return self.graphed(bases, micro_batches, lambda batches: self._run(batches, False, step))
 
     def _loss_and_norm(self, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over the labelled tokens and norm of its gradient, of what :meth:`_reduce` gave."""
@@ -233,7 +248,7 @@ class Stepper:
             chunk.train()
 
     def _run(
-        self, micro_batches: list[MicroBatch], forward_only: bool, step: Callable
+        self, micro_batches: Sequence[MicroBatch], forward_only: bool, step: Callable
     ) -> list[dict[str, torch.Tensor]]:
         on_device = [self._on_device(batch) for batch in micro_batches]
         batch, seq = micro_batches[0]["tokens"].shape

@@ -282,3 +282,33 @@ def test_nearest_numbers():
     assert multiples_around(25, 24) == "nearest are 24 and 48"
     assert divisors_around(25, 1600) == "nearest are 20 and 32"
     assert divisors_around(9, 8) == "nearest is 8"
+
+
+GRAPH = ["experiment=bench_1p5b", "parallel=single", "run.cuda_graph=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["parallel=tp2"], "run.cuda_graph=true with parallel.tensor=2: tensor parallelism is not supported yet; set"),
+        (["parallel=pp2"], "run.cuda_graph=true with parallel.pipeline=2: stages exchange messages; set"),
+        (["parallel.recompute=full"], "run.cuda_graph=true with parallel.recompute=full: the host puts random states"),
+        (["precision=fp8", "precision.fp8=tensorwise"], "run.cuda_graph=true with precision.fp8=tensorwise is not"),
+        (["data.document_mask=true"], "set data.document_mask=false, or run.cuda_graph=false"),
+        (["run.objective=sft", "data.document_mask=true"], "run.cuda_graph=true with run.objective=sft: documents are"),
+        (["run.device=cpu"], "run.cuda_graph=true needs a GPU, run.device is cpu; set run.cuda_graph=false"),
+    ],
+)
+def test_a_graph_wants_the_same_kernels_every_step(overrides, line):
+    (found,) = [p for p in problems(*GRAPH, *overrides) if "run.cuda_graph" in p]
+    assert line in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["precision=fp8"], ["parallel=dp", "parallel.world_size=2", "data.phases.bench.global_batch_size=16"]],
+)
+def test_a_graph_is_planned(overrides):
+    plan = make_plan(compose([*GRAPH, *overrides]), check_paths=False)
+    gathers = any("parameters are gathered before a forward pass" in note for note in plan.notes)
+    assert gathers == plan.config.parallel.overlap_param_gather

@@ -82,3 +82,10 @@ def test_speed_leaves_out_pauses_and_restarts():
 def test_without_a_peak_there_is_no_mfu():
     assert ThroughputMeter(torch.device("cpu"), 1, Peak(None, "n/a")).read()["mfu"] is None
     assert ThroughputMeter(torch.device("cpu"), 1, Peak(None, "n/a")).read()["mfu_executed"] is None
+
+
+def test_memory_that_torch_does_not_see_counts(monkeypatch):
+    for name, value in {"reset_peak_memory_stats": None, "max_memory_allocated": 2 << 30}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    meter = ThroughputMeter(torch.device("cuda"), 1, Peak(None, "n/a"), hidden_bytes=lambda: 3 << 30)
+    assert meter.read()["memory_gib"] == 5.0

@@ -1,0 +1,34 @@
+"""What run.cuda_graph asks of the other keys: the kernels of a step must be the same ones every time."""
+
+from __future__ import annotations
+
+from hymba_train.config.schema import Config
+
+
+def check_cuda_graph(config: Config) -> list[str]:
+    """One line a problem."""
+    if not config.run.cuda_graph:
+        return []
+    p, fp8, run, problems = config.parallel, config.precision.fp8, config.run, []
+    if run.device == "cpu":
+        return ["run.cuda_graph=true needs a GPU, run.device is cpu; set run.cuda_graph=false"]
+    if p.pipeline > 1:
+        problems.append(f"parallel.pipeline={p.pipeline}: stages exchange messages; set parallel.pipeline=1")
+    if p.tensor > 1:
+        problems.append(f"parallel.tensor={p.tensor}: tensor parallelism is not supported yet; set parallel.tensor=1")
+    if p.recompute != "none":
+        problems.append(
+            f"parallel.recompute={p.recompute}: the host puts random states back; set parallel.recompute=none"
+        )
+    if fp8 not in (None, "delayed"):
+        problems.append(f"precision.fp8={fp8} is not supported yet; set precision.fp8=delayed, or null")
+    if run.objective != "pretrain":
+        return [*_named(problems), f"run.cuda_graph=true with run.objective={run.objective}: documents are of many "
+                "lengths; set run.cuda_graph=false"]  # fmt: skip
+    if config.data.document_mask:
+        problems.append("data.document_mask=true: documents are of many lengths; set data.document_mask=false")
+    return _named(problems)
+
+
+def _named(problems: list[str]) -> list[str]:
+    return [f"run.cuda_graph=true with {line}, or run.cuda_graph=false" for line in problems]
