@@ -151,8 +151,11 @@ def config_of(model: str, layout: Layout, device: str = "cpu") -> Config:
         config = Config(model=ModelConfig(name=model, **MODELS[model]) if model in MODELS else row_model(model))
         config.precision.params = "float32"
         config.optim.lr = 2e-3
+        if device == "cuda":  # float32 has FlexAttention there, which is compiled anew for every shape
+            config.precision.attention_backend = "torch"
     config.run.device, config.run.seed = device, 7
-    config.precision.attention_backend = layout.attention
+    if layout.attention != "auto":
+        config.precision.attention_backend = layout.attention
     config.optim.weight_decay = 0.1
     # Adam divides a gradient by its own size, rounding noise included where the true gradient is nil: with a larger
     # epsilon such noise stays noise, and ten steps can be held to 1e-5.

@@ -143,7 +143,7 @@ def main(wanted_device: str, out: str, wanted: list[str]) -> None:
     torch.set_num_threads(1)
     device = activate(wanted_device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    dist.init_process_group(backend(device), device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(backend(device))  # NCCL's groups as they are used: every layout makes its own
     layouts = {layout.name: layout for layout in [*LAYOUTS, *REORDERED]}
     for name in wanted:
         model, layout = name.split("/")
