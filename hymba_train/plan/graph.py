@@ -5,8 +5,8 @@ from __future__ import annotations
 from hymba_train.config.schema import Config
 
 
-def check_cuda_graph(config: Config) -> list[str]:
-    """One line a problem."""
+def check_cuda_graph(config: Config, data_parallel: int | None) -> list[str]:
+    """One line a problem. data_parallel: ranks that train the same model; None: not known."""
     if not config.run.cuda_graph:
         return []
     p, fp8, run, problems = config.parallel, config.precision.fp8, config.run, []
@@ -16,6 +16,13 @@ def check_cuda_graph(config: Config) -> list[str]:
         problems.append(f"parallel.pipeline={p.pipeline}: stages exchange messages; set parallel.pipeline=1")
     if p.tensor > 1:
         problems.append(f"parallel.tensor={p.tensor}: tensor parallelism is not supported yet; set parallel.tensor=1")
+    if (data_parallel or 1) > 1:
+        problems.append(f"{data_parallel} data-parallel ranks: it was never run on several GPUs; start one process")
+    if run.deterministic and config.precision.attention_backend in ("auto", "cudnn"):
+        problems.append(
+            f"run.deterministic=true and precision.attention_backend={config.precision.attention_backend}: replaying "
+            "cuDNN's attention crashed in a deterministic run, the cause is not known; set run.deterministic=false"
+        )
     if p.recompute != "none":
         problems.append(
             f"parallel.recompute={p.recompute}: the host puts random states back; set parallel.recompute=none"

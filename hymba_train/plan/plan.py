@@ -150,7 +150,7 @@ def _all_problems(config: Config, world_size: int | None, check_paths: bool, nee
         problems += check_recall(config)
     problems += checks.check_run(config) + check_cache(config)
     if fine("run"):
-        problems += check_objective(config) + check_cuda_graph(config)
+        problems += check_objective(config) + check_cuda_graph(config, data_parallel)
     if check_paths:
         problems += check_files(config)
         problems += check_conversations(config, needs_reference) if fine("run") else []
@@ -248,8 +248,6 @@ def _notes(config: Config, dims: ModelDims, phases: tuple[PhasePlan, ...], steps
         )
     if kv_is_replicated(dims.num_kv_heads, p.tensor):
         notes.append(f"{dims.num_kv_heads} KV heads do not divide over {p.tensor} ranks: every rank holds all of them")
-    if config.run.cuda_graph and p.overlap_param_gather:
-        notes.append("run.cuda_graph=true: parameters are gathered before a forward pass, not while it runs")
     for phase in phases:
         if phase.padding_rows:
             notes.append(f"phase {phase.name}: {phase.padding_rows} zero rows a micro-batch, for sequence parallelism")

@@ -5,6 +5,7 @@ torchrun --nproc-per-node N -m tests.distributed.worker DEVICE OUT_DIR MODEL/LAY
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from itertools import accumulate, pairwise
@@ -152,6 +153,9 @@ def main(wanted_device: str, out: str, wanted: list[str]) -> None:
         if dist.get_rank() == 0:
             torch.save(result, Path(out) / f"{model}-{layout}.pt")
             print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
+        if device.type == "cuda":  # two ranks may share their GPUs with single ones
+            gc.collect()
+            torch.cuda.empty_cache()
     dist.barrier()
     dist.destroy_process_group()
 
