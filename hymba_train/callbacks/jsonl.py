@@ -86,12 +86,14 @@ def read_lines(path: Path) -> list[Line]:
 def counting(lines: Iterable[Line], event: str) -> list[Line]:
     """Records of one kind that are part of the run's history, by step. A process that starts from step s replaces
     everything that was logged after s before it."""
-    kept: list[Line] = []
+    kept: list[Line] = []  # in order of steps: what is replaced is always at the end
     for line in lines:
         if line["event"] == "start":
-            kept = [k for k in kept if k["step"] <= line["step"]]
+            while kept and kept[-1]["step"] > line["step"]:
+                kept.pop()
         if line["event"] == event:
-            kept = [k for k in kept if k["step"] < line["step"]]
+            while kept and kept[-1]["step"] >= line["step"]:
+                kept.pop()
             kept.append(line)
     return kept
 
