@@ -365,7 +365,7 @@ class RunConfig:
     """Use deterministic algorithms only."""
     cuda_graph: bool = False
     """Record the forward and backward passes of a step as a CUDA graph after a few steps, and replay it from then on:
-    the host no longer limits the speed. One GPU a model replica, micro-batches of one shape; keeps the memory that
+    the host no longer limits the speed. One process, micro-batches of one shape; keeps the memory that
     activations need through evaluations and checkpoints."""
     train_steps: int | None = None
     """Stop after this step; schedules keep the length that the phases give. None: all phases."""
