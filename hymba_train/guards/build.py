@@ -12,6 +12,7 @@ from typing import Any
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.config.schema import Config
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.errors import ReplicasDiffer
 from hymba_train.exit_codes import DRIFTED
@@ -26,7 +27,7 @@ from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.parallel.ranks import on_rank_0
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import MicroBatch, Stepper, StepResult
+from hymba_train.train.step import Stepper, StepResult
 
 
 class Guards:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from hymba_train.config.schema import GuardsConfig
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.guards.batches import emptied, name_samples, samples_of
 from hymba_train.guards.classify import Diagnosis, diagnose
@@ -21,7 +22,7 @@ from hymba_train.guards.ledger import Ledger, LeftOut
 from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import Gradients, Limits, MicroBatch, Stepper, StepResult, result_of
+from hymba_train.train.step import Gradients, Limits, Stepper, StepResult, result_of
 
 logger = logging.getLogger(__name__)
 MOST_NAMED = 4  # micro-batches whose samples are named in a log

@@ -18,10 +18,10 @@ from hymba_train.checkpoint.load import Source
 from hymba_train.checkpoint.manifest import MANIFEST
 from hymba_train.config.schema import Config
 from hymba_train.data.answers import reference_path
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.manifest import file_sha256
 from hymba_train.errors import UserError
-from hymba_train.train.step import MicroBatch
 
 
 def document_sums(losses: Tensor, batch: MicroBatch, num_documents: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hymba_train.callbacks.base import Callback
+from hymba_train.data.batches import MicroBatch
 from hymba_train.train.metrics import StepMetrics, ThroughputMeter
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import MicroBatch, StepResult
+from hymba_train.train.step import StepResult
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hymba_train.checkpoint.together import locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data.answers import write_reference
-from hymba_train.data.batches import stack_samples
+from hymba_train.data.batches import MicroBatch, stack_samples
 from hymba_train.data.build import build_training_data
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.windows import IGNORED_LABEL
@@ -31,7 +31,7 @@ from hymba_train.parallel.ranks import failing_at_once
 from hymba_train.plan import Plan
 from hymba_train.train.dpo import checkpoint_hash, document_sums
 from hymba_train.train.optimizer import build_optimizer, wrap_model
-from hymba_train.train.step import MicroBatch, Stepper
+from hymba_train.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 MICRO_BATCHES_EACH = 8  # of a pass through the pipeline, and stage

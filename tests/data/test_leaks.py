@@ -152,9 +152,7 @@ def test_neither_in_any_other_stack(stack, make):
 def test_without_the_mask_it_does_leak(make):
     # The test above can fail: the same change moves the losses behind it when documents are not told apart.
     made = make()
-    before, after = (
-        {**pack(documents(changed)), "positions": None, "segment_ids": None} for changed in (False, True)
-    )  # fmt: skip
+    before, after = ({k: pack(documents(changed))[k] for k in ("tokens", "labels")} for changed in (False, True))
     own = of_unchanged(pack(documents()))["labels"] != -100
     difference = losses_and_gradients(made, before)[0] - losses_and_gradients(made, after)[0]
     assert difference[own].abs().max() > 1e-3
