@@ -13,6 +13,7 @@ from hymba_train import cli
 from hymba_train.cli import main
 from hymba_train.config import compose, load_frozen
 from hymba_train.errors import UserError
+from hymba_train.train.cli import SECONDS_FOR_FIRST_RANK
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +47,6 @@ def trained(monkeypatch):
     calls = []
     module = type(sys)("hymba_train.train.main")
     module.train = lambda config, plan: calls.append((config, plan)) or 0
-    monkeypatch.setitem(sys.modules, "hymba_train.train", type(sys)("hymba_train.train"))
     monkeypatch.setitem(sys.modules, "hymba_train.train.main", module)
     return calls
 
@@ -308,7 +308,7 @@ def test_under_torchrun_one_rank_a_machine_reports(demo, monkeypatch, capsys, tr
         assert main(["train", *demo, "optim.min_lr=1"]) == 2
         assert capsys.readouterr().err.startswith(expected)
         assert bool(slept) == (rank == "1") or rank == "0"
-    assert slept == [cli.SECONDS_FOR_FIRST_RANK]
+    assert slept == [SECONDS_FOR_FIRST_RANK]
 
 
 @pytest.mark.usefixtures("no_launcher")
