@@ -16,12 +16,12 @@ from hymba_train.checkpoint.directory import is_complete, newest, step_name, ste
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_TOUCHES = 5.0
-# Not `-m`: a rank that is killed takes its export along, which would go on writing where the next start writes anew.
+# Not `-m hymba_train`: a rank that is killed takes its export along, which would go on writing where the next start writes anew.
 _CODE = """\
 import sys
 from hymba_train.checkpoint.children import die_with
 die_with(int(sys.argv.pop(1)))
-from hymba_train.convert.__main__ import main
+from hymba_train.cli import main
 sys.exit(main())
 """
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -148,7 +148,7 @@ class Export(Callback):
     def _start(self, held: Path, step: int) -> None:
         output = self.directory / step_name(step)
         shutil.rmtree(output, ignore_errors=True)  # of an earlier life of this run
-        command = [sys.executable, "-c", _CODE, str(os.getpid()), "to-hf"]
+        command = [sys.executable, "-c", _CODE, str(os.getpid()), "convert", "to-hf"]
         command += ["--checkpoint", str(held), "--output", str(output)]
         if self.dtype:
             command += ["--dtype", self.dtype]
