@@ -16,7 +16,7 @@ from hymba_train.checkpoint.directory import is_complete, newest, step_name, ste
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_TOUCHES = 5.0
-# Not `-m hymba_train`: a rank that is killed takes its export along, which would go on writing where the next start writes anew.
+# Not `-m`: a rank that is killed takes its export along, which would go on writing where the next start writes anew.
 _CODE = """\
 import sys
 from hymba_train.checkpoint.children import die_with
