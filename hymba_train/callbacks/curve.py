@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.jsonl import Line, counting, read_lines
+from hymba_train.figures import pyplot
 
 
 class LossCurve(Callback):
@@ -24,15 +25,11 @@ def draw(lines: Sequence[Line], path: Path, title: str) -> None:
 
     Raises OSError if it cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plt = pyplot()
     train, held_out = counting(lines, "train"), counting(lines, "validation")
     if not train:
         return
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
     tokens = [line["tokens"] for line in train]
     top.plot(tokens, [_number(line["loss"]) for line in train], label="training", linewidth=1)
     for domain in sorted({name for line in held_out for name in line["loss"]}):
@@ -47,7 +44,7 @@ def draw(lines: Sequence[Line], path: Path, title: str) -> None:
     try:
         figure.savefig(path, dpi=120, bbox_inches="tight", format="png")
     finally:
-        pyplot.close(figure)
+        plt.close(figure)
 
 
 def _number(value: float | None) -> float:
