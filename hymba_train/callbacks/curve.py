@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.jsonl import Line, counting, read_lines
 from hymba_train.figures import pyplot
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
 
 
 class LossCurve(Callback):
@@ -16,7 +20,7 @@ class LossCurve(Callback):
     def __init__(self, metrics_path: Path, image_path: Path, title: str) -> None:
         self.metrics_path, self.image_path, self.title = metrics_path, image_path, title
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         draw(read_lines(self.metrics_path), self.image_path, self.title)
 
 

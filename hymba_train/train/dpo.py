@@ -81,17 +81,17 @@ def objective_of(config: Config, data: TrainingData, source: Source | None, dire
     """
     if config.run.objective != "dpo":
         return None
-    is_start = source is not None and directory not in source.path.parents
+    start = None if source is None or directory in source.path.parents else source.path
     for name in {name for phase in data.phases for name in phase.blend.names}:
         reference = data.sources[name].reference
         path = reference_path(data.sources[name].training.tokens.prefix)
         if reference is None:
             raise UserError(f"data.sources.{name}: no {path}; run `hymba reference` with the overrides of this run")
         # A run that goes on has its reference's hash in its checkpoint.
-        if is_start and reference.facts["checkpoint"] != checkpoint_hash(source.path):
+        if start is not None and reference.facts["checkpoint"] != checkpoint_hash(start):
             raise UserError(
                 f"data.sources.{name}: {path} holds log-probabilities of {reference.facts['name']}, not of "
-                f"checkpoint.load={config.checkpoint.load} ({source.path.name}): run `hymba reference` again"
+                f"checkpoint.load={config.checkpoint.load} ({start.name}): run `hymba reference` again"
             )
     return PreferenceLoss(config.optim.dpo_beta)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hymba_train.data.batches import MicroBatch, batch_hash, micro_batches
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.prefetch import Prefetcher
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.loop import PlannedStep, Steps
 from hymba_train.train.state import TrainState
 
@@ -15,7 +16,7 @@ from hymba_train.train.state import TrainState
 class Feed:
     """Walks the plan ahead of the loop, from a copy of its state. Close it to stop the thread."""
 
-    def __init__(self, data: TrainingData, steps: Steps, state: TrainState, runtime, depth: int = 2) -> None:
+    def __init__(self, data: TrainingData, steps: Steps, state: TrainState, runtime: Runtime, depth: int = 2) -> None:
         self.data, self.steps, self.runtime, self.depth = data, steps, runtime, depth
         self._prefetcher = Prefetcher(self._walk(replace(state)), depth)
 

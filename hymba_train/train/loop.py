@@ -95,7 +95,7 @@ class Loop:
         """Whether nothing is left to train; false after an early stop, and of a run that has failed."""
         return self._is_over() and not self.failed
 
-    def emit(self, event: str, *args) -> None:
+    def emit(self, event: str, *args: object) -> None:
         """Call one hook of every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)

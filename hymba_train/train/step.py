@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -18,6 +19,7 @@ from hymba_train.data.batches import MicroBatch
 from hymba_train.ops.segments import document_ends
 from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.graph import GraphedPasses
 from hymba_train.train.optimizer import adams_of
 
@@ -94,8 +96,9 @@ class Stepper:
     """
 
     def __init__(
-        self, runtime, chunks: list, optimizer, objective: Objective | None = None, graphed: GraphedPasses | None = None
-    ) -> None:
+        self, runtime: Runtime, chunks: list, optimizer: MegatronOptimizer, objective: Objective | None = None,
+        graphed: GraphedPasses | None = None,
+    ) -> None:  # fmt: skip
         self.runtime, self.chunks, self.optimizer, self.objective = runtime, chunks, optimizer, objective
         self.graphed = graphed
         self._metrics = () if objective is None else objective.metrics
@@ -331,7 +334,7 @@ def result_of(gradients: Gradients, action: str = "updated", reason: str = "") -
 
 
 def forward_step(
-    micro_batches: Iterator[MicroBatch], chunk, objective: Objective | None = None
+    micro_batches: Iterator[MicroBatch], chunk: Any, objective: Objective | None = None
 ) -> tuple[torch.Tensor, Any]:
     """Megatron-Core's forward_step_func: (output of the chunk, function of it that makes the loss)."""
     batch = next(micro_batches)
