@@ -301,7 +301,3 @@ RUN = {
     "recall": run_recall,
     "prepare-demo": run_prepare_demo,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

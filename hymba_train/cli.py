@@ -6,21 +6,27 @@ line each on stderr and exit code 2; an interrupt is exit code 130.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hymba_train.errors import UserError
 from hymba_train.exit_codes import INTERRUPTED, USER_ERROR
+
+SECONDS_UNTIL_AGAIN = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(argv)
+        with _no_interrupt_lost():
+            return _dispatch(argv)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"hymba: error: {line}", file=sys.stderr)
@@ -31,6 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hymba plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Python drops an interrupt that comes while something is finalised, as every import does: it comes again."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        again = threading.Timer(SECONDS_UNTIL_AGAIN, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _dispatch(argv: list[str]) -> int:

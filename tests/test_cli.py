@@ -357,6 +357,32 @@ def test_our_mistakes_keep_their_traceback(demo, monkeypatch, trained, no_launch
         main(["train", *demo])
 
 
+def test_an_interrupt_that_python_drops_comes_again():
+    """In a finaliser it cannot be raised; an import has one at its end, so start-up is full of them."""
+    code = """
+import os, signal, sys, time, types, weakref
+from hymba_train.cli import main
+
+class Thing:
+    pass
+
+def work(argv):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del thing
+    print("it was dropped", flush=True)
+    time.sleep(30)
+    return 0
+
+sys.modules["data_prep.cli"] = module = types.ModuleType("data_prep.cli")
+module.main = work
+sys.exit(main(["data"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "it was dropped\n", "hymba: interrupted\n")
+
+
 def test_data_is_handed_on(monkeypatch):
     seen = []
     module = type(sys)("data_prep.cli")
