@@ -56,7 +56,7 @@ def losses_and_gradients(made, batch) -> tuple[torch.Tensor, dict[str, torch.Ten
     """(loss a token [B, S], gradient of their sum by parameter)."""
     model, device = made
     model.zero_grad()
-    losses = model(**{key: None if value is None else value.to(device) for key, value in batch.items()})
+    losses = model(**{key: value.to(device) for key, value in batch.items()})
     losses.sum().backward()
     return losses.detach().cpu(), {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters()}
 
