@@ -30,6 +30,7 @@ from hymba_train.callbacks.jsonl import counting, read_lines
 from hymba_train.config import compose
 from hymba_train.data.build import load_tokenizer
 from hymba_train.errors import UserError
+from hymba_train.figures import pyplot
 
 FIRST_STEPS = 10  # of which the speed says nothing
 
@@ -145,12 +146,8 @@ def table(curves: Sequence[Curve], rows: Sequence[dict], window: int) -> list[st
 
 def draw(curves: Sequence[Curve], rows: Sequence[dict], limit: float, path: Path) -> None:
     """Above both runs' losses, below their differences in percent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, figsize=(8, 7), sharex=True, layout="constrained")
+    plt = pyplot()
+    figure, (above, below) = plt.subplots(2, figsize=(8, 7), sharex=True, layout="constrained")
     for number, curve in enumerate(curves):
         above.plot(curve.loss.keys(), curve.loss.values(), f"C{number}", linewidth=0.8, label=f"{curve.name}, training")
         above.plot(curve.held_out.keys(), curve.held_out.values(), f"C{number}o--", label=f"{curve.name}, held out")
@@ -165,7 +162,7 @@ def draw(curves: Sequence[Curve], rows: Sequence[dict], limit: float, path: Path
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -78,7 +78,7 @@ class Bench:
         batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
         if self.runtime.device.type == "cuda":
             batch = {key: value.pin_memory() for key, value in batch.items()}
-        return {**batch, "positions": None, "segment_ids": None}
+        return batch
 
     def guarded(self) -> None:
         metrics = SimpleNamespace(rank_seconds=(), step=self.loop.state.step)

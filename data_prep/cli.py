@@ -29,6 +29,7 @@ from data_prep.tokenize_shard import Settings
 from hymba_train.data.indexed import IndexedTokens
 from hymba_train.data.manifest import Manifest
 from hymba_train.errors import UserError
+from hymba_train.exit_codes import INTERRUPTED, USER_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             RUN[args.command](args)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
+        return USER_ERROR
     except OSError as error:  # disk full, no permission: the message names the file
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted: unfinished output was removed, finished shards stay", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -300,7 +301,3 @@ RUN = {
     "recall": run_recall,
     "prepare-demo": run_prepare_demo,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

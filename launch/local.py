@@ -18,12 +18,12 @@ import psutil
 from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.config import FROZEN_NAME, freeze_run
 from hymba_train.errors import UserError
-from hymba_train.exit_codes import GUARD_STOP, STOPPED_EARLY
+from hymba_train.exit_codes import GUARD_STOP, INTERRUPTED, STOPPED_EARLY
 from hymba_train.outcome import clear, read_outcome, request_stop
 from launch.cluster import ClusterConfig
 from launch.points import make_points
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 NO_PROGRESS_LIMIT = 3
 
 

@@ -1,14 +1,20 @@
-"""The runs of a comparison as one Slurm job array, as ``hymba launch slurm`` would."""
+"""``hymba compare``, and its runs as one Slurm job array, as ``hymba launch slurm`` would submit them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hymba_train.compare.cli import main as compare
 from hymba_train.compare.pool import is_finished
 from hymba_train.compare.study import Study
 from launch.cluster_files import load_cluster
 from launch.points import point_of
 from launch.slurm import submit_points
+
+
+def main(argv: Sequence[str]) -> int:
+    """``hymba compare``, which a cluster can train as well; returns the exit code. Raises UserError."""
+    return compare(argv, submit_study)
 
 
 def submit_study(study: Study, clusters: Sequence[str], config_dir: str | None) -> int:

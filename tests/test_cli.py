@@ -13,6 +13,7 @@ from hymba_train import cli
 from hymba_train.cli import main
 from hymba_train.config import compose, load_frozen
 from hymba_train.errors import UserError
+from hymba_train.train.cli import SECONDS_FOR_FIRST_RANK
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +47,6 @@ def trained(monkeypatch):
     calls = []
     module = type(sys)("hymba_train.train.main")
     module.train = lambda config, plan: calls.append((config, plan)) or 0
-    monkeypatch.setitem(sys.modules, "hymba_train.train", type(sys)("hymba_train.train"))
     monkeypatch.setitem(sys.modules, "hymba_train.train.main", module)
     return calls
 
@@ -308,7 +308,7 @@ def test_under_torchrun_one_rank_a_machine_reports(demo, monkeypatch, capsys, tr
         assert main(["train", *demo, "optim.min_lr=1"]) == 2
         assert capsys.readouterr().err.startswith(expected)
         assert bool(slept) == (rank == "1") or rank == "0"
-    assert slept == [cli.SECONDS_FOR_FIRST_RANK]
+    assert slept == [SECONDS_FOR_FIRST_RANK]
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -355,6 +355,32 @@ def test_our_mistakes_keep_their_traceback(demo, monkeypatch, trained, no_launch
     monkeypatch.setattr(sys.modules["hymba_train.train.main"], "train", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train", *demo])
+
+
+def test_an_interrupt_that_python_drops_comes_again():
+    """In a finaliser it cannot be raised; an import has one at its end, so start-up is full of them."""
+    code = """
+import os, signal, sys, time, types, weakref
+from hymba_train.cli import main
+
+class Thing:
+    pass
+
+def work(argv):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del thing
+    print("it was dropped", flush=True)
+    time.sleep(30)
+    return 0
+
+sys.modules["data_prep.cli"] = module = types.ModuleType("data_prep.cli")
+module.main = work
+sys.exit(main(["data"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "it was dropped\n", "hymba: interrupted\n")
 
 
 def test_data_is_handed_on(monkeypatch):

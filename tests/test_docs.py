@@ -121,7 +121,7 @@ def test_what_the_readme_names_is_there():
     text = (ROOT / "README.md").read_text()
     links = {target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target}
     assert len(links) > 10 and [target for target in links if not (ROOT / target).exists()] == []
-    features = re.findall(r"^\| (.+) \| (.+) \|$", text.split("## Features")[1].split("## Where")[0], re.MULTILINE)[1:]
+    features = re.findall(r"^\| (.+) \| (.+) \|$", text.split("## Features")[1].split("## Where")[0], re.MULTILINE)
     assert len(features) > 30
     for feature, shown_by in features:
         tests = re.findall(r"`(tests/[^`:]+)(?:::(\w+))?`", shown_by)

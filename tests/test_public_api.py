@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from hymba_train.callbacks.base import Callback
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["packages"]
 OF_AUTOGRAD = ("forward", "backward")  # see torch.autograd.Function
+HOOKS = tuple(vars(Callback))  # what they are for is said there
 CLEAR_LINES = 3
 """A function of so few lines may go without: its name and its types say it."""
 
@@ -34,9 +37,9 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.ClassDef | Function]]:
 
 
 def is_clear(node: ast.ClassDef | Function) -> bool:
-    """A few lines, autograd's own, or a group of the schema, of which every field is documented."""
+    """A few lines, autograd's own, a callback's hook, or a group of the schema, of which every field is documented."""
     if isinstance(node, Function):
-        return node.name in OF_AUTOGRAD or node.body[-1].end_lineno - node.body[0].lineno < CLEAR_LINES
+        return node.name in (*OF_AUTOGRAD, *HOOKS) or node.body[-1].end_lineno - node.body[0].lineno < CLEAR_LINES
     fields = [isinstance(item, ast.AnnAssign) for item in node.body]
     texts = [isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) for item in node.body]
     return any(fields) and all(text for field, text in zip(fields, [*texts[1:], False], strict=True) if field)

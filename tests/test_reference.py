@@ -6,16 +6,16 @@ import inspect
 import pytest
 import torch
 
-from hymba_train import reference
+from hymba_train import oracle
 from hymba_train.config.schema import ModelConfig
 from hymba_train.describe import model_tensors, resolve_stack
-from hymba_train.reference import ReferenceHymba
+from hymba_train.oracle import OracleHymba
 from tests import golden_data
 from tests.hf_names import from_hf_state_dict, to_hf_state_dict
 
 
 def build(case, dtype=torch.float32):
-    model = ReferenceHymba(case.config).to(dtype)
+    model = OracleHymba(case.config).to(dtype)
     model.load_state_dict(case.weights)
     return model
 
@@ -116,7 +116,7 @@ MIXED = ModelConfig(
 )
 def test_parameters_are_those_described(changes):
     config = dataclasses.replace(MIXED, **changes)
-    model = ReferenceHymba(config)
+    model = OracleHymba(config)
     found = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert found == {t.name: t.shape for t in model_tensors(config)}
 
@@ -171,7 +171,7 @@ def test_labels_that_are_not_predicted_have_no_loss():
 
 
 def test_only_layers_with_a_branch_report_it():
-    output = ReferenceHymba(MIXED)(torch.zeros(1, 3, dtype=torch.int64))
+    output = OracleHymba(MIXED)(torch.zeros(1, 3, dtype=torch.int64))
     layers = resolve_stack(MIXED)
     assert list(output.attention) == [x.index for x in layers if x.has_attention] == [0, 1, 2, 5]
     assert list(output.ssm) == [x.index for x in layers if x.has_ssm] == [0, 3, 4, 5]
@@ -179,7 +179,7 @@ def test_only_layers_with_a_branch_report_it():
 
 
 def test_the_oracle_is_independent_and_short():
-    source = inspect.getsource(reference)
+    source = inspect.getsource(oracle)
     imports = [line for line in source.splitlines() if "import" in line and "hymba_train" in line]
     assert all("hymba_train.config" in line or "hymba_train.describe" in line for line in imports)
     assert len(source.splitlines()) < 400
@@ -187,7 +187,7 @@ def test_the_oracle_is_independent_and_short():
 
 def perturbed(config):
     """A float64 model with no parameter at a special value."""
-    model = ReferenceHymba(config).double()
+    model = OracleHymba(config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

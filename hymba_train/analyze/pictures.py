@@ -6,19 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hymba_train.errors import UserError
+from hymba_train.figures import pyplot
 
 COLOURS = {"meta": "#8172b3", "bos": "#c44e52", "self": "#55a868", "cross": "#4c72b0"}
 BRANCHES = {"attention": "#4c72b0", "ssm": "#dd8452"}
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def save(figure: Any, path: Path, dpi: int = 110) -> None:

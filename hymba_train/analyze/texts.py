@@ -74,11 +74,11 @@ def _held_out(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, list[T
     for domain in data.validation_domains:
         rows: list[Tensor] = []
         for batch in validation_batches(data, domain, run.phase.seq_length, micro_batch_size=1):
-            if batch["segment_ids"] is None:
-                rows.append(batch["tokens"][0])
-            else:  # documents that the model saw apart are sequences of their own
+            if "segment_ids" in batch:  # documents that the model saw apart are sequences of their own
                 lengths = torch.unique_consecutive(batch["segment_ids"][0], return_counts=True)[1].tolist()
                 rows += batch["tokens"][0].split(lengths)
+            else:
+                rows.append(batch["tokens"][0])
         longest = sorted((row[: args.length].long() for row in rows), key=len, reverse=True)
         texts[domain] = [row for row in longest[: args.sequences] if len(row) >= SHORTEST]
         if not texts[domain]:

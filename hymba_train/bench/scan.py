@@ -1,7 +1,7 @@
 """``hymba bench scan``: the selective scan at Hymba-1.5B's sizes on one GPU, every backend checked, then timed.
 
 3,200 channels, 16 states, bf16 activations that are slices of wider rows, B and C float32. All kernels are compiled
-first, side by side. Checks against the reference come next; then the median time of the forward and of forward and
+first, side by side. Checks against the torch backend come next; then the median time of the forward and of forward and
 backward (CUDA events, inputs rotated so that none is still in the cache), the time of each kernel, and host time.
 --settings times the CUDA backend under other block sizes, too; --before beside it an older selective_scan_cuda.py.
 """
@@ -159,7 +159,7 @@ def gradients(fn, tensors: list[Tensor], ids: Tensor | None, dy: Tensor, d_final
 def check(
     variant: Variant, batch: int, tokens: int, channels: int, dtype: torch.dtype, packed: bool
 ) -> dict[str, float]:
-    """Relative error (2-norm) of every result; the reference runs in float64, at the sizes of a model in float32."""
+    """Relative error (2-norm) of every result; the torch backend in float64, at a model's sizes in float32."""
     tensors = make(batch, tokens, dtype, int(time.time() * 1e6) % 2**31, channels)
     ids = make_documents(batch, tokens) if packed else None
     dy = torch.randn(batch, tokens, channels, device="cuda").to(dtype)

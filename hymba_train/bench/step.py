@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hymba_train.bench.timing import Result
 from hymba_train.errors import UserError
+from hymba_train.figures import pyplot
 
 H200_PEAK = 989.5e12  # dense bf16, FLOP/s, by which every MFU of the table is given, FP8 rows included
 
@@ -167,11 +168,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Bars of GPU milliseconds per 8,192 tokens, stacked by part, for every contender that was profiled."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     profiled = [r for r in results if r.parts]
     if not profiled:
         return

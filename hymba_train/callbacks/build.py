@@ -23,22 +23,26 @@ from hymba_train.callbacks.wandb import WandB
 from hymba_train.config.schema import Config
 from hymba_train.guards.starts import Starts
 from hymba_train.parallel.ranks import on_rank_0
+from hymba_train.parallel.runtime import Runtime
+from hymba_train.plan.steps import StepPlan
 
 if TYPE_CHECKING:
     from hymba_train.evaluation.in_training import EvaluationInTraining
+    from hymba_train.train.metrics import Peak
 
 EXPORTS = "hf"
 
 
 def build_callbacks(
-    config: Config, directory: Path, runtime, steps, peak, writer: Writer, evaluations: Iterable[EvaluationInTraining],
+    config: Config, directory: Path, runtime: Runtime, steps: StepPlan, peak: Peak, writer: Writer,
+    evaluations: Iterable[EvaluationInTraining],
     touch: Callable[[], None] = lambda: None,
 ) -> list[Callback]:  # fmt: skip
     """Checkpoints and evaluations on every rank, first, and exports on the first; then, on the logging rank, everything
     that only looks on.
 
     Args:
-        steps: the run's StepPlan. peak: the meter's :class:`hymba_train.train.metrics.Peak`.
+        peak: the meter's.
         touch: tells the watchdog that a long wait is none for others.
     """
     c = config.checkpoint
@@ -68,7 +72,7 @@ def _missing(metrics: Path, event: str) -> Callable[[int], bool]:
     return missing
 
 
-def _loggers(config: Config, directory: Path, runtime, steps, peak) -> list[Callback]:
+def _loggers(config: Config, directory: Path, runtime: Runtime, steps: StepPlan, peak: Peak) -> list[Callback]:
     log, metrics = config.logging, directory / METRICS
     mfu = peak.name if peak.flops is None else f"{peak.name} x {runtime.world_size}"
     facts = {

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.jsonl import Line, counting, read_lines
+from hymba_train.figures import pyplot
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
 
 
 class LossCurve(Callback):
@@ -15,7 +20,7 @@ class LossCurve(Callback):
     def __init__(self, metrics_path: Path, image_path: Path, title: str) -> None:
         self.metrics_path, self.image_path, self.title = metrics_path, image_path, title
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         draw(read_lines(self.metrics_path), self.image_path, self.title)
 
 
@@ -24,15 +29,11 @@ def draw(lines: Sequence[Line], path: Path, title: str) -> None:
 
     Raises OSError if it cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plt = pyplot()
     train, held_out = counting(lines, "train"), counting(lines, "validation")
     if not train:
         return
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
     tokens = [line["tokens"] for line in train]
     top.plot(tokens, [_number(line["loss"]) for line in train], label="training", linewidth=1)
     for domain in sorted({name for line in held_out for name in line["loss"]}):
@@ -47,7 +48,7 @@ def draw(lines: Sequence[Line], path: Path, title: str) -> None:
     try:
         figure.savefig(path, dpi=120, bbox_inches="tight", format="png")
     finally:
-        pyplot.close(figure)
+        plt.close(figure)
 
 
 def _number(value: float | None) -> float:

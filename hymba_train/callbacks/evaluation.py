@@ -9,6 +9,8 @@ from hymba_train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from hymba_train.evaluation.in_training import EvaluationInTraining
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 
 class Evaluation(Callback):
@@ -24,20 +26,20 @@ class Evaluation(Callback):
         self.evaluation, self._is_missing = evaluation, is_missing
         self._done_at: int | None = None
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         if loop.finished:  # on_train_end's, after the last checkpoint
             return
         interval = self.evaluation.interval
         if interval and loop.state.step % interval == 0:
             self._run(loop)
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         # Not after an early stop: whoever asked for it may not wait.
         if loop.state.step == self._done_at or not loop.finished:
             return
         if loop.trained or self._is_missing(loop.state.step):
             self._run(loop)
 
-    def _run(self, loop) -> None:
+    def _run(self, loop: Loop) -> None:
         self._done_at = loop.state.step
         loop.emit("on_evaluation_end", self.evaluation.run())

@@ -9,9 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.callbacks.base import Callback
-from hymba_train.checkpoint.directory import is_complete, newest, step_name, step_of
+from hymba_train.checkpoint.directory import is_complete, newest, published_step, step_name, step_of
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +26,7 @@ _CODE = """\
 import sys
 from hymba_train.checkpoint.children import die_with
 die_with(int(sys.argv.pop(1)))
-from hymba_train.convert.__main__ import main
+from hymba_train.cli import main
 sys.exit(main())
 """
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -53,24 +58,24 @@ class Export(Callback):
         self._waiting: list[tuple[Path, int]] = []  # (held checkpoint, step)
         self._running: tuple[subprocess.Popen, Path, int] | None = None
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         _remove_leftovers(self.directory)
         if self.interval:
             self._next = (loop.state.step // self.interval + 1) * self.interval
             self._make_up_for(loop.state.step)
             self._poll()
 
-    def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
+    def on_checkpoint_saved(self, loop: Loop, path: Path, step: int) -> None:
         self._latest = (path, step)
         if self.interval and step >= self._next:
             self._next = (step // self.interval + 1) * self.interval
             self._hold(path, step)
         self._poll()
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         self._poll()
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         """Exports the last checkpoint and waits, unless something cut training short: then time may be scarce."""
         if loop.finished:
             self._hold_last()
@@ -80,6 +85,7 @@ class Export(Callback):
                 self._wait()
 
     def _wait(self) -> None:
+        assert self._running is not None
         while True:
             self.touch()
             try:
@@ -110,11 +116,13 @@ class Export(Callback):
 
     def _hold_last(self) -> None:
         """The newest checkpoint, unless it has been taken; one of an earlier life only if that left no export."""
-        path, step = self._latest or (newest(self.checkpoints)[0], None)
-        if path is None or step in self._taken:
-            return
-        if step is not None or not (self.directory / path.name).exists():
-            self._hold(path, step_of(path))
+        if self._latest is None:
+            path, _ = newest(self.checkpoints)
+            if path is None or (self.directory / path.name).exists():
+                return
+            self._latest = path, published_step(path)
+        if self._latest[1] not in self._taken:
+            self._hold(*self._latest)
 
     def _hold(self, path: Path, step: int) -> None:
         self._taken.add(step)
@@ -148,7 +156,7 @@ class Export(Callback):
     def _start(self, held: Path, step: int) -> None:
         output = self.directory / step_name(step)
         shutil.rmtree(output, ignore_errors=True)  # of an earlier life of this run
-        command = [sys.executable, "-c", _CODE, str(os.getpid()), "to-hf"]
+        command = [sys.executable, "-c", _CODE, str(os.getpid()), "convert", "to-hf"]
         command += ["--checkpoint", str(held), "--output", str(output)]
         if self.dtype:
             command += ["--dtype", self.dtype]

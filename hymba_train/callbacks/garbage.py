@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+from typing import TYPE_CHECKING
 
 from hymba_train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 INTERVAL_STEPS = 100
 
@@ -20,16 +25,16 @@ class CollectGarbage(Callback):
     def __init__(self, interval: int = INTERVAL_STEPS) -> None:
         self.interval = interval
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         gc.collect()
         gc.freeze()
         gc.disable()
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         if loop.state.step % self.interval == 0:
             gc.collect()
 
-    def on_rewind(self, loop) -> None:
+    def on_rewind(self, loop: Loop) -> None:
         gc.collect()  # of the steps that are forgotten, and of loading
 
     def close(self) -> None:

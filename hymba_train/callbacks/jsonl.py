@@ -14,6 +14,8 @@ from hymba_train.json_lines import finite, open_to_append, read_json_lines
 
 if TYPE_CHECKING:
     from hymba_train.evaluation.in_training import EvaluationResult
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 METRICS = "metrics.jsonl"
 Line = dict[str, Any]
@@ -38,13 +40,13 @@ class JsonLines(Callback):
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         self.write("start", loop.state.step, tokens=loop.state.tokens, time=time.time(), **self.facts)
 
-    def on_phase_start(self, loop, phase: str) -> None:
+    def on_phase_start(self, loop: Loop, phase: str) -> None:
         self.write("phase", loop.state.step, phase=phase, samples_in_phase=loop.state.samples_in_phase)
 
-    def on_log(self, loop, metrics) -> None:
+    def on_log(self, loop: Loop, metrics: StepMetrics) -> None:
         values = asdict(metrics)
         step = values.pop("step")
         del values["rank_seconds"]  # as many as ranks: a straggler is named in an event of its own
@@ -55,22 +57,22 @@ class JsonLines(Callback):
             "train", step, **values, loss_hex=float(metrics.loss).hex(), grad_norm_hex=float(metrics.grad_norm).hex()
         )
 
-    def on_guard(self, loop, event: dict) -> None:
+    def on_guard(self, loop: Loop, event: dict) -> None:
         self.write("guard", **{"step": loop.state.step, "time": time.time(), **event})
 
-    def on_rewind(self, loop) -> None:
+    def on_rewind(self, loop: Loop) -> None:
         self.write("rewind", loop.state.step, tokens=loop.state.tokens)
 
-    def on_evaluation_end(self, loop, result: EvaluationResult) -> None:
+    def on_evaluation_end(self, loop: Loop, result: EvaluationResult) -> None:
         self.write(result.name, loop.state.step, tokens=loop.state.tokens, **result.record)
 
-    def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
+    def on_checkpoint_saved(self, loop: Loop, path: Path, step: int) -> None:
         self.write("checkpoint", step, path=path.name, time=time.time())
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         self.write("end", loop.state.step, tokens=loop.state.tokens, reason=loop.stop_reason, time=time.time())
 
-    def on_exception(self, loop, error: BaseException) -> None:
+    def on_exception(self, loop: Loop, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {error}"
         self.write("end", loop.state.step, tokens=loop.state.tokens, reason=reason, time=time.time())
 

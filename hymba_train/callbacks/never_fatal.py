@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from hymba_train.callbacks.base import Callback
 
@@ -17,7 +19,7 @@ class NeverFatal(Callback):
     def __init__(self, inner: Callback) -> None:
         self.inner, self.broken = inner, False
 
-    def _pass_on(self, hook: str, *args) -> None:
+    def _pass_on(self, hook: str, *args: Any) -> None:
         if self.broken and hook != "close":
             return
         try:
@@ -32,8 +34,8 @@ class NeverFatal(Callback):
             )  # fmt: skip
 
 
-def _make(hook: str):
-    def passed_on(self, *args) -> None:
+def _make(hook: str) -> Callable[..., None]:
+    def passed_on(self: NeverFatal, *args: Any) -> None:
         self._pass_on(hook, *args)
 
     passed_on.__name__ = hook

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.errors import UserError
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 # Part of a training step -> names of its GPU kernels; the first match counts. What none matches is "elementwise".
 PARTS: tuple[tuple[str, str], ...] = (
@@ -48,7 +53,7 @@ class Profile(Callback):
         self.directory = directory
         self._profiler: torch.profiler.profile | None = None
 
-    def on_step_start(self, loop) -> None:
+    def on_step_start(self, loop: Loop) -> None:
         if self._profiler is None and loop.state.step + 1 == self.first:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -56,16 +61,16 @@ class Profile(Callback):
             self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profiler.start()
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         if self._profiler is not None and loop.state.step >= self.last:
-            self._write(loop.state.step)
+            self._write(self._profiler, loop.state.step)
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         if self._profiler is not None:
-            self._write(loop.state.step)
+            self._write(self._profiler, loop.state.step)
 
-    def _write(self, step: int) -> None:
-        profiler, self._profiler = self._profiler, None
+    def _write(self, profiler: torch.profiler.profile, step: int) -> None:
+        self._profiler = None
         profiler.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
         name = f"steps_{self.first}_{step}"

@@ -12,6 +12,8 @@ from hymba_train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from hymba_train.evaluation.in_training import EvaluationResult
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 
 class Progress(Callback):
@@ -26,44 +28,44 @@ class Progress(Callback):
         self._live = self._stream.isatty()
         self._on_line = False
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         for line in self.header:
             self.say(line)
         self._start, self._start_tokens = time.monotonic(), loop.state.tokens
         if loop.state.step:
             self.say(f"continuing after step {loop.state.step} ({format_count(loop.state.tokens)} tokens)")
 
-    def on_phase_start(self, loop, phase: str) -> None:
+    def on_phase_start(self, loop: Loop, phase: str) -> None:
         self.say(f"phase {phase} from step {loop.state.step + 1}")
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         if self._live:
             self._rewrite(self.line(metrics))
 
-    def on_log(self, loop, metrics) -> None:
+    def on_log(self, loop: Loop, metrics: StepMetrics) -> None:
         if not self._live:
             self.say(self.line(metrics))
 
-    def on_guard(self, loop, event: dict) -> None:
+    def on_guard(self, loop: Loop, event: dict) -> None:
         self.say(describe_event(event))
 
-    def on_rewind(self, loop) -> None:
+    def on_rewind(self, loop: Loop) -> None:
         self._start, self._start_tokens = time.monotonic(), loop.state.tokens
         self.say(f"went back to step {loop.state.step}")
 
-    def on_evaluation_end(self, loop, result: EvaluationResult) -> None:
+    def on_evaluation_end(self, loop: Loop, result: EvaluationResult) -> None:
         self.say(f"step {loop.state.step} {result.summary}")
 
-    def on_checkpoint_saved(self, loop, path: Path, step: int) -> None:
+    def on_checkpoint_saved(self, loop: Loop, path: Path, step: int) -> None:
         self.say(f"saved {path}")
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         self.say(f"done at step {loop.state.step}, {format_count(loop.state.tokens)} tokens: {loop.stop_reason}")
 
-    def on_exception(self, loop, error: BaseException) -> None:
+    def on_exception(self, loop: Loop, error: BaseException) -> None:
         self.say(f"stopped at step {loop.state.step} by {type(error).__name__}")
 
-    def line(self, m) -> str:
+    def line(self, m: StepMetrics) -> str:
         """One step in words; the units are in the names or behind the figures."""
         step = f"{m.step}" if self.total_steps is None else f"{m.step}/{self.total_steps}"
         mfu = "mfu n/a" if m.mfu is None else f"mfu {m.mfu:.1%}"
@@ -110,7 +112,7 @@ def describe_event(event: dict) -> str:
     return f"step {event['step']} {event['guard']}: {event.get('problem', '')}{action}  {more}"
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

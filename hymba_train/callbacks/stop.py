@@ -13,9 +13,13 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.outcome import OUTCOME_FILE, STOP_FILE, first_line, write_outcome
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BETWEEN_LOOKS = 1.0  # on a shared file system a look costs about a millisecond
@@ -26,26 +30,22 @@ class StopOnRequest(Callback):
 
     def __init__(self, directory: Path, is_first_rank: bool) -> None:
         self.directory, self.is_first_rank = directory, is_first_rank
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}
         self._next_look = 0.0
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         if self.is_first_rank:
             (self.directory / OUTCOME_FILE).unlink(missing_ok=True)  # of the process before
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
             return
-        for number in SIGNALS:
-            handler = self._handler(loop, signal.Signals(number).name)
-            self._handlers[number] = signal.signal(number, handler)
 
-    @staticmethod
-    def _handler(loop, name: str):
-        def handle(number, frame) -> None:  # only notes it: nothing is safe to do between two instructions
-            loop.request_stop(f"signal {name}")
+        def handle(number: int, frame: object) -> None:  # only notes it: nothing is safe between two instructions
+            loop.request_stop(f"signal {signal.Signals(number).name}")
 
-        return handle
+        for wanted in SIGNALS:
+            self._handlers[wanted] = signal.signal(wanted, handle)
 
-    def on_step_start(self, loop) -> None:
+    def on_step_start(self, loop: Loop) -> None:
         if not self.is_first_rank or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
@@ -53,7 +53,7 @@ class StopOnRequest(Callback):
         if any(entry.name == STOP_FILE for entry in self.directory.iterdir()):
             loop.request_stop(first_line(self.directory / STOP_FILE) or STOP_FILE)
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         if self.is_first_rank:
             word = "failed" if loop.failed else "finished" if loop.finished else "stopped"
             write_outcome(self.directory, word, loop.state.step, loop.stop_reason)

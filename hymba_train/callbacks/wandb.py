@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.callbacks.scalars import evaluation_scalars, train_scalars
 from hymba_train.errors import UserError
 from hymba_train.files import write_atomically
+
+if TYPE_CHECKING:
+    from hymba_train.evaluation.in_training import EvaluationResult
+    from hymba_train.train.loop import Loop
+    from hymba_train.train.metrics import StepMetrics
 
 ID_FILE = "wandb_run_id"
 
@@ -33,11 +38,12 @@ class WandB(Callback):
             raise UserError(
                 "logging.wandb=true, but the package is not installed: pip install wandb, or logging.wandb=false"
             ) from error
-        self._wandb, self._run = wandb, None
+        self._wandb: Any = wandb
+        self._run: Any = None
         self.run_directory = run_directory
         self.settings = {"project": project, "entity": entity, "name": name, "config": config}
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         key = os.environ.get("WANDB_API_KEY")
         self._run = self._wandb.init(
             **self.settings, id=run_id(self.run_directory), resume="allow", dir=str(self.run_directory),
@@ -47,13 +53,13 @@ class WandB(Callback):
             self._run.define_metric(axis, hidden=True)
         self._run.define_metric("*", step_metric="tokens")
 
-    def on_log(self, loop, metrics) -> None:
+    def on_log(self, loop: Loop, metrics: StepMetrics) -> None:
         self._run.log({**train_scalars(metrics), "step": metrics.step, "tokens": metrics.tokens})
 
-    def on_evaluation_end(self, loop, result) -> None:
+    def on_evaluation_end(self, loop: Loop, result: EvaluationResult) -> None:
         self._run.log({**evaluation_scalars(result), "step": loop.state.step, "tokens": loop.state.tokens})
 
-    def on_exception(self, loop, error: BaseException) -> None:
+    def on_exception(self, loop: Loop, error: BaseException) -> None:
         if self._run is not None:
             self._run.finish(exit_code=1)
             self._run = None

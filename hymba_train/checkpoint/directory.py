@@ -42,7 +42,7 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _published_step(path: Path) -> int:
+def published_step(path: Path) -> int:
     """:func:`step_of` a directory that is known to be published."""
     step = step_of(path)
     assert step is not None, path
@@ -58,7 +58,7 @@ def complete_steps(root: Path) -> list[Path]:
     """Complete step directories below ``root``, oldest first. Others are ignored."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.iterdir() if is_complete(p)), key=_published_step)
+    return sorted((p for p in root.iterdir() if is_complete(p)), key=published_step)
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -84,7 +84,7 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
 def older(path: Path) -> list[Path]:
     """Complete step directories beside ``path`` of earlier steps, newest first."""
-    return [p for p in reversed(complete_steps(path.parent)) if _published_step(p) < _published_step(path)]
+    return [p for p in reversed(complete_steps(path.parent)) if published_step(p) < published_step(path)]
 
 
 def steps_at(path: Path) -> list[Path]:
@@ -149,7 +149,7 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[Path]:
     steps = complete_steps(root)
     keep = set(steps[-max(keep_last, 1) :])
     if keep_every:
-        keep |= {p for p in steps if _published_step(p) % keep_every == 0}
+        keep |= {p for p in steps if published_step(p) % keep_every == 0}
     current, _ = newest(root)
     if current is not None:
         keep.add(current)

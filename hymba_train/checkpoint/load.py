@@ -72,21 +72,19 @@ def find_source(config: Config, run_directory: Path | None) -> Source | None:
 
 def _candidates(config: Config, run_directory: Path | None) -> tuple[list[Path], bool, list[str]]:
     """(step directories to try in turn, whether only weights are wanted, remarks)."""
-    if run_directory is None:
-        load = config.checkpoint.load
-        return [] if load is None else resolve(Path(load), "checkpoint.load"), True, []
-    root = run_directory / directory.CHECKPOINTS
-    path, remarks = directory.newest(root)
-    if path is not None:
-        return [path, *directory.older(path)], False, remarks
-    if directory.has_any(root):
-        raise UserError(
-            f"{root}: there are checkpoints, but none is complete ({'; '.join(remarks) or 'no latest'}); repair one, "
-            "or start under another run.name"
-        )
-    if config.checkpoint.load is None:
-        return [], False, []
-    return resolve(Path(config.checkpoint.load), "checkpoint.load"), not config.checkpoint.load_optimizer, []
+    if run_directory is not None:
+        root = run_directory / directory.CHECKPOINTS
+        path, remarks = directory.newest(root)
+        if path is not None:
+            return [path, *directory.older(path)], False, remarks
+        if directory.has_any(root):
+            raise UserError(
+                f"{root}: there are checkpoints, but none is complete ({'; '.join(remarks) or 'no latest'}); repair "
+                "one, or start under another run.name"
+            )
+    kept = config.checkpoint
+    found = [] if kept.load is None else resolve(Path(kept.load), "checkpoint.load")
+    return found, run_directory is None or not kept.load_optimizer, []
 
 
 def resolve(path: Path, key: str) -> list[Path]:
@@ -116,7 +114,7 @@ def load_checkpoint(source: Source, config: Config, runtime: Runtime, chunks: li
     UserError for another model, missing tensors, unreadable files, or pickled objects that no checkpoint needs.
     """
     metadata = read_metadata(source.path)
-    remarks = [*source.remarks, *check_model(source.path, metadata, config, allow_context_change=True)]
+    remarks = [*source.remarks, *check_model(source.path, metadata, config)]
     same_layout = metadata["layout"] == asdict(Layout.of(config, runtime))
     read_index(source.path)  # before PyTorch or Megatron-Core look into the directory
     try:

@@ -101,11 +101,11 @@ def origin_of(metadata: dict[str, Any]) -> dict[str, Any] | None:
     return {key: imported[key] for key in ("source", "license")} if imported else metadata.get("origin")
 
 
-def check_model(directory: Path, metadata: dict[str, Any], config: Config, allow_context_change: bool) -> list[str]:
+def check_model(directory: Path, metadata: dict[str, Any], config: Config) -> list[str]:
     """Hold a checkpoint's model to the configured one.
 
-    Returns remarks about RoPE keys that differ where ``allow_context_change``. Raises UserError, one line a key, for
-    every other difference.
+    Returns remarks about keys of the context's length that differ. Raises UserError, one line a key, for every other
+    difference.
     """
     saved, now = metadata["config"]["model"], to_plain(config.model)
     problems, remarks = [], []
@@ -113,7 +113,7 @@ def check_model(directory: Path, metadata: dict[str, Any], config: Config, allow
         old, new = saved.get(key), now.get(key)
         if old == new:
             continue
-        if allow_context_change and key in _CONTEXT_KEYS:
+        if key in _CONTEXT_KEYS:
             remarks.append(f"model.{key} is {new} now, {old} in {directory.name}")
         else:
             problems.append(

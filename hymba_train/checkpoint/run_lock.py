@@ -42,7 +42,7 @@ class RunLock:
             self.release()
             raise
         # A writer that was forked for a checkpoint must not keep the lock of a training that was killed.
-        os.register_at_fork(after_in_child=self._close)
+        os.register_at_fork(after_in_child=self.release)
 
     def _acquire(self, deadline: float) -> None:
         while True:
@@ -75,9 +75,6 @@ class RunLock:
 
     def release(self) -> None:
         """Let another training in."""
-        self._close()
-
-    def _close(self) -> None:
         if self._descriptor != _CLOSED:
             descriptor, self._descriptor = self._descriptor, _CLOSED
             os.close(descriptor)

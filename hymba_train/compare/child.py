@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-PRELOAD = ("hymba_train.cli", "hymba_train.plan", "hymba_train.train.main")
+PRELOAD = ("hymba_train.cli", "hymba_train.train.cli", "hymba_train.train.main")
 """Modules that the fork server imports once. None of them may touch a GPU, which forks would inherit broken."""
 SERVER = "hymba_train.compare.server"
 """What the fork server imports before anything else."""

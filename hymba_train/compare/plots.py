@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hymba_train.compare.results import CACHE_TOKENS, MemberResult, mean_and_spread
+from hymba_train.figures import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,24 +21,20 @@ AXES = {"tokens": "text tokens", "flops": "training FLOPs", "seconds": "seconds 
 
 def draw_all(directory: Path, members: Sequence[MemberResult], title: str) -> list[Path]:
     """Draw what there is to draw into ``directory``; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plt = pyplot()
     made = []
     for axis in AXES:
-        figure, axes = pyplot.subplots(figsize=(8, 5))
+        figure, axes = plt.subplots(figsize=(8, 5))
         drawn = [_draw_curve(axes, number, member, axis) for number, member in enumerate(members)]
         if any(drawn):
             axes.set(xlabel=AXES[axis], ylabel="training loss (nats per token)", title=title)
             made.append(_save(figure, axes, directory / f"loss_{axis}.png"))
-        pyplot.close(figure)
+        plt.close(figure)
     for measure, label, name in (
         ("mean_recall", "recall accuracy, mean of the tasks", "recall_cache.png"),
         ("tokens_per_second", "training tokens per second", "throughput_cache.png"),
     ):
-        figure, axes = pyplot.subplots(figsize=(7, 5))
+        figure, axes = plt.subplots(figsize=(7, 5))
         drawn = [_draw_point(axes, number, member, measure) for number, member in enumerate(members)]
         if any(drawn):
             axes.set(
@@ -45,7 +42,7 @@ def draw_all(directory: Path, members: Sequence[MemberResult], title: str) -> li
                 ylim=(0, None),
             )  # fmt: skip
             made.append(_save(figure, axes, directory / name))
-        pyplot.close(figure)
+        plt.close(figure)
     return made
 
 

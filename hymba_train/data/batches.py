@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -13,17 +12,10 @@ from hymba_train.data.dataset import Sample, TrainingData
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.errors import UserError
 
-
-class MicroBatch(TypedDict):
-    """Input of one forward pass, int64 tensors [B, S] on the CPU. The last two are None without a document mask."""
-
-    reference: NotRequired[torch.Tensor]
-    """float32 [B, P, 2], of preference pairs: Sample.reference, filled up with zeros to the most pairs of a row."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor | None
-    segment_ids: torch.Tensor | None
+MicroBatch = dict[str, torch.Tensor]
+"""Input of one forward pass by name. Of training data, int64 [B, S] on the CPU: tokens, labels and, with a document
+mask, positions and segment_ids; of preference pairs also reference, float32 [B, P, 2]: Sample.reference, filled up with
+zeros to the most pairs of a row."""
 
 
 def micro_batches(
@@ -109,12 +101,12 @@ def stack_samples(samples: Sequence[Sample]) -> MicroBatch:
 
     positions = [sample["positions"] for sample in samples if sample["positions"] is not None]
     segment_ids = [sample["segment_ids"] for sample in samples if sample["segment_ids"] is not None]
-    batch: MicroBatch = {
+    batch = {
         "tokens": stack([sample["tokens"][:-1] for sample in samples]),
         "labels": stack([sample["labels"] for sample in samples]),
-        "positions": stack(positions) if positions else None,
-        "segment_ids": stack(segment_ids) if segment_ids else None,
     }
+    if positions:
+        batch |= {"positions": stack(positions), "segment_ids": stack(segment_ids)}
     if any("reference" in sample for sample in samples):
         references = [torch.from_numpy(sample["reference"]) for sample in samples]
         batch["reference"] = torch.nn.utils.rnn.pad_sequence(references, batch_first=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from hymba_train.doctor.report import BAD, WARN, Finding
 
-TOLERANCE = {"float32": 2e-3, "bf16": 6e-2}  # relative to the largest value of the reference
+TOLERANCE = {"float32": 2e-3, "bf16": 6e-2}  # relative to the largest value expected
 
 
 def kernels() -> list[Finding]:
@@ -27,17 +27,17 @@ def kernels() -> list[Finding]:
         findings.append(Finding("transformer engine", "not installed", WARN, advice))
     for op, backends in BACKENDS.items():
         findings.append(Finding(op, select(op, "auto", kind, needs={"backward"}, dtype=dtype).description))
-        reference = run(op, "torch", kind, torch.float32)
+        expected = run(op, "torch", kind, torch.float32)
         for backend in backends:
             obstacles = backend.obstacles(kind, {"backward"}, dtype)
             if obstacles:
                 findings.append(Finding(f"  {backend.name}", "not here: " + ", ".join(obstacles)))
                 continue
-            findings.append(_compare(op, backend.name, kind, dtype, reference))
+            findings.append(_compare(op, backend.name, kind, dtype, expected))
     return findings
 
 
-def _compare(op: str, name: str, kind: str, dtype: Any, reference: Any) -> Finding:
+def _compare(op: str, name: str, kind: str, dtype: Any, expected: Any) -> Finding:
     from hymba_train.ops.registry import DTYPE_NAMES
 
     try:
@@ -45,7 +45,7 @@ def _compare(op: str, name: str, kind: str, dtype: Any, reference: Any) -> Findi
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Finding(f"  {name}", "fails", BAD, f"{reason}; choose another backend (precision.*_backend)")
-    error = float((out.double() - reference.double()).abs().max() / reference.double().abs().max())
+    error = float((out.double() - expected.double()).abs().max() / expected.double().abs().max())
     limit = TOLERANCE[DTYPE_NAMES[dtype]]
     if not error <= limit:
         advice = f"allowed is {limit:g}; choose another backend (precision.*_backend)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,7 @@ def in_training(
                 data, domain, phase.seq_length, micro_batch_size=phase.micro_batch_size,
                 data_parallel_rank=runtime.data_parallel_rank, data_parallel_size=runtime.data_parallel_size,
             )  # fmt: skip
-            loss_sum, num_tokens = stepper.evaluate(
-                cast(list[dict[str, Tensor | None]], batches)
-            )  # a TypedDict is a dict
+            loss_sum, num_tokens = stepper.evaluate(batches)
             losses[domain] = loss_sum / max(num_tokens, 1)
         return result_of(losses)
 
@@ -95,7 +93,7 @@ def _domain_loss(model: Any, data: TrainingData, domain: str, seq_length: int, b
     total, count = 0.0, 0
     for batch in validation_batches(data, domain, seq_length, micro_batch_size=batch_size):
         tokens, labels, mask = batch["tokens"], batch["labels"], None
-        if batch["segment_ids"] is not None:
+        if "segment_ids" in batch:
             tokens, labels, mask = apart(tokens, labels, batch["segment_ids"])
         device = model.device
         logits = model(tokens.to(device), attention_mask=None if mask is None else mask.to(device)).logits

@@ -13,6 +13,7 @@ from torch import Tensor
 from hymba_train.config import compose
 from hymba_train.config.choices import check_values
 from hymba_train.config.schema import Config, EvaluationConfig, PhaseConfig
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.build import load_tokenizer
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from hymba_train.evaluation.scoring import NUM_SUMS, RecallBatch, Scores, Task, 
 from hymba_train.plan.recall import check_recall
 
 if TYPE_CHECKING:
-    from hymba_train.train.step import MicroBatch, Stepper
+    from hymba_train.train.step import Stepper
 
 
 def in_training(
@@ -61,8 +62,7 @@ def rows_of(length: int, phase: PhaseConfig) -> int:
 def recall_sums(stepper: Stepper, found: Sequence[RecallBatch], buckets: int) -> list[list[float]]:
     """:func:`score` of all ranks' batches together, on every rank."""
     runtime = stepper.runtime
-    inputs: list[MicroBatch] = [dict(batch.tensors()) for batch in found]
-    outputs = stepper.look(inputs, Recall(buckets))
+    outputs = stepper.look([batch.tensors() for batch in found], Recall(buckets))
     sums = torch.zeros(buckets, NUM_SUMS, dtype=torch.float64, device=runtime.device)
     if runtime.is_last_stage and runtime.tensor_rank == 0:  # all ranks of a stage have the whole logits
         for output in outputs:
@@ -84,8 +84,7 @@ class Recall:
     def loss(self, batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """``losses`` are logits [B, S, V] here."""
         nothing = losses.new_zeros(())
-        asked = RecallBatch(**{name: tensor for name, tensor in batch.items() if tensor is not None})
-        return nothing, nothing.int(), {"sums": score(losses, asked, self.buckets)}
+        return nothing, nothing.int(), {"sums": score(losses, RecallBatch(**batch), self.buckets)}
 
 
 def tasks_of_recipe(name: str) -> EvaluationConfig:

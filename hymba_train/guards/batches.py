@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.packs import Packs
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.train.loop import PlannedStep
-from hymba_train.train.step import MicroBatch
 
 
 def samples_of(step: PlannedStep, data_size: int, place: tuple[int, int]) -> range:
@@ -45,11 +45,10 @@ def name_samples(data: TrainingData, phase: int, samples: range) -> list[dict[st
 def emptied(batch: MicroBatch) -> MicroBatch:
     """A micro-batch of the same shape without content: token 0 everywhere, no label, one document."""
     tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
-    return {
-        **batch,
+    content = {
         "tokens": torch.zeros_like(tokens),
-        "labels": torch.full_like(batch["labels"], IGNORED_LABEL),
-        "positions": None if batch["positions"] is None else positions,
-        "segment_ids": None if batch["segment_ids"] is None else torch.zeros_like(tokens),
+        "labels": torch.full_like(tokens, IGNORED_LABEL),
+        "positions": torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(),
+        "segment_ids": torch.zeros_like(tokens),
     }
+    return {name: content.get(name, tensor) for name, tensor in batch.items()}

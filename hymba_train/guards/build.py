@@ -12,6 +12,7 @@ from typing import Any
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.config.schema import Config
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.errors import ReplicasDiffer
 from hymba_train.exit_codes import DRIFTED
@@ -24,9 +25,10 @@ from hymba_train.guards.watchdog import Watchdog
 from hymba_train.outcome import write_outcome
 from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.parallel.ranks import on_rank_0
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import MicroBatch, Stepper, StepResult
+from hymba_train.train.step import Stepper, StepResult
 
 
 class Guards:
@@ -36,8 +38,8 @@ class Guards:
     """
 
     def __init__(
-        self, config: Config, directory: Path, runtime, models: list, chunks: list, optimizer, stepper: Stepper,
-        data: TrainingData, state: TrainState, watchdog: Watchdog | None,
+        self, config: Config, directory: Path, runtime: Runtime, models: list, chunks: list, optimizer: Any,
+        stepper: Stepper, data: TrainingData, state: TrainState, watchdog: Watchdog | None,
     ) -> None:  # fmt: skip
         c = config.guards
         self._stepper, self._state = stepper, state
@@ -91,7 +93,7 @@ class Guards:
 
 
 @contextmanager
-def watched(config: Config, directory: Path, runtime) -> Iterator[Watchdog | None]:
+def watched(config: Config, directory: Path, runtime: Runtime) -> Iterator[Watchdog | None]:
     """The watchdog, from here on to the end; None if guards.hang_seconds is. Replicas that differ end this process
     inside at once, with the exit code that says so."""
     watchdog = None if config.guards.hang_seconds is None else Watchdog(config.guards, directory, runtime)

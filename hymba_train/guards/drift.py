@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.errors import ReplicasDiffer
 from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.runtime import Runtime
+from hymba_train.train.loop import Loop
+from hymba_train.train.metrics import StepMetrics
 
 CHUNK_VALUES = 2**22  # summed up at a time: 32 MiB of int64
 MOST_NAMED = 5
@@ -41,27 +44,29 @@ class DriftGuard(Callback):
         intervals: compare after every step that is a multiple of one of them (that of checkpoints among them).
     """
 
-    def __init__(self, runtime, models: list, chunks: list, optimizer, intervals: list[int]) -> None:
+    def __init__(
+        self, runtime: Runtime, models: list, chunks: list, optimizer: MegatronOptimizer, intervals: list[int]
+    ) -> None:  # fmt: skip
         self.runtime, self.models, self.chunks, self.optimizer = runtime, models, chunks, optimizer
         self.intervals = intervals
         self._checked_at: int | None = None
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         self._checked_at = loop.state.step
 
     on_rewind = on_train_start
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         step = loop.state.step
         is_last = loop.stop_reason or loop.finished  # Checkpointing saves in this hook then
         if is_last or any(step % interval == 0 for interval in self.intervals):
             self.check(loop)
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         if loop.state.step != self._checked_at:
             self.check(loop)
 
-    def check(self, loop) -> None:
+    def check(self, loop: Loop) -> None:
         """Raises ReplicasDiffer, on every rank, if replicas differ on any."""
         self._checked_at = loop.state.step
         with torch.no_grad(), gathered_parameters(self.chunks):
@@ -126,7 +131,7 @@ def _listed(ranks: list[int]) -> str:
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
-def replicas_of(models: list, optimizer) -> Iterator[Replica]:
+def replicas_of(models: list, optimizer: MegatronOptimizer) -> Iterator[Replica]:
     """Parameters, and without the distributed optimizer their masters and moments, which are replicated then, too."""
     if isinstance(optimizer, ChainedOptimizer):
         (optimizer,) = optimizer.chained_optimizers

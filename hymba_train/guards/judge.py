@@ -66,6 +66,7 @@ class Judge:
         return None
 
     def to_dict(self) -> dict[str, Any]:
+        """What it has seen, as plain data."""
         return {
             "phase": self._phase,
             "loss": self._loss.to_list(),

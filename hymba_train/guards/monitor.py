@@ -162,6 +162,7 @@ def process_state(pid: int) -> str:
 
 
 def main() -> None:
+    """Watch the rank of which the command line tells, until one of the two ends."""
     facts = json.loads(sys.argv[1])
     # What ends or stops the rank's process group is not meant for its monitor: the rank may want to save first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):

@@ -13,15 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from hymba_train.config.schema import GuardsConfig
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.guards.batches import emptied, name_samples, samples_of
 from hymba_train.guards.classify import Diagnosis, diagnose
 from hymba_train.guards.judge import Judge
 from hymba_train.guards.ledger import Ledger, LeftOut
 from hymba_train.parallel.fp8_state import Fp8State
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.loop import PlannedStep
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import Gradients, Limits, MicroBatch, Stepper, StepResult, result_of
+from hymba_train.train.step import Gradients, Limits, Stepper, StepResult, result_of
 
 logger = logging.getLogger(__name__)
 MOST_NAMED = 4  # micro-batches whose samples are named in a log
@@ -37,8 +39,8 @@ class NumericalGuard:
     """
 
     def __init__(
-        self, config: GuardsConfig, stepper: Stepper, data: TrainingData, runtime, state: TrainState, ledger: Ledger,
-        fp8: Fp8State,
+        self, config: GuardsConfig, stepper: Stepper, data: TrainingData, runtime: Runtime, state: TrainState,
+        ledger: Ledger, fp8: Fp8State,
     ) -> None:  # fmt: skip
         self.config, self.stepper, self.data, self.runtime = config, stepper, data, runtime
         self.state, self.ledger, self.fp8 = state, ledger, fp8
@@ -93,7 +95,9 @@ class NumericalGuard:
         what = f"step {self.state.step + 1}: {problem} ({diagnosis.kind}: {_in_words(event, diagnosis)})"
         return replace(self._act(planned, gradients, wanted, what, event), suspect=suspect)
 
-    def _apply_again(self, planned, batches, first: Gradients, again: Gradients, event: dict[str, Any]) -> StepResult:
+    def _apply_again(
+        self, planned: PlannedStep, batches: list[MicroBatch], first: Gradients, again: Gradients, event: dict[str, Any]
+    ) -> StepResult:
         """The repetition is the step that should have been; its gradients are the latest in the buffers."""
         before, after = self.stepper.micro_batch_losses(first), self.stepper.micro_batch_losses(again)
         # NaN differs from itself, which is what is wanted here.

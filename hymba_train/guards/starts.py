@@ -10,10 +10,14 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hymba_train.callbacks.base import Callback
 from hymba_train.json_lines import open_to_append, read_json_lines
 from hymba_train.outcome import OUTCOME_FILE, read_outcome
+
+if TYPE_CHECKING:
+    from hymba_train.train.loop import Loop
 
 STARTS = "starts.jsonl"
 
@@ -62,10 +66,10 @@ class Starts(Callback):
     def __init__(self, directory: Path) -> None:
         self.path = directory / STARTS
 
-    def on_train_start(self, loop) -> None:
+    def on_train_start(self, loop: Loop) -> None:
         self._write({"from_step": loop.state.step, "time": time.time(), "pid": os.getpid(), "restart": _restart()})
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         self._write({"ended_at": loop.state.step, "time": time.time()})
 
     def _write(self, record: dict) -> None:

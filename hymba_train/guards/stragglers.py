@@ -11,11 +11,15 @@ from __future__ import annotations
 import socket
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hymba_train.callbacks.base import Callback
+from hymba_train.parallel.runtime import Runtime
+from hymba_train.train.loop import Loop
+from hymba_train.train.metrics import StepMetrics
 
 MIN_STEPS = 10  # steps behind a figure
 WARM_UP_STEPS = 2  # of a process: kernels are compiled, caches are cold
@@ -28,7 +32,7 @@ class Stragglers(Callback):
     ``graphed``: it is called from a CUDA graph (run.cuda_graph).
     """
 
-    def __init__(self, runtime, settings, ratio: float, graphed: bool = False) -> None:
+    def __init__(self, runtime: Runtime, settings: Any, ratio: float, graphed: bool = False) -> None:
         self.runtime, self.ratio, self._graphed = runtime, ratio, graphed
         self.seconds = 0.0
         self._gpu = runtime.device.type == "cuda"
@@ -41,16 +45,16 @@ class Stragglers(Callback):
         dist.all_gather_object(self._hosts, socket.gethostname())
         finish = settings.finalize_model_grads_func
 
-        def finalize_model_grads(*args, **kwargs) -> None:
+        def finalize_model_grads(*args: Any, **kwargs: Any) -> None:
             self._mark_ready()
             finish(*args, **kwargs)
 
         settings.finalize_model_grads_func = finalize_model_grads
 
-    def on_step_start(self, loop) -> None:
+    def on_step_start(self, loop: Loop) -> None:
         self._begun = time.monotonic()
 
-    def on_batch_loaded(self, loop) -> None:
+    def on_batch_loaded(self, loop: Loop) -> None:
         self._loaded = self._ready = time.monotonic()
         if self._gpu:
             self._events[0].record()
@@ -60,13 +64,13 @@ class Stragglers(Callback):
         if self._gpu:
             self._events[1].record()
 
-    def on_log(self, loop, metrics) -> None:
+    def on_log(self, loop: Loop, metrics: StepMetrics) -> None:
         if self._steps >= MIN_STEPS:
             means = [total / self._steps for total in self._sums]
             self._sums, self._steps = [], 0
             self._report(loop, metrics.step, means)
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         if metrics.rank_seconds:  # a step that was applied
             self._steps += 1
         if self._steps > 0 and metrics.rank_seconds:
@@ -78,7 +82,7 @@ class Stragglers(Callback):
             computing = self._events[0].elapsed_time(self._events[1]) / 1000
         self.seconds = self._loaded - self._begun + computing
 
-    def _report(self, loop, step: int, means: list[float]) -> None:
+    def _report(self, loop: Loop, step: int, means: list[float]) -> None:
         median = statistics.median(means)
         slow = [rank for rank, seconds in enumerate(means) if seconds > self.ratio * median > 0]
         if not slow:

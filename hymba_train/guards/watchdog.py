@@ -21,6 +21,9 @@ from hymba_train.exit_codes import HUNG
 from hymba_train.guards import marks
 from hymba_train.guards.monitor import DUMP_SIGNAL
 from hymba_train.parallel.ranks import on_rank_0
+from hymba_train.parallel.runtime import Runtime
+from hymba_train.train.loop import Loop
+from hymba_train.train.metrics import StepMetrics
 
 HANGS = "hangs"
 BEAT_SECONDS = 0.5
@@ -33,7 +36,8 @@ class Watchdog(Callback):
     here and ends with :meth:`close`, or with this process. DUMP_SIGNAL (SIGUSR2) is used up for stacks.
     """
 
-    def __init__(self, config: GuardsConfig, directory: Path, runtime) -> None:
+    def __init__(self, config: GuardsConfig, directory: Path, runtime: Runtime) -> None:
+        assert config.hang_seconds is not None
         start = on_rank_0(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         marks_fd, self._stacks_fd = marks.anonymous_file(), marks.anonymous_file()
         self.marks = marks.Marks(marks_fd, create=True)
@@ -80,33 +84,33 @@ class Watchdog(Callback):
             if order:
                 os._exit(order)
 
-    def on_phase_start(self, loop, phase: str) -> None:
+    def on_phase_start(self, loop: Loop, phase: str) -> None:
         self._slow_step = True  # other lengths: kernels are compiled and tuned again
 
-    def on_step_start(self, loop) -> None:
+    def on_step_start(self, loop: Loop) -> None:
         self._step = loop.state.step + 1
         self._move(marks.FIRST_STEP if self._slow_step else marks.LOADING)
 
-    def on_batch_loaded(self, loop) -> None:
+    def on_batch_loaded(self, loop: Loop) -> None:
         self._move(marks.FIRST_STEP if self._slow_step else marks.STEP)
 
-    def on_step_end(self, loop, metrics) -> None:
+    def on_step_end(self, loop: Loop, metrics: StepMetrics) -> None:
         self._slow_step = False
         self._move(marks.BETWEEN)
 
-    def on_guard(self, loop, event) -> None:
+    def on_guard(self, loop: Loop, event: dict) -> None:
         self._move(marks.BETWEEN)  # a rewind may follow
 
-    def on_evaluation_end(self, loop, result) -> None:
+    def on_evaluation_end(self, loop: Loop, result: object) -> None:
         self.touch()
 
-    def on_checkpoint_saved(self, loop, path, step) -> None:
+    def on_checkpoint_saved(self, loop: Loop, path: Path, step: int) -> None:
         self.touch()
 
-    def on_train_end(self, loop) -> None:
+    def on_train_end(self, loop: Loop) -> None:
         self._move(marks.ENDING)
 
-    def on_exception(self, loop, error) -> None:
+    def on_exception(self, loop: Loop, error: BaseException) -> None:
         self._move(marks.ENDING)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hymba_train.describe import LayerDescription, ModelDims
 from hymba_train.describe.heads import heads_of_rank
 from hymba_train.model.ops import Ops
-from hymba_train.model.rows import MicroBatch
+from hymba_train.model.rows import BatchContext
 from hymba_train.ops.attention_rows import attention_rows
 
 
@@ -29,12 +29,12 @@ class AttentionBranch(nn.Module):
         table = None if heads.kv_index is None else torch.tensor(heads.kv_index)
         self.register_buffer("kv_index", table, persistent=False)
 
-    def rotate_keys(self, k: Tensor, batch: MicroBatch) -> Tensor:
+    def rotate_keys(self, k: Tensor, batch: BatchContext) -> Tensor:
         """k [N, G*dk] before RoPE -> [N, 1, G*dk] after it: what a producer hands on."""
         rotated = self.ops.rotate_heads(k, batch.cos, batch.sin, k.shape[1] // self.dims.head_dim)
         return rotated.flatten(1).unsqueeze(1)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: BatchContext) -> Tensor:
         """q [N, capacity*dk] before RoPE, k [N, 1, G*dk] after it, v [N, 1, G*dv] -> [N, 1, capacity*dv]."""
         d, rows = self.dims, batch.rows
         meta_q, text_q, _ = self.ops.rotate_heads(q, batch.cos, batch.sin, self.num_heads, rows.counts)

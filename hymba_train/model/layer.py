@@ -12,7 +12,7 @@ from torch import Tensor
 from hymba_train.describe import LayerDescription
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
-from hymba_train.model.rows import MicroBatch
+from hymba_train.model.rows import BatchContext
 from hymba_train.parallel.cut import layer_cuts
 
 
@@ -51,7 +51,7 @@ class HymbaLayer(MegatronModule):
             self.ffn = build_module(submodules.ffn, config, swiglu_op=ops.swiglu, pg_collection=pg_collection)
 
     def forward(
-        self, hidden: Tensor, batch: MicroBatch, *kv: Tensor, added: Tensor | None = None
+        self, hidden: Tensor, batch: BatchContext, *kv: Tensor, added: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """hidden [N(/TP), 1, D]; kv: its producer's K, V, in a consumer. -> (hidden, added; K, V if others consume it).
 

@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from hymba_train.describe.mixers.mamba2 import Mamba2Dims
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
-from hymba_train.model.rows import MicroBatch
+from hymba_train.model.rows import BatchContext
 from hymba_train.model.weights import Weights, rows_on_every_rank
 from hymba_train.ops.branch_norms import gated_rms_norm
 
@@ -50,7 +50,7 @@ class Mamba2Branch(nn.Module):
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.gated_norm = Weights(weight=torch.empty(channels, dtype=torch.float32))
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, x: Tensor, z: Tensor, dt: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, batch: BatchContext, x: Tensor, z: Tensor, dt: Tensor) -> Tensor:
         """hidden [N(/TP), 1, D], the mixer's input; x, z [N, channels], dt [N, heads] -> [N, 1, channels]."""
         d = self.config.dims
         bc = nn.functional.linear(rows_on_every_rank(hidden, self.config, self.tp_group), self.bc_proj().weight)
@@ -60,14 +60,14 @@ class Mamba2Branch(nn.Module):
         norm = self.gated_norm().weight
         return gated_rms_norm(y, z, norm, self.config.layernorm_epsilon, d.inner_size, all_reduce).unsqueeze(1)
 
-    def _conv(self, rows: Tensor, conv: Weights, batch: MicroBatch) -> Tensor:
+    def _conv(self, rows: Tensor, conv: Weights, batch: BatchContext) -> Tensor:
         sizes = batch.rows
         return self.ops.causal_conv_rows(
             rows, conv.weight, conv.bias, num_meta=sizes.num_meta, batch=sizes.batch, seq=sizes.seq,
             segment_ids=batch.segment_ids, reach=batch.reach,
         )  # fmt: skip
 
-    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, batch: MicroBatch) -> Tensor:
+    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, batch: BatchContext) -> Tensor:
         """Flat rows in and out [N, channels]; every document starts from the state that the meta tokens leave."""
         own, rows = self.own, batch.rows
         B, C = (t.unflatten(-1, (own.num_groups, own.state_dim))[:, self.groups] for t in (B, C))

@@ -32,7 +32,7 @@ from hymba_train.describe.mixers import MIXERS
 from hymba_train.model.attention import AttentionBranch
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops, writes_fp8
-from hymba_train.model.rows import MicroBatch
+from hymba_train.model.rows import BatchContext
 from hymba_train.model.weights import Weights, rows_on_every_rank
 from hymba_train.ops import float8
 from hymba_train.ops.branch_norms import normed_concat
@@ -85,7 +85,7 @@ class LayerMixer(MegatronModule):
         self.normed_average = partial(_normed_average_for, self.out_proj) if in_fp8 else ops.normed_average
 
     def forward(
-        self, hidden: Tensor, batch: MicroBatch, kv: tuple[Tensor, Tensor] | None = None
+        self, hidden: Tensor, batch: BatchContext, kv: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """hidden [N(/TP), 1, D] -> (same shape, K after RoPE and V of this layer, None in a consumer or SSM layer).
 

@@ -19,7 +19,7 @@ from hymba_train.model.embedding import HymbaEmbedding
 from hymba_train.model.norm import RMSNorm
 from hymba_train.model.ops import Ops
 from hymba_train.model.output import OutputLayer
-from hymba_train.model.rows import MicroBatch, TokenRows, num_token_rows
+from hymba_train.model.rows import BatchContext, TokenRows, num_token_rows
 from hymba_train.model.stack import HymbaStack, message_width
 from hymba_train.parallel.cut import LocalTensor, local_tensor, sharded
 
@@ -103,7 +103,7 @@ class HymbaModel(LanguageModule):
         b, s = tokens.shape
         dims = self.config.dims
         rows = TokenRows(dims.num_meta_tokens, b, s, self.num_token_rows(b, s))
-        batch = MicroBatch.of(
+        batch = BatchContext.of(
             rows, positions, segment_ids, document_ends, dims.head_dim, self.rotary_base, dims.conv_width - 1,
             tokens.device,
         )  # fmt: skip

@@ -63,7 +63,7 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class BatchContext:
     """What every layer of a stage needs to know of a micro-batch."""
 
     rows: TokenRows
@@ -77,7 +77,7 @@ class MicroBatch:
     def of(
         cls, rows: TokenRows, positions: Tensor | None, segment_ids: Tensor | None, document_ends: Tensor | None,
         head_dim: int, rotary_base: float, num_taps: int, device: torch.device,
-    ) -> MicroBatch:  # fmt: skip
+    ) -> BatchContext:  # fmt: skip
         """RoPE positions: 0..M-1 for meta tokens, M + position for text (in its document; None: in its sequence).
 
         ``num_taps``: inputs before its own that a convolution looks at.

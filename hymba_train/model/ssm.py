@@ -14,7 +14,7 @@ from hymba_train.describe import capacity
 from hymba_train.describe.saved import GROUP_ALIGNMENT
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
-from hymba_train.model.rows import MicroBatch
+from hymba_train.model.rows import BatchContext
 from hymba_train.model.weights import Weights
 from hymba_train.ops.rms_norm import aligned
 from hymba_train.ops.selective_scan_rows import selective_scan_rows
@@ -86,7 +86,7 @@ class SsmBranch(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_channels, d.state_dim, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(num_channels, dtype=torch.float32))
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, batch: BatchContext, x: Tensor, z: Tensor) -> Tensor:
         """x, z [N, channels] -> gated scan output [N, 1, channels]. ``hidden``, the mixer's input, is not used."""
         rows, conv = batch.rows, self.conv()
         u = self.ops.causal_conv_rows(

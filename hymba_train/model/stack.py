@@ -19,7 +19,7 @@ from hymba_train.describe.heads import heads_of_rank
 from hymba_train.describe.stack import kv_crossing
 from hymba_train.model.config import HymbaConfig
 from hymba_train.model.ops import Ops
-from hymba_train.model.rows import MicroBatch
+from hymba_train.model.rows import BatchContext
 
 SharedKv = dict[int, tuple[Tensor, Tensor]]
 
@@ -39,7 +39,7 @@ class HymbaStack(MegatronModule):
             for i in layer_range
         )
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, Tensor | None, SharedKv]:
+    def forward(self, hidden: Tensor, batch: BatchContext, shared: SharedKv) -> tuple[Tensor, Tensor | None, SharedKv]:
         """hidden [N(/TP), 1, D]; shared: K/V of producers before this chunk. -> both, after it, and between them what
         is still to be added to hidden (None: nothing)."""
         shared = dict(shared)
@@ -47,7 +47,7 @@ class HymbaStack(MegatronModule):
             hidden, added = self._layers(hidden, batch, shared)
         return hidden, added, shared
 
-    def _layers(self, hidden: Tensor, batch: MicroBatch, shared: SharedKv) -> tuple[Tensor, Tensor | None]:
+    def _layers(self, hidden: Tensor, batch: BatchContext, shared: SharedKv) -> tuple[Tensor, Tensor | None]:
         """Adds the K/V of this chunk's producers to ``shared``."""
         added = None
         for layer in self.layers:

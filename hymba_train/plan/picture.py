@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hymba_train.errors import UserError
+from hymba_train.figures import pyplot
 from hymba_train.plan.plan import Plan
 
 SPANS = {
@@ -18,14 +19,10 @@ BOX_WIDTH, BOX_HEIGHT = 0.8, 1.0
 
 def draw_stack(plan: Plan, path: Path) -> None:
     """Draw ``plan`` into a PNG file, layer 0 on the left. Raises UserError if it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.patches import Patch, Rectangle
 
-    num_layers = len(plan.layers)
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.36 * num_layers + 1), 3.2))
+    plt, num_layers = pyplot(), len(plan.layers)
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.36 * num_layers + 1), 3.2))
     for row in plan.layers:
         layer = row.description
         box = Rectangle((layer.index - BOX_WIDTH / 2, 0), BOX_WIDTH, BOX_HEIGHT, color=SPANS[layer.span][1])
@@ -58,4 +55,4 @@ def draw_stack(plan: Plan, path: Path) -> None:
     except OSError as error:
         raise UserError(f"--png {path}: cannot be written ({error.strerror or error})") from error
     finally:
-        pyplot.close(figure)
+        plt.close(figure)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -34,7 +35,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, adam_w_mode: bool = True, capturable: bool = False,
     ) -> None:  # fmt: skip
         if not adam_w_mode or capturable:
@@ -44,9 +45,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
         self.skip: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # Megatron-Core never passes a closure
         """Update every parameter that has a gradient; both moments are float32 tensors in ``state[parameter]``."""
-        assert closure is None, "Megatron-Core never passes a closure"
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             # Counted also where a rank of the distributed optimizer holds nothing of the group: ranks stay alike.

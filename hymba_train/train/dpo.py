@@ -18,10 +18,10 @@ from hymba_train.checkpoint.load import Source
 from hymba_train.checkpoint.manifest import MANIFEST
 from hymba_train.config.schema import Config
 from hymba_train.data.answers import reference_path
+from hymba_train.data.batches import MicroBatch
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.manifest import file_sha256
 from hymba_train.errors import UserError
-from hymba_train.train.step import MicroBatch
 
 
 def document_sums(losses: Tensor, batch: MicroBatch, num_documents: int) -> tuple[Tensor, Tensor]:
@@ -81,17 +81,17 @@ def objective_of(config: Config, data: TrainingData, source: Source | None, dire
     """
     if config.run.objective != "dpo":
         return None
-    is_start = source is not None and directory not in source.path.parents
+    start = None if source is None or directory in source.path.parents else source.path
     for name in {name for phase in data.phases for name in phase.blend.names}:
         reference = data.sources[name].reference
         path = reference_path(data.sources[name].training.tokens.prefix)
         if reference is None:
             raise UserError(f"data.sources.{name}: no {path}; run `hymba reference` with the overrides of this run")
         # A run that goes on has its reference's hash in its checkpoint.
-        if is_start and reference.facts["checkpoint"] != checkpoint_hash(source.path):
+        if start is not None and reference.facts["checkpoint"] != checkpoint_hash(start):
             raise UserError(
                 f"data.sources.{name}: {path} holds log-probabilities of {reference.facts['name']}, not of "
-                f"checkpoint.load={config.checkpoint.load} ({source.path.name}): run `hymba reference` again"
+                f"checkpoint.load={config.checkpoint.load} ({start.name}): run `hymba reference` again"
             )
     return PreferenceLoss(config.optim.dpo_beta)
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hymba_train.data.batches import batch_hash, micro_batches
+from hymba_train.data.batches import MicroBatch, batch_hash, micro_batches
 from hymba_train.data.dataset import TrainingData
 from hymba_train.data.prefetch import Prefetcher
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.loop import PlannedStep, Steps
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import MicroBatch
 
 
 class Feed:
     """Walks the plan ahead of the loop, from a copy of its state. Close it to stop the thread."""
 
-    def __init__(self, data: TrainingData, steps: Steps, state: TrainState, runtime, depth: int = 2) -> None:
+    def __init__(self, data: TrainingData, steps: Steps, state: TrainState, runtime: Runtime, depth: int = 2) -> None:
         self.data, self.steps, self.runtime, self.depth = data, steps, runtime, depth
         self._prefetcher = Prefetcher(self._walk(replace(state)), depth)
 
@@ -47,7 +47,7 @@ class Feed:
                 data_parallel_size=self.runtime.data_parallel_size,
             )  # fmt: skip
             if pin:
-                batches = [{k: None if v is None else v.pin_memory() for k, v in b.items()} for b in batches]
+                batches = [{k: v.pin_memory() for k, v in b.items()} for b in batches]
             yield step, batches
             if step.phase != state.phase:
                 state.start_phase(step.phase)

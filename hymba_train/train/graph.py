@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hymba_train.data.batches import MicroBatch
 from hymba_train.errors import UserError
 from hymba_train.parallel.ranks import alike
 
@@ -27,10 +28,9 @@ EAGER_STEPS = 3
 """Steps of a key before it is recorded: they compile kernels, build cuDNN's plans, start NCCL, make caches and
 optimizer state, none of which can be done in a recording, or should lie in a graph's memory."""
 
-Batch = dict[str, torch.Tensor | None]
 Outputs = list[dict[str, torch.Tensor]]  # scalars of each micro-batch
 Stacked = dict[str, torch.Tensor]  # [micro-batches] each
-Run = Callable[[Sequence[Batch]], Outputs]
+Run = Callable[[Sequence[MicroBatch]], Outputs]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class GraphedPasses:
     ) -> None:
         self.device, self._keep, self._record = device, keep, record
         self._key: Hashable = None
+        self._recording: Recording | None
         self._forget()
 
     @property
@@ -102,13 +103,13 @@ class GraphedPasses:
         """Memory for intermediate results that the graph holds, and torch does not count as allocated."""
         return self._recording.num_bytes if self._recording else 0
 
-    def __call__(self, settings: Hashable, batches: Sequence[Batch], run: Run) -> Outputs:
+    def __call__(self, settings: Hashable, batches: Sequence[MicroBatch], run: Run) -> Outputs:
         """``run(batches)``. ``settings``: whatever changes its kernels, but for the shapes of ``batches``.
 
         What it returns is the caller's. ``run`` must be the same function in all calls. Raises UserError if it cannot
         be recorded.
         """
-        key = settings, tuple(tuple((name, _kind(x)) for name, x in batch.items()) for batch in batches)
+        key = settings, tuple(tuple((name, x.shape, x.dtype) for name, x in batch.items()) for batch in batches)
         if key != self._key:
             self.drop()
             self._key = key
@@ -119,15 +120,14 @@ class GraphedPasses:
             self._recording = self._recorded(batches, run)
         for place, batch in zip(self._inputs, batches, strict=True):
             for name, tensor in place.items():
-                if tensor is not None:
-                    tensor.copy_(batch[name], non_blocking=True)
+                tensor.copy_(batch[name], non_blocking=True)
         self._recording.graph.replay()
         outputs = {name: stacked.clone().unbind() for name, stacked in self._recording.outputs.items()}
         return [dict(zip(outputs, values, strict=True)) for values in zip(*outputs.values(), strict=True)]
 
     def drop(self) -> None:
         """Give the graph's memory back; the next step is an ordinary one. Also before NCCL's groups are destroyed."""
-        graph = self._recording and self._recording.graph
+        graph = None if self._recording is None else self._recording.graph
         self._key = None
         self._forget()
         if graph is None:
@@ -140,14 +140,13 @@ class GraphedPasses:
 
     def _forget(self) -> None:
         self._num_eager = 0
-        self._recording: Recording | None = None
-        self._inputs: list[Batch] = []
+        self._recording = None
+        self._inputs: list[MicroBatch] = []
         self._kept: list[torch.Tensor] = []
 
-    def _recorded(self, batches: Sequence[Batch], run: Run) -> Recording:
+    def _recorded(self, batches: Sequence[MicroBatch], run: Run) -> Recording:
         self._inputs = [
-            {name: None if x is None else torch.empty_like(x, device=self.device) for name, x in batch.items()}
-            for batch in batches
+            {name: torch.empty_like(x, device=self.device) for name, x in batch.items()} for batch in batches
         ]
 
         def body() -> Stacked:
@@ -171,7 +170,3 @@ class GraphedPasses:
             seconds, gib = time.perf_counter() - begun, recording.num_bytes / 2**30
             logger.info("recorded the passes of a step as a CUDA graph: %.1f s, %.1f GiB", seconds, gib)
         return recording
-
-
-def _kind(x: torch.Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
-    return None if x is None else (x.shape, x.dtype)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hymba_train.callbacks.base import Callback
+from hymba_train.data.batches import MicroBatch
 from hymba_train.train.metrics import StepMetrics, ThroughputMeter
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import MicroBatch, StepResult
+from hymba_train.train.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Loop:
         """Whether nothing is left to train; false after an early stop, and of a run that has failed."""
         return self._is_over() and not self.failed
 
-    def emit(self, event: str, *args) -> None:
+    def emit(self, event: str, *args: object) -> None:
         """Call one hook of every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)

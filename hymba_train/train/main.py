@@ -42,7 +42,7 @@ from hymba_train.train.optimizer import build_optimizer, wrap_model
 from hymba_train.train.order import Order
 from hymba_train.train.schedules import set_hyperparameters
 from hymba_train.train.state import TrainState
-from hymba_train.train.step import Stepper
+from hymba_train.train.step import Stepper, StepResult
 
 if TYPE_CHECKING:
     from hymba_train.plan import Plan
@@ -69,10 +69,11 @@ def train(config: Config, plan: Plan) -> int:
         return _train(config, plan, directory, runtime, watchdog)
 
 
-def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watchdog | None) -> int:
+def _train(config: Config, plan: Plan, directory: Path, runtime: Runtime, watchdog: Watchdog | None) -> int:
     if config.run.cuda_graph:
         work_on_own_stream(runtime.device)
     seed_everything(config.run.seed, config.run.deterministic)
+    assert plan.steps is not None, "the plan is complete"
     order = Order(config, plan.steps)
     data = alike(lambda: build_training_data(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size))
     models = alike(lambda: build_model_chunks(config, runtime, [chunk.layers for chunk in plan.chunks]))
@@ -101,7 +102,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         runtime.device, runtime.world_size, peak_of(runtime.device, config.precision.params, config.precision.fp8),
         hidden_bytes=lambda: graphed.num_bytes if graphed else 0,
     )  # fmt: skip
-    layout, origin = Layout.of(config, runtime), source and origin_of(read_metadata(source.path))
+    layout, origin = Layout.of(config, runtime), None if source is None else origin_of(read_metadata(source.path))
     kept, root = config.checkpoint, directory / CHECKPOINTS
     writer = CheckpointWriter(
         root, runtime, chunks, optimizer,
@@ -111,7 +112,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
 
     callbacks = guards.callbacks + alike(
         lambda: build_callbacks(
-            config, directory, runtime, plan.steps, meter.peak, writer,
+            config, directory, runtime, order.plan, meter.peak, writer,
             evaluations_in_training(config, data, stepper, lambda: phases[state.phase]),
             watchdog.touch if watchdog else lambda: None,
         )
@@ -121,7 +122,7 @@ def _train(config: Config, plan: Plan, directory: Path, runtime, watchdog: Watch
         for model in models:
             model.rotary_base = effective_rotary_base(config.model, phases[step.phase].rope_type)
 
-    def one_step(step: PlannedStep, batches: list, requests: tuple[int, ...]):
+    def one_step(step: PlannedStep, batches: list, requests: tuple[int, ...]) -> StepResult:
         set_hyperparameters(optimizer.param_groups, step.lr, config.optim.weight_decay)
         return guards.step(step, batches, requests)
 

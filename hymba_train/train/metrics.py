@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ class ThroughputMeter:
     """
 
     def __init__(
-        self, device: torch.device, devices: int, peak: Peak, clock=time.perf_counter,
+        self, device: torch.device, devices: int, peak: Peak, clock: Callable[[], float] = time.perf_counter,
         hidden_bytes: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self.device, self.devices, self.peak, self._clock = device, devices, peak, clock
@@ -129,7 +130,7 @@ class ThroughputMeter:
         self._tokens += num_tokens
         self._flops += num_tokens * flops_per_token
 
-    def read(self) -> dict[str, float | None]:
+    def read(self) -> dict[str, Any]:
         """step_seconds, tokens_per_second, tflops_per_second_per_device, mfu, mfu_executed and memory_gib so far."""
         seconds = max(self._clock() - self._start, 1e-9)
         flops, executed = (total / seconds / self.devices for total in (self._flops, self._executed_flops))

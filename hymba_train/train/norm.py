@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 
-def l2_norm(chunk_size, noop_flag, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *args):
+def l2_norm(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *args: object
+) -> tuple[torch.Tensor, None]:
     """Euclidean norm of all values of ``tensor_lists[0]``: (float32 [1], None), with amp_C.multi_tensor_l2norm's
     arguments, of which only the tensors matter."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensor_lists[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -17,11 +18,14 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from hymba_train.config.schema import Config
 from hymba_train.parallel import finalize_model_grads
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.adam import GroupStepAdamW, install_adam
 from hymba_train.train.norm import install_norm
 
 
-def wrap_model(config: Config, runtime, chunks: list, bucket_size: int | None = None) -> list[DistributedDataParallel]:
+def wrap_model(
+    config: Config, runtime: Runtime, chunks: list, bucket_size: int | None = None
+) -> list[DistributedDataParallel]:
     """Model chunks with gradient buffers; bf16 weights get float32 gradients if precision.grad_reduce_in_fp32.
 
     bucket_size: parameters that are reduced together, where reductions overlap; None: Megatron-Core's choice.
@@ -50,7 +54,7 @@ def wrap_model(config: Config, runtime, chunks: list, bucket_size: int | None = 
         for i, chunk in enumerate(chunks)
     ]
 
-    def one_or_all(functions: list):
+    def one_or_all(functions: list) -> Any:
         return functions if len(functions) > 1 else functions[0]
 
     settings.finalize_model_grads_func = finalize_model_grads
@@ -77,7 +81,7 @@ def _accumulate_in_the_product(chunks: list) -> None:
                 module.fuse_wgrad_accumulation = True
 
 
-def build_optimizer(config: Config, runtime, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(config: Config, runtime: Runtime, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW with float32 master weights and moments.
 
     Weight decay follows the parameter descriptions (``TensorDescription.weight_decay``): matrices have it; norms,

@@ -23,6 +23,7 @@ class Order:
         self._executed = {shape: training_flops(config.model, *shape) for shape in shapes}
 
     def next(self, state: TrainState) -> PlannedStep | None:
+        """The step after ``state``; None when every phase has been trained."""
         number = self.plan.step_at(state.phase, state.samples_in_phase)
         if number >= self.plan.num_steps:
             return None

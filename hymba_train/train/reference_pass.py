@@ -19,9 +19,10 @@ from hymba_train.checkpoint.together import locked
 from hymba_train.config import run_directory
 from hymba_train.config.schema import Config
 from hymba_train.data.answers import write_reference
-from hymba_train.data.batches import stack_samples
+from hymba_train.data.batches import MicroBatch, stack_samples
 from hymba_train.data.build import build_training_data
 from hymba_train.data.dataset import TrainingData
+from hymba_train.data.packs import Packs
 from hymba_train.data.windows import IGNORED_LABEL
 from hymba_train.describe.dims import effective_rotary_base
 from hymba_train.errors import UserError
@@ -31,7 +32,7 @@ from hymba_train.parallel.ranks import failing_at_once
 from hymba_train.plan import Plan
 from hymba_train.train.dpo import checkpoint_hash, document_sums
 from hymba_train.train.optimizer import build_optimizer, wrap_model
-from hymba_train.train.step import MicroBatch, Stepper
+from hymba_train.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 MICRO_BATCHES_EACH = 8  # of a pass through the pipeline, and stage
@@ -59,7 +60,7 @@ def reference(config: Config, plan: Plan) -> int:
     runtime = initialize(config)
     with failing_at_once(), locked(run_directory(config)):
         source = find_source(config, None)
-        if source is None:
+        if source is None or config.checkpoint.load is None:
             raise UserError("checkpoint.load: to be given: the model that DPO starts from")
         vocab_size = config.model.vocab_size
         data = build_training_data(config.data, seed=config.run.seed, vocab_size=vocab_size, references=False)
@@ -68,7 +69,7 @@ def reference(config: Config, plan: Plan) -> int:
         optimizer = build_optimizer(config, runtime, chunks)
         load_checkpoint(source, config, runtime, chunks, optimizer)
         stepper = Stepper(runtime, chunks, optimizer)
-        facts = {"checkpoint": checkpoint_hash(source.path), "name": f"{Path(config.checkpoint.load).name}"}
+        facts = {"checkpoint": checkpoint_hash(source.path), "name": Path(config.checkpoint.load).name}
         done: set[str] = set()
         for index, phase in enumerate(config.data.phases.values()):
             for model in models:
@@ -80,7 +81,7 @@ def reference(config: Config, plan: Plan) -> int:
                 values = log_probs(data, index, name, stepper, phase.micro_batch_size)
                 if runtime.is_logging_rank:
                     opened = data.sources[name]
-                    content = {"source": opened.manifest.content_hash}
+                    content = {"source": opened.content_hash}
                     path = write_reference(opened.training.tokens.prefix, values, {**facts, **content})
                     logger.info("%s: log-probabilities of %d documents under %s", path, values.size, source.path)
     shutdown()
@@ -90,6 +91,7 @@ def reference(config: Config, plan: Plan) -> int:
 def log_probs(data: TrainingData, phase: int, name: str, stepper: Stepper, micro_batch_size: int) -> np.ndarray:
     """Log-probability of the answers of each document of a source, float32 [documents]. Collective."""
     runtime, sequences = stepper.runtime, data.sequences(phase, name)
+    assert isinstance(sequences, Packs), "the plan lets pairs be packed only"
     per_turn = micro_batch_size * runtime.data_parallel_size
     num_turns, each = -(-len(sequences) // per_turn), MICRO_BATCHES_EACH * runtime.pipeline_size
     values = torch.zeros(sequences.part.tokens.num_documents, dtype=torch.float64)

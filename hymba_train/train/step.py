@@ -11,16 +11,17 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from hymba_train.data.batches import MicroBatch
 from hymba_train.ops.segments import document_ends
 from hymba_train.parallel.fp8_state import Fp8State
 from hymba_train.parallel.gathered import gathered_parameters
+from hymba_train.parallel.runtime import Runtime
 from hymba_train.train.graph import GraphedPasses
 from hymba_train.train.optimizer import adams_of
-
-MicroBatch = dict[str, torch.Tensor | None]  # see hymba_train.data.batches.MicroBatch
 
 DOCUMENT_COUNT_MULTIPLE = 32
 """Document counts of micro-batches are rounded up to this with empty ones: kernels are planned per count."""
@@ -95,8 +96,9 @@ class Stepper:
     """
 
     def __init__(
-        self, runtime, chunks: list, optimizer, objective: Objective | None = None, graphed: GraphedPasses | None = None
-    ) -> None:
+        self, runtime: Runtime, chunks: list, optimizer: MegatronOptimizer, objective: Objective | None = None,
+        graphed: GraphedPasses | None = None,
+    ) -> None:  # fmt: skip
         self.runtime, self.chunks, self.optimizer, self.objective = runtime, chunks, optimizer, objective
         self.graphed = graphed
         self._metrics = () if objective is None else objective.metrics
@@ -269,10 +271,9 @@ class Stepper:
         )
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
-        ids = batch.get("segment_ids")
-        if ids is not None:  # counted while it is on the host
-            batch = {**batch, "document_ends": document_ends(ids, DOCUMENT_COUNT_MULTIPLE)}
-        return {k: None if v is None else v.to(self.runtime.device, non_blocking=True) for k, v in batch.items()}
+        if "segment_ids" in batch:  # counted while they are on the host
+            batch = {**batch, "document_ends": document_ends(batch["segment_ids"], DOCUMENT_COUNT_MULTIPLE)}
+        return {k: v.to(self.runtime.device, non_blocking=True) for k, v in batch.items()}
 
     def _reduce(
         self, outputs: list[dict[str, torch.Tensor]], requests: tuple[int, ...], norm: Any = None, seconds: float = 0.0
@@ -333,7 +334,7 @@ def result_of(gradients: Gradients, action: str = "updated", reason: str = "") -
 
 
 def forward_step(
-    micro_batches: Iterator[MicroBatch], chunk, objective: Objective | None = None
+    micro_batches: Iterator[MicroBatch], chunk: Any, objective: Objective | None = None
 ) -> tuple[torch.Tensor, Any]:
     """Megatron-Core's forward_step_func: (output of the chunk, function of it that makes the loss)."""
     batch = next(micro_batches)

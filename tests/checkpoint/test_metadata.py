@@ -34,7 +34,7 @@ def test_round_trip(saved):
     metadata = read_metadata(saved)
     assert metadata["train_state"] == STATE and Layout(**metadata["layout"]) == LAYOUT
     assert set(metadata["versions"]) == {"python", "torch", "megatron_core"}
-    assert check_model(saved, metadata, tiny_config(saved), allow_context_change=False) == []
+    assert check_model(saved, metadata, tiny_config(saved)) == []
     assert changed_keys(metadata, tiny_config(saved)) == []
 
 
@@ -49,7 +49,7 @@ def test_the_origin_of_foreign_weights_is_handed_on(tmp_path, saved):
 def test_another_model_is_refused_key_by_key(saved):
     config = tiny_config(saved, **{"model.hidden_size": 64, "model.window_size": 9})
     with pytest.raises(UserError) as error:
-        check_model(saved, read_metadata(saved), config, allow_context_change=True)
+        check_model(saved, read_metadata(saved), config)
     lines = error.value.problems
     assert len(lines) == 2
     assert "model.hidden_size=32, the configuration 64" in lines[0] and "model.window_size=8" in lines[1]
@@ -59,20 +59,18 @@ def test_name_initialisation_and_padding_are_free(saved):
     config = tiny_config(
         saved, **{"model.name": "x", "model.init_method": "published", "model.make_vocab_size_divisible_by": 64}
     )
-    assert check_model(saved, read_metadata(saved), config, allow_context_change=False) == []
+    assert check_model(saved, read_metadata(saved), config) == []
 
 
-def test_context_extension_is_remarked_or_refused(saved):
+def test_context_extension_is_remarked(saved):
     config = tiny_config(saved, **{"model.rope_type": "ntk", "model.max_position_embeddings": 8192})
-    remarks = check_model(saved, read_metadata(saved), config, allow_context_change=True)
+    remarks = check_model(saved, read_metadata(saved), config)
     assert len(remarks) == 2 and "model.rope_type is ntk now, default" in remarks[1]
-    with pytest.raises(UserError, match="rope_type"):
-        check_model(saved, read_metadata(saved), config, allow_context_change=False)
 
 
 def test_another_rotary_base_is_a_context_extension(saved):
     config = tiny_config(saved, **{"model.rotary_base": 500000.0})
-    (remark,) = check_model(saved, read_metadata(saved), config, allow_context_change=True)
+    (remark,) = check_model(saved, read_metadata(saved), config)
     assert "model.rotary_base is 500000.0 now, 10000.0" in remark
 
 

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from hymba_train.callbacks.jsonl import read_events, read_lines
-from hymba_train.cli import run_compare as main
 from hymba_train.exit_codes import STOPPED_EARLY
 from hymba_train.outcome import read_outcome, request_stop
+from launch.study import main
 from tests.compare.conftest import arguments, compare
 
 ATTENTION = ["--member", "attention=model.layer_pattern=[attention]"]

@@ -10,7 +10,7 @@ from hymba_train.convert.hf_config import TokenIds, hf_config, model_config_from
 from hymba_train.errors import UserError
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM
-from hymba_train.reference import ReferenceHymba
+from hymba_train.oracle import OracleHymba
 from tests.hf_names import to_hf_state_dict
 
 SIZES = dict(
@@ -29,7 +29,7 @@ def test_exported_code_computes_what_training_does(name):
     """Logits in one pass, and token by token through the cache."""
     torch.manual_seed(0)
     model = ModelConfig(name=name, **{**SIZES, **MODELS[name]})
-    oracle = ReferenceHymba(model).double()
+    oracle = OracleHymba(model).double()
     with torch.no_grad():
         for p in oracle.parameters():
             p.copy_(torch.randn_like(p) * 0.2 + (0.5 if p.dim() == 1 else 0))

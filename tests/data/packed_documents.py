@@ -72,7 +72,7 @@ def pack(rows: list[list[np.ndarray]]) -> dict[str, torch.Tensor]:
 def alone(document: np.ndarray) -> dict[str, torch.Tensor]:
     """Micro-batch [1, n - 1] of one document, without any mask: what the packed one must equal."""
     tokens = torch.from_numpy(document)[None]
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": None, "segment_ids": None}
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
 
 
 def of_unchanged(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ def losses_and_gradients(made, batch) -> tuple[torch.Tensor, dict[str, torch.Ten
     """(loss a token [B, S], gradient of their sum by parameter)."""
     model, device = made
     model.zero_grad()
-    losses = model(**{key: None if value is None else value.to(device) for key, value in batch.items()})
+    losses = model(**{key: value.to(device) for key, value in batch.items()})
     losses.sum().backward()
     return losses.detach().cpu(), {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters()}
 
@@ -152,9 +152,7 @@ def test_neither_in_any_other_stack(stack, make):
 def test_without_the_mask_it_does_leak(make):
     # The test above can fail: the same change moves the losses behind it when documents are not told apart.
     made = make()
-    before, after = (
-        {**pack(documents(changed)), "positions": None, "segment_ids": None} for changed in (False, True)
-    )  # fmt: skip
+    before, after = ({k: pack(documents(changed))[k] for k in ("tokens", "labels")} for changed in (False, True))
     own = of_unchanged(pack(documents()))["labels"] != -100
     difference = losses_and_gradients(made, before)[0] - losses_and_gradients(made, after)[0]
     assert difference[own].abs().max() > 1e-3

@@ -355,8 +355,8 @@ def test_an_interrupt_stops_workers_and_keeps_finished_shards(demo, tmp_path, si
     for number in range(12):
         (tmp_path / "in" / f"{number:02}.jsonl").write_bytes(lines * 10)
     command = [
-        sys.executable, "-m", "data_prep.cli", "tokenize", "--input", str(tmp_path / "in"), "--quiet", "--workers", "2",
-        "--tokenizer", str(demo / "tokenizer"), "--output-dir", str(tmp_path / "out"),
+        sys.executable, "-m", "hymba_train", "data", "tokenize", "--input", str(tmp_path / "in"), "--quiet",
+        "--workers", "2", "--tokenizer", str(demo / "tokenizer"), "--output-dir", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 180

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hymba_train.config import compose
 from hymba_train.describe.heads import heads_of_rank
 from hymba_train.model import build_model_chunks
-from hymba_train.model.rows import MicroBatch, TokenRows, num_token_rows
+from hymba_train.model.rows import BatchContext, TokenRows, num_token_rows
 from hymba_train.parallel import create_groups, destroy_groups
 from hymba_train.parallel.device import activate
 
@@ -81,7 +81,7 @@ def measure(case: dict) -> list[tuple[int, str]]:
         d, dtype = model.config.dims, model.config.params_dtype
         multiple = tensor if config.parallel.sequence else 1
         rows = TokenRows(d.num_meta_tokens, batch, seq, num_token_rows(d.num_meta_tokens, batch, seq, multiple))
-        inputs = MicroBatch.of(rows, None, segments, None, d.head_dim, 10000.0, d.conv_width - 1, device)
+        inputs = BatchContext.of(rows, None, segments, None, d.head_dim, 10000.0, d.conv_width - 1, device)
         layer = model.decoder.layers[case["layer"]]
 
         def stream(num_rows: int, width: int) -> torch.Tensor:

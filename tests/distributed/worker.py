@@ -45,7 +45,7 @@ def batches_of_step(step: int, layout: Layout, model, rank: int, size: int) -> l
     labels = tokens[:, 1:].clone()
     for row in range(GLOBAL_BATCH_SIZE):  # unequal counts: a mean of means would be wrong
         labels[row, : 3 * row] = -100
-    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "positions": None, "segment_ids": None}
+    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
     if layout.document_mask:
         at = torch.arange(seq_length).expand(GLOBAL_BATCH_SIZE, -1)
         cut = torch.arange(GLOBAL_BATCH_SIZE).unsqueeze(1) * 4 + 2
@@ -53,7 +53,7 @@ def batches_of_step(step: int, layout: Layout, model, rank: int, size: int) -> l
         batch["positions"] = torch.where(at >= cut, at - cut, at)
     size_of = layout.micro_batch_size
     starts = range(rank * size_of, GLOBAL_BATCH_SIZE, size * size_of)
-    return [{k: None if v is None else v[s : s + size_of] for k, v in batch.items()} for s in starts]
+    return [{k: v[s : s + size_of] for k, v in batch.items()} for s in starts]
 
 
 def recall_of(stepper: Stepper, vocab_size: int, layout: Layout, rank: int, size: int) -> list[float]:

@@ -18,7 +18,7 @@ from hymba_train.convert.names import hf_parts
 from hymba_train.describe import model_tensors
 from hymba_train.hf.configuration_hymba import HymbaConfig
 from hymba_train.hf.modeling_hymba import HymbaForCausalLM
-from hymba_train.reference import ReferenceHymba
+from hymba_train.oracle import OracleHymba
 from tests.convert.test_hf_names import HYMBA_1_5B
 from tests.hf_models import make_model
 from tests.hf_names import to_hf_state_dict
@@ -176,7 +176,7 @@ ALL_GLOBAL = ModelConfig(
 def test_every_stack_that_can_be_trained_can_be_exported(model):
     """Against the oracle; configuration there and back; cached steps."""
     torch.manual_seed(0)
-    oracle = ReferenceHymba(model).double()
+    oracle = OracleHymba(model).double()
     with torch.no_grad():
         for parameter in oracle.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -18,8 +18,8 @@ from hymba_train.data.manifest import read_manifest
 from hymba_train.data.tokenizer import Tokenizer
 from hymba_train.guards.batches import emptied
 from hymba_train.model import build_model_chunks
+from hymba_train.oracle import OracleHymba
 from hymba_train.plan import make_plan
-from hymba_train.reference import ReferenceHymba
 from hymba_train.train.dpo import PreferenceLoss
 from hymba_train.train.optimizer import build_optimizer, wrap_model
 from hymba_train.train.step import Stepper
@@ -44,7 +44,7 @@ class Trained:
         chunks = wrap_model(self.config, runtime, models)
         self.stepper = Stepper(runtime, chunks, build_optimizer(self.config, runtime, chunks), loss)
         self.data = build_training_data(self.config.data, seed=5, vocab_size=tiny.VOCAB)
-        self.oracle = ReferenceHymba(self.config.model).double()
+        self.oracle = OracleHymba(self.config.model).double()
         self.oracle.load_state_dict(self.parameters(lambda p: p.data))
 
     def parameters(self, of) -> dict[str, torch.Tensor]:

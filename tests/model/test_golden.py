@@ -8,7 +8,7 @@ import torch
 from hymba_train.config.schema import Config, ModelConfig
 from hymba_train.describe import model_tensors
 from hymba_train.model import build_model_chunks
-from hymba_train.reference import ReferenceHymba
+from hymba_train.oracle import OracleHymba
 from tests import golden_data
 
 
@@ -168,7 +168,7 @@ def test_every_stack_equals_the_oracle(stack, documents, lone_runtime):
     window = dict(window_size=5, num_meta_tokens=3)
     config = ModelConfig(name=stack, **{**sizes, **window, **STACKS[stack]})
     model = build(config, lone_runtime)
-    oracle = ReferenceHymba(config)
+    oracle = OracleHymba(config)
     torch.manual_seed(3)
     with torch.no_grad():
         for p in oracle.parameters():  # away from initial ones and zeros

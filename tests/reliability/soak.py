@@ -27,6 +27,7 @@ import psutil
 from hymba_train.callbacks.jsonl import read_events
 from hymba_train.checkpoint import directory as checkpoints
 from hymba_train.exit_codes import STOPPED_EARLY
+from hymba_train.figures import pyplot
 from hymba_train.outcome import read_outcome, request_stop
 from tests.children import forks_of, has_ended
 from tests.reliability.test_integrity import flip
@@ -216,13 +217,8 @@ def goodput(starts: list[dict], run: Path) -> tuple[list[float], list[float]]:
 
 
 def plot(soak: Soak, path: Path) -> float:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     minutes, shares = goodput(soak.starts, soak.run)
-    figure, axes = pyplot.subplots(figsize=(8, 4))
+    figure, axes = pyplot().subplots(figsize=(8, 4))
     axes.plot(minutes, shares)
     for start in soak.starts:
         axes.axvline((start["end"] - soak.starts[0]["begin"]) / 60, color="0.8", linewidth=0.8, zorder=0)

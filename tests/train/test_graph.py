@@ -49,10 +49,7 @@ def batches_of(step: int, count: int = 2, seq: int = 16) -> list[dict]:
     tokens = torch.randint(0, 96, (count, 2, seq + 1), generator=torch.Generator().manual_seed(step))
     labels = tokens[:, :, 1:].clone()
     labels[:, :, : step % 5] = -100  # as many labels in no two steps
-    return [
-        {"tokens": t[:, :-1], "labels": row, "positions": None, "segment_ids": None}
-        for t, row in zip(tokens, labels, strict=True)
-    ]
+    return [{"tokens": t[:, :-1], "labels": row} for t, row in zip(tokens, labels, strict=True)]
 
 
 def stepper_of(directory, runtime, graphed=None) -> Stepper:
@@ -105,7 +102,7 @@ def doubled(graphed: GraphedPasses, value: float, settings=0, size: int = 1) -> 
             {"loss_sum": 2 * batch["x"].sum(), "num_tokens": batch["x"].numel() + torch.tensor(0)} for batch in batches
         ]
 
-    return graphed(settings, [{"x": torch.full((size,), value), "none": None}], run)
+    return graphed(settings, [{"x": torch.full((size,), value)}], run)
 
 
 def test_results_outlive_the_next_replay(lone_runtime):

@@ -76,7 +76,7 @@ def test_gradients_are_reduced_in_the_type_asked_for(tmp_path, lone_runtime, dis
             is_wide = in_fp32 or description.float32
             assert param.main_grad.dtype is (torch.float32 if is_wide else torch.bfloat16), description.name
         tokens = torch.randint(0, config.model.vocab_size, (3, 1, 17), generator=torch.Generator().manual_seed(5))
-        batches = [{"tokens": t[:, :-1], "labels": t[:, 1:], "positions": None, "segment_ids": None} for t in tokens]
+        batches = [{"tokens": t[:, :-1], "labels": t[:, 1:]} for t in tokens]
         set_hyperparameters(optimizer.param_groups, 1e-3, 0.1)
         before = [p.detach().clone() for p in model.parameters()]
         result = Stepper(lone_runtime, chunks, optimizer).train(batches)

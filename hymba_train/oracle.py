@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 @dataclass
-class ReferenceOutput:
+class OracleOutput:
     """What a forward pass computed. ``attention``, ``ssm``, ``keys``, ``values`` have one entry a layer with them."""
 
     logits: Tensor  # [B, S, V], text positions only
@@ -63,7 +63,7 @@ class _Context:
         return (same_document | is_meta) & (self.index[:, None] >= self.index[None, :]) & near
 
 
-class ReferenceHymba(nn.Module):
+class OracleHymba(nn.Module):
     """Hymba. Parameters are those of :func:`hymba_train.describe.model_tensors`, under the same names and shapes.
 
     A fresh instance holds random weights good for tests, not the recipe's initialisation.
@@ -84,9 +84,7 @@ class ReferenceHymba(nn.Module):
         if config.untie_embeddings_and_output_weights:
             self.output_layer = _matrix(config, d.vocab_size, d.hidden_size)
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None
-    ) -> ReferenceOutput:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None) -> OracleOutput:
         """tokens [B, S] int64; labels [B, S] int64, already shifted (label s is what token s predicts), -100: none;
         segment_ids [B, S] int64, one number per document of a row: each computes what it would alone in a row."""
         num_meta, table = self.dims.num_meta_tokens, self.embedding.word_embeddings.weight
@@ -101,7 +99,7 @@ class ReferenceHymba(nn.Module):
         final = self.final_norm(x)
         head = self.output_layer.weight if self.config.untie_embeddings_and_output_weights else table
         logits = final[:, num_meta:] @ head.t()
-        output = ReferenceOutput(
+        output = OracleOutput(
             logits, embeddings, hidden, final, context.attention, context.ssm, context.keys, context.values
         )
         if labels is not None:
