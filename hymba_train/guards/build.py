@@ -55,7 +55,7 @@ class Guards:
         if runtime.world_size == 1:
             return
         if c.straggler_ratio is not None:
-            self._stragglers = Stragglers(runtime, chunks[0].config, c.straggler_ratio, config.run.cuda_graph)
+            self._stragglers = Stragglers(runtime, chunks[0].config, c.straggler_ratio)
             self.callbacks.append(self._stragglers)
         if c.drift_interval:
             save_interval = config.checkpoint.save_interval if config.checkpoint.enabled else 0

@@ -29,15 +29,13 @@ class Stragglers(Callback):
     """On every rank. ``seconds`` is this rank's own time in its latest step, to be handed to the next one.
 
     ``settings`` is the chunks' configuration object, through which Megatron-Core calls what finishes gradients.
-    ``graphed``: it is called from a CUDA graph (run.cuda_graph).
     """
 
-    def __init__(self, runtime: Runtime, settings: Any, ratio: float, graphed: bool = False) -> None:
-        self.runtime, self.ratio, self._graphed = runtime, ratio, graphed
+    def __init__(self, runtime: Runtime, settings: Any, ratio: float) -> None:
+        self.runtime, self.ratio = runtime, ratio
         self.seconds = 0.0
         self._gpu = runtime.device.type == "cuda"
-        kind = {"external": True} if graphed else {}  # recorded by every replay
-        self._events = [torch.cuda.Event(enable_timing=True, **kind) for _ in range(2)] if self._gpu else []
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._gpu else []
         self._begun = self._loaded = self._ready = 0.0
         self._sums: list[float] = []
         self._steps = -WARM_UP_STEPS
@@ -77,7 +75,7 @@ class Stragglers(Callback):
             before = self._sums or [0.0] * len(metrics.rank_seconds)
             self._sums = [a + b for a, b in zip(before, metrics.rank_seconds, strict=True)]
         computing = self._ready - self._loaded
-        if self._gpu and (self._ready > self._loaded or (self._graphed and metrics.rank_seconds)):
+        if self._gpu and self._ready > self._loaded:
             # The step has read its results from the device, so both events are over and nothing is waited for.
             computing = self._events[0].elapsed_time(self._events[1]) / 1000
         self.seconds = self._loaded - self._begun + computing
