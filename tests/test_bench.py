@@ -68,7 +68,7 @@ def test_a_failing_contender_does_not_lose_the_others(monkeypatch, tmp_path, cap
 def test_an_exit_code_and_the_last_line_are_told(tmp_path):
     with pytest.raises(UserError, match=r"exited 3: no GPU; see .*log"):
         step.call([sys.executable, "-c", "print('no GPU'); raise SystemExit(3)"], tmp_path / "log", 20.0)
-    script = "print('ValueError: no'); print('leaked'); raise SystemExit(1)"
+    script = "print('ValueError: no'); print('leaked'); print('  error_file: <N/A>'); raise SystemExit(1)"
     with pytest.raises(UserError, match="exited 1: ValueError: no;"):
         step.call([sys.executable, "-c", script], tmp_path / "log", 20.0)
 

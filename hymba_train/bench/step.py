@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -145,7 +146,8 @@ def call(command: list[str], log: Path, timeout_seconds: float) -> str:
     log.write_text(output + errors)
     if child.returncode:
         lines = (output + errors).strip().splitlines()
-        telling = [line for line in lines if "error" in line.lower()]  # behind which there may be warnings
+        # Behind it there may be warnings, and torchrun's summary, which speaks of errors and names none.
+        telling = [line for line in lines if re.search(r"error: +\S", line, re.IGNORECASE)]
         last = (telling or lines or [""])[-1]
         raise UserError(f"{' '.join(command[2:4])} exited {child.returncode}: {last}; see {log}")
     return output
