@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hymba_train.config.schema import Config
 
+CUDNN_LENGTHS = 128
+"""Its backward pass pads other lengths with a mask where cuDNN is older than 9.15.1 or its frontend than 1.16."""
+
 
 def check_cuda_graph(config: Config, data_parallel: int | None) -> list[str]:
     """One line a problem. data_parallel: ranks that train the same model; None: not known."""
@@ -23,6 +26,12 @@ def check_cuda_graph(config: Config, data_parallel: int | None) -> list[str]:
             f"run.deterministic=true and precision.attention_backend={config.precision.attention_backend}: replaying "
             "cuDNN's attention crashed in a deterministic run, the cause is not known; set run.deterministic=false"
         )
+    if config.precision.attention_backend in ("auto", "cudnn"):
+        problems += [
+            f"{key}={length}: where this is no multiple of {CUDNN_LENGTHS}, cuDNN's frontend may copy from memory of "
+            "the host that is gone when the copy is replayed; set precision.attention_backend=torch"
+            for key, length in _lengths(config) if length % CUDNN_LENGTHS
+        ]  # fmt: skip
     if p.recompute != "none":
         problems.append(
             f"parallel.recompute={p.recompute}: the host puts random states back; set parallel.recompute=none"
@@ -35,6 +44,12 @@ def check_cuda_graph(config: Config, data_parallel: int | None) -> list[str]:
     if config.data.document_mask:
         problems.append("data.document_mask=true: documents are of many lengths; set data.document_mask=false")
     return _named(problems)
+
+
+def _lengths(config: Config) -> list[tuple[str, int]]:
+    """(key, tokens) of all that attention is computed over; the meta tokens attend to each other alone."""
+    phases = [(f"data.phases.{name}.seq_length", phase.seq_length) for name, phase in config.data.phases.items()]
+    return [*phases, ("model.num_meta_tokens", config.model.num_meta_tokens)]
 
 
 def _named(problems: list[str]) -> list[str]:

@@ -285,6 +285,7 @@ def test_nearest_numbers():
 
 
 GRAPH = ["experiment=bench_1p5b", "parallel=single", "run.cuda_graph=true"]
+PLAIN = ["precision.attention_backend=torch"]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +302,8 @@ GRAPH = ["experiment=bench_1p5b", "parallel=single", "run.cuda_graph=true"]
             "run.cuda_graph=true with 2 data-parallel ranks: it was never run on several GPUs; start one process",
         ),
         (["run.deterministic=true"], "precision.attention_backend=auto: replaying cuDNN's attention crashed in a"),
+        (["data.phases.bench.seq_length=2000"], "bench.seq_length=2000: where this is no multiple of 128, cuDNN's"),
+        (["model.num_meta_tokens=64"], "model.num_meta_tokens=64: where this is no multiple of 128, cuDNN's frontend"),
         (["run.device=cpu"], "run.cuda_graph=true needs a GPU, run.device is cpu; set run.cuda_graph=false"),
     ],
 )
@@ -310,7 +313,8 @@ def test_a_graph_wants_the_same_kernels_every_step(overrides, line):
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["precision=fp8"], ["run.deterministic=true", "precision.attention_backend=torch"]]
+    "overrides",
+    [[], ["precision=fp8"], ["run.deterministic=true", *PLAIN], ["model.num_meta_tokens=64", *PLAIN]],
 )
 def test_a_graph_is_planned(overrides):
     assert make_plan(compose([*GRAPH, *overrides]), check_paths=False).config.run.cuda_graph
