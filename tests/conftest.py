@@ -22,7 +22,8 @@ def pytest_collection_modifyitems(items):
     """Tests that need hardware say what is missing instead of failing."""
     if ON_GPUS:
         for item in items:
-            item.add_marker(pytest.mark.timeout(900))  # kernels are compiled
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(900))  # kernels are compiled
     marks = [("gpu", 1), ("multigpu", 2)]
     if not any(item.get_closest_marker(name) for item in items for name, _ in marks):
         return

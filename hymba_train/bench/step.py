@@ -133,7 +133,7 @@ def batch_overrides(micro_batch: int, seq_length: int, per_step: int = 1) -> lis
 def call(command: list[str], log: Path, timeout_seconds: float) -> str:
     """What it prints. Raises UserError if it fails or is not done in time; ``log`` has all its output then, too."""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     ) as child:
         try:
             output, errors = child.communicate(timeout=timeout_seconds)

@@ -85,7 +85,7 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-@functools.cache  # never let go of: a CUDA graph may read it
+@functools.lru_cache(maxsize=16)
 def _plain_block_mask(num_queries: int, num_meta: int, window: int | None, device: torch.device) -> BlockMask:
     """Without segments. With num_meta = 0 and no window it is the causal mask of the meta tokens themselves."""
     return block_mask(num_queries, num_meta, window, None, mask_mod(num_meta, window, None), device)

@@ -32,6 +32,12 @@ def check_cuda_graph(config: Config, data_parallel: int | None) -> list[str]:
             "the host that is gone when the copy is replayed; set precision.attention_backend=torch"
             for key, length in _lengths(config) if length % CUDNN_LENGTHS
         ]  # fmt: skip
+    elif config.precision.attention_backend == "flex":
+        problems.append("precision.attention_backend=flex was never recorded; set precision.attention_backend=cudnn")
+    if config.model.branch_fusion == "concat":
+        problems.append("model.branch_fusion=concat: its norm makes tensors of numbers of the host; set it to mean")
+    if any(layer.startswith("mamba2") for layer in config.model.layer_pattern):
+        problems.append("model.layer_pattern with mamba2, which was never recorded; take other mixers")
     if p.recompute != "none":
         problems.append(
             f"parallel.recompute={p.recompute}: the host puts random states back; set parallel.recompute=none"
