@@ -59,11 +59,10 @@ def work_on_own_stream(device: torch.device) -> None:
 def record(body: Callable[[], Stacked]) -> Recording:
     """Record what ``body`` sends to the current stream and to those that wait for it; nothing is executed yet."""
     graph = torch.cuda.CUDAGraph()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    gc.collect()  # torch.cuda.graph waits for the device and empties the cache, but leaves cycles alone
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    collects = gc.isenabled()  # not in a training, which collects at steps of its own
     gc.disable()  # what it frees might be memory or events of other streams
     try:
         # Other threads may go on with what a recording must not do: NCCL's watchdog asks for events, the feed pins
@@ -72,7 +71,8 @@ def record(body: Callable[[], Stacked]) -> Recording:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = body()
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
     num_bytes = torch.cuda.max_memory_allocated() - before
     torch.cuda.reset_peak_memory_stats()
     return Recording(graph, outputs, num_bytes)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+
 import pytest
 import torch
 
 from hymba_train.errors import UserError
 from hymba_train.model import build_model_chunks
-from hymba_train.train.graph import EAGER_STEPS, GraphedPasses, Recording, work_on_own_stream
+from hymba_train.train.graph import EAGER_STEPS, GraphedPasses, Recording, record, work_on_own_stream
 from hymba_train.train.optimizer import build_optimizer, wrap_model
 from hymba_train.train.schedules import set_hyperparameters
 from hymba_train.train.step import Stepper
@@ -157,3 +160,22 @@ def test_a_failure_names_the_way_out(lone_runtime, caplog):
 def test_a_cpu_is_refused():
     with pytest.raises(UserError, match=r"runs on cpu: set run\.cuda_graph=false"):
         work_on_own_stream(CPU)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_a_recording_leaves_the_garbage_collector_as_it_was(collects, monkeypatch):
+    """A training has switched it off, and collects at steps of its own."""
+    seen = []
+    fakes = {
+        "CUDAGraph": object, "graph": lambda *args, **kwargs: contextlib.nullcontext(), "current_stream": lambda: None,
+        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 3, "max_memory_allocated": lambda: 10,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        assert record(lambda: seen.append(gc.isenabled()) or {}).num_bytes == 7
+        assert seen == [False] and gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
