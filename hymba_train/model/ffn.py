@@ -38,7 +38,7 @@ class GatedFfn(MegatronModule):
         self.linear_fc2 = build_module(
             submodules.linear_fc2, width, config.hidden_size, input_is_parallel=True, **linear
         )
-        in_fp8 = writes_fp8(config.fp8_recipe if config.fp8 else None, swiglu_op.name)
+        in_fp8 = writes_fp8(config.fp8 and config.fp8_recipe, swiglu_op.name)
         self.swiglu_op = partial(_swiglu_between, self.linear_fc1, self.linear_fc2) if in_fp8 else swiglu_op
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class LayerMixer(MegatronModule):
         self.out_proj = build_module(
             submodules.out_proj, width * tp, dims.hidden_size, input_is_parallel=True, **linear
         )
-        in_fp8 = writes_fp8(config.fp8_recipe if config.fp8 else None, ops.normed_average.name)
+        in_fp8 = writes_fp8(config.fp8 and config.fp8_recipe, ops.normed_average.name)
         self.normed_average = partial(_normed_average_for, self.out_proj) if in_fp8 else ops.normed_average
 
     def forward(

@@ -5,14 +5,13 @@ Kept for the backward pass: the two inputs and two float32 a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hymba_train.ops import float8
+from hymba_train.ops.branch_norms import AllReduce
 from hymba_train.ops.float8_triton import fp8_scale
 from hymba_train.ops.gradient_slots import empty_gradient, slot_of
 from hymba_train.ops.rows_triton import as_rows, block_of, share_rows, warps_of
@@ -31,7 +30,7 @@ def normed_average_triton(
     ssm_weight: Tensor,
     eps: float,
     true_width: int,
-    all_reduce: Callable[[Tensor], object] | None = None,
+    all_reduce: AllReduce | None = None,
 ) -> Tensor:
     """:func:`hymba_train.ops.branch_norms.normed_average`; backend ``triton``."""
     return normed_average_fp8(attention, ssm, attention_weight, ssm_weight, eps, true_width, all_reduce, None)
@@ -39,7 +38,7 @@ def normed_average_triton(
 
 def normed_average_fp8(
     attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float, true_width: int,
-    all_reduce: Callable[[Tensor], object] | None, result: float8.Quantizer | None,
+    all_reduce: AllReduce | None, result: float8.Quantizer | None,
 ) -> Tensor:  # fmt: skip
     """The same, as a Float8Tensor by ``result``'s delayed scale: bit for bit what it would make of the mean in bf16."""
     slots = (slot_of(attention), slot_of(ssm))
